@@ -1,0 +1,40 @@
+# Thin commands over `uv run`; .ci/setup.sh makes the environment once, and again when what it depends on has changed.
+# ARGS goes to the command: make demo ARGS=--quick, make test ARGS="-k golden -x"
+
+# The set-up may have installed uv while make was running, so this is looked up when a command needs it.
+UV = $(shell if [ -x .uv/bin/uv ]; then echo .uv/bin/uv; else echo uv; fi)
+RUN = $(UV) run --no-sync
+INPUTS = pyproject.toml .ci/constraints.txt .ci/setup.sh
+
+.PHONY: help setup demo test lint types pusht
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+setup: .venv/ready  ## make the environment in .venv
+
+demo: .venv/ready  ## record demonstrations in Meta-World, train a small π0, evaluate it (ARGS=--quick: a small run)
+	$(RUN) lerobot-pi0 demo $(ARGS)
+
+test: .venv/ready  ## the tests
+	$(RUN) pytest $(ARGS)
+
+lint: .venv/ready  ## ruff: rules and format
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+
+types: .venv/ready  ## pyrefly
+	$(RUN) pyrefly check
+
+PUSHT_ARGS = --policy.type=lerobot_pi0 --policy.device=cpu --env.type=pusht --env.episode_length=30 \
+  --eval.n_episodes=1 --eval.batch_size=1 --output_dir=outputs/pusht
+
+pusht: .venv-pusht/ready  ## a tiny untrained policy through lerobot-eval on gym-pusht, in .venv-pusht
+	.venv-pusht/bin/lerobot-eval $(PUSHT_ARGS) $(ARGS)
+
+.venv/ready: $(INPUTS)
+	@.ci/setup.sh
+
+.venv-pusht/ready: .venv/ready $(INPUTS)
+	@.ci/setup.sh pusht

@@ -1,0 +1,228 @@
+"""Every setting of the policy: its default, its meaning, its validation. The defaults are openpi's π0 at its published size."""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.optim import AdamWConfig, LRSchedulerConfig
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
+
+logger = logging.getLogger(__name__)
+
+SMALL_TOKENIZER = "small"  # ships with the package
+CAMERA_SLOTS = ("base", "left_wrist", "right_wrist")  # the order in which openpi's π0 sees its cameras
+
+
+@PreTrainedConfig.register_subclass("lerobot_pi0")
+@dataclass
+class Pi0Config(PreTrainedConfig):
+    # Sizes. A published checkpoint fits the defaults; a small model is a few smaller numbers.
+    vision: SiglipConfig = field(default_factory=SiglipConfig)
+    vlm: GemmaConfig = field(default_factory=GemmaConfig)
+    expert: ExpertConfig = field(default_factory=ExpertConfig)
+    # Shorter state and action vectors are padded with zeros to these sizes.
+    max_state_dim: int = 32
+    max_action_dim: int = 32
+
+    # Actions predicted at once, and how many of them are executed before the next prediction.
+    chunk_size: int = 50
+    n_action_steps: int = 50
+    # Euler steps from noise to actions.
+    num_inference_steps: int = 10
+
+    # Which camera fills which slot, for example '{base: front, left_wrist: wrist}'. Empty: assigned by name, logged and saved.
+    # A slot without a camera costs nothing: it is neither encoded nor attended to.
+    cameras: dict[str, str] = field(default_factory=dict)
+
+    # A repository on the hub, a folder, or "small" (in the package, for small models from scratch).
+    # A checkpoint of this policy carries its tokenizer and asks for nothing.
+    tokenizer: str = "google/paligemma-3b-pt-224"
+    # Prompt tokens, with the beginning of sequence and the closing newline; longer prompts are cut with a warning.
+    tokenizer_max_length: int = 48
+
+    normalization_mapping: dict[str, NormalizationMode] = field(
+        default_factory=lambda: {
+            "VISUAL": NormalizationMode.IDENTITY,
+            "STATE": NormalizationMode.MEAN_STD,
+            "ACTION": NormalizationMode.MEAN_STD,
+        }
+    )
+    # Training from a checkpoint of another layout (in-tree π0, openpi): normalise by the dataset's statistics, or by that checkpoint's.
+    statistics: Literal["dataset", "checkpoint"] = "dataset"
+
+    # What the network computes in. Trained parameters are held in float32 all the same; frozen ones and those of a deployed policy in this.
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    # What stays as it is in training. With "vlm" no gradient runs through the prefix: half the work, the same gradients for the expert.
+    freeze: Literal["nothing", "vision", "vlm"] = "nothing"
+    # Recompute activations in the backward pass: less memory, about a quarter more work.
+    gradient_checkpointing: bool = False
+    # (noise, time) pairs drawn per observation and step, over one pass of the vision-language model.
+    num_flow_samples: int = 1
+    # Leave actions beyond the end of an episode out of the loss. openpi trains on them (false).
+    mask_padded_actions: bool = True
+
+    optimizer_lr: float = 2.5e-5
+    optimizer_betas: tuple[float, float] = (0.9, 0.95)
+    optimizer_eps: float = 1e-8
+    optimizer_weight_decay: float = 1e-10
+    optimizer_grad_clip_norm: float = 1.0
+    scheduler_warmup_steps: int = 1_000
+    scheduler_decay_steps: int = 30_000
+    scheduler_decay_lr: float = 2.5e-6
+
+    # Filled from the dataset: what each dimension of actions and state is called.
+    action_feature_names: list[str] | None = None
+    state_feature_names: list[str] | None = None
+    # Filled when weights come from a checkpoint of another layout: where they came from.
+    base_checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.n_action_steps <= self.chunk_size:
+            raise ValueError(
+                f"n_action_steps ({self.n_action_steps}) must be between 1 and chunk_size ({self.chunk_size}): "
+                "set --policy.n_action_steps or --policy.chunk_size"
+            )
+        for name in ("num_inference_steps", "num_flow_samples", "max_state_dim", "max_action_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--policy.{name} must be at least 1, got {getattr(self, name)}")
+        if self.tokenizer_max_length < 3:
+            raise ValueError(
+                f"--policy.tokenizer_max_length must leave room for a beginning, a word and a newline, got {self.tokenizer_max_length}"
+            )
+
+    def validate_features(self) -> None:
+        """Check the dataset's or environment's features against the model, and give each camera its slot.
+
+        Raises ValueError when there is no camera, no state or no action, or when one does not fit.
+        """
+        for kind, feature, limit, flag in (
+            (OBS_STATE, self.robot_state_feature, self.max_state_dim, "max_state_dim"),
+            (ACTION, self.action_feature, self.max_action_dim, "max_action_dim"),
+        ):
+            if feature is None:
+                raise ValueError(
+                    f"π0 needs '{kind}'. The features are {[*(self.input_features or ()), *(self.output_features or ())]}: "
+                    "rename one with --rename_map, or record it"
+                )
+            if len(feature.shape) != 1 or feature.shape[0] > limit:
+                raise ValueError(
+                    f"'{kind}' has shape {feature.shape}; the model takes vectors of at most {limit}. "
+                    f"A model trained from scratch can be made larger with --policy.{flag}={max(feature.shape)}"
+                )
+        if not self.image_features:
+            raise ValueError(
+                f"π0 needs at least one camera. The input features are {list(self.input_features or ())}: "
+                "use a dataset with images or videos"
+            )
+        self.cameras = assign_cameras(list(self.image_features), self.cameras)
+
+    def set_dataset_feature_metadata(self, features: dict[str, dict[str, Any]]) -> None:
+        """Called by LeRobot with the dataset's features before it builds the policy: keep the names of the dimensions."""
+        self.action_feature_names = _dimension_names(features.get(ACTION, {}).get("names"))
+        self.state_feature_names = _dimension_names(features.get(OBS_STATE, {}).get("names"))
+
+    def get_optimizer_preset(self) -> AdamWConfig:
+        return AdamWConfig(
+            lr=self.optimizer_lr,
+            betas=self.optimizer_betas,
+            eps=self.optimizer_eps,
+            weight_decay=self.optimizer_weight_decay,
+            grad_clip_norm=self.optimizer_grad_clip_norm,
+        )
+
+    def get_scheduler_preset(self) -> "CosineAfterWarmupConfig":
+        return CosineAfterWarmupConfig(
+            num_warmup_steps=self.scheduler_warmup_steps,
+            num_decay_steps=self.scheduler_decay_steps,
+            decay_factor=self.scheduler_decay_lr / self.optimizer_lr,
+        )
+
+    @property
+    def observation_delta_indices(self) -> None:
+        return None
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        return list(range(self.chunk_size))
+
+    @property
+    def reward_delta_indices(self) -> None:
+        return None
+
+
+@LRSchedulerConfig.register_subclass("lerobot_pi0_cosine")
+@dataclass
+class CosineAfterWarmupConfig(LRSchedulerConfig):
+    """openpi's schedule (optax.warmup_cosine_decay_schedule): linear from peak/(warmup+1), then a cosine that starts where warm-up ends.
+
+    A run shorter than `num_decay_steps` gets the whole schedule, warm-up and decay shrunk alike.
+    """
+
+    num_warmup_steps: int = 1_000
+    num_decay_steps: int = 30_000  # warm-up included
+    decay_factor: float = 0.1  # last learning rate over peak
+
+    def build(self, optimizer: Optimizer, num_training_steps: int) -> LambdaLR:
+        warmup, decay = self.num_warmup_steps, self.num_decay_steps
+        if num_training_steps < decay:
+            warmup, decay = round(warmup * num_training_steps / decay), num_training_steps
+            logger.info("learning rate: %d steps of warm-up and decay at %d, shrunk to the run", warmup, decay)
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                start = 1 / (warmup + 1)
+                return start + (1 - start) * step / warmup
+            progress = min(step - warmup, decay - warmup) / max(decay - warmup, 1)
+            return self.decay_factor + (1 - self.decay_factor) * (1 + math.cos(math.pi * progress)) / 2
+
+        return LambdaLR(optimizer, factor)
+
+
+def assign_cameras(keys: list[str], given: dict[str, str]) -> dict[str, str]:
+    """Slot → image feature, in the order in which the model sees them.
+
+    `given` maps slots to features, which may be named by their last part ("front" for "observation.images.front").
+    Without it, a wrist camera goes to a wrist slot by its name, the first other one to the base, and the rest where there
+    is room. Raises ValueError for a camera that does not exist or that stands in two slots.
+    """
+    if given:
+        chosen = {slot: _find_camera(name, slot, keys) for slot, name in given.items()}
+        if len(set(chosen.values())) < len(chosen):
+            raise ValueError(f"--policy.cameras puts one camera into two slots: {given}")
+    else:
+        chosen = {}
+        wrists = [key for key in keys if any(word in key.lower() for word in ("wrist", "hand", "gripper"))]
+        for key in wrists:
+            side = "right_wrist" if "right" in key.lower() else "left_wrist"
+            if side not in chosen:
+                chosen[side] = key
+        for key in keys:
+            if key not in chosen.values():
+                free = [slot for slot in CAMERA_SLOTS if slot not in chosen]
+                chosen[free[0] if free else key.removeprefix(f"{OBS_IMAGES}.")] = key
+        logger.info("cameras, assigned by name: %s (change with --policy.cameras)", chosen)
+    slots = [*(slot for slot in CAMERA_SLOTS if slot in chosen), *(slot for slot in chosen if slot not in CAMERA_SLOTS)]
+    return {slot: chosen[slot] for slot in slots}
+
+
+def _find_camera(name: str, slot: str, keys: list[str]) -> str:
+    for key in keys:
+        if name in (key, key.removeprefix(f"{OBS_IMAGES}."), key.removeprefix("observation.")):
+            return key
+    raise ValueError(f"--policy.cameras puts '{name}' into slot '{slot}', but the cameras are {keys}")
+
+
+def _dimension_names(names: Any) -> list[str] | None:
+    """Names as datasets have them: a list, or {"motors": [...]}, or none."""
+    if isinstance(names, dict):
+        names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
+    return None if names is None else [str(name) for name in names]
+

@@ -1,0 +1,12 @@
+"""π0 as a network: pure torch, no LeRobot, no transformers, no strings as keys.
+
+Letters in shapes: B batch, V camera views, L prompt tokens, P prefix tokens, A actions in a chunk, E padded state/action size,
+S tokens of one pass, T keys to attend to, H query heads, K key/value heads, D size of a head.
+"""
+
+from lerobot_pi0.model.gemma import ExpertConfig, GemmaConfig
+from lerobot_pi0.model.observation import Observation
+from lerobot_pi0.model.pi0 import Pi0
+from lerobot_pi0.model.siglip import SiglipConfig
+
+__all__ = ["ExpertConfig", "GemmaConfig", "Observation", "Pi0", "SiglipConfig"]

@@ -1,0 +1,60 @@
+"""Flow matching: time runs from 1 (noise) to 0 (actions); said once, here (Lipman et al., 2023; Black et al., 2024)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def sample_time(
+    num: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
+) -> Float[Tensor, " n"]:
+    """Training times in (0.001, 1]: Beta(1.5, 1) · 0.999 + 0.001, which dwells near noise (π0, appendix B)."""
+    uniform = torch.rand(num, device=device, generator=generator)
+    return uniform ** (1 / 1.5) * 0.999 + 0.001  # the inverse of Beta(1.5, 1)'s distribution function
+
+
+def interpolate(
+    actions: Float[Tensor, "b a e"], noise: Float[Tensor, "b a e"], time: Float[Tensor, " b"]
+) -> tuple[Float[Tensor, "b a e"], Float[Tensor, "b a e"]]:
+    """The point at `time` on the straight path from actions to noise, and the velocity there (noise - actions)."""
+    t = time[:, None, None]
+    return t * noise + (1 - t) * actions, noise - actions
+
+
+def embed_time(time: Float[Tensor, "*b"], dim: int) -> Float[Tensor, "*b dim"]:
+    """Sines, then cosines, of `time` at dim/2 periods in geometric progression from 4e-3 to 4, in float32.
+
+    One unit in the last place of `time` turns the fastest sinusoid by 1.4e-4 rad: compare with a tolerance.
+    """
+    fraction = torch.linspace(0.0, 1.0, dim // 2, dtype=torch.float32, device=time.device)
+    period = 4e-3 * (4.0 / 4e-3) ** fraction
+    angle = time.float()[..., None] * (1.0 / period * 2 * math.pi)
+    return torch.cat((angle.sin(), angle.cos()), dim=-1)
+
+
+def step_times(num_steps: int) -> list[float]:
+    """Times at which a sampler evaluates the velocity: from 1 down in `num_steps` equal steps, summed in float32."""
+    times, step = [torch.tensor(1.0)], torch.tensor(-1.0 / num_steps)
+    for _ in range(num_steps - 1):
+        times.append(times[-1] + step)
+    return [time.item() for time in times]
+
+
+def integrate(
+    velocity: Callable[[Float[Tensor, "b a e"], Float[Tensor, " b"]], Float[Tensor, "b a e"]],
+    noise: Float[Tensor, "b a e"],
+    num_steps: int,
+) -> Float[Tensor, "b a e"]:
+    """Actions at time 0, by Euler steps along `velocity(actions, time)` from noise at time 1."""
+    x = noise
+    for time in step_times(num_steps):
+        x = x - velocity(x, x.new_full((x.shape[0],), time)) / num_steps
+    return x

@@ -1,0 +1,178 @@
+"""Gemma: a decoder stack that adds keys and values to a cache, or reads one (Gemma Team, 2024; PaliGemma's language model)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lerobot_pi0.model.layers import Linear, RMSNorm, attend
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """Sizes of the language model; the defaults are Gemma 2B as in PaliGemma."""
+
+    width: int = 2048
+    depth: int = 18
+    mlp_dim: int = 16384
+    num_heads: int = 8
+    num_kv_heads: int = 1
+    head_dim: int = 256
+    vocab_size: int = 257152
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads or self.head_dim % 2:
+            raise ValueError(
+                f"vlm.num_heads ({self.num_heads}) must be a multiple of vlm.num_kv_heads ({self.num_kv_heads}), "
+                f"and vlm.head_dim ({self.head_dim}) must be even"
+            )
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """Sizes of the action expert; depth and heads are the language model's, whose keys and values it reads."""
+
+    width: int = 1024
+    mlp_dim: int = 4096
+
+    def __post_init__(self) -> None:
+        if self.width % 2:
+            raise ValueError(f"expert.width ({self.width}) must be even: half sines, half cosines of time")
+
+
+type KeysValues = tuple[Float[Tensor, "b k t d"], Float[Tensor, "b k t d"]]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What later tokens attend to: keys (already rotated) and values of each layer, and which of them are real."""
+
+    layers: list[KeysValues]
+    mask: Bool[Tensor, "b t"]
+
+    def repeat(self, times: int) -> "Cache":
+        """The cache for a batch in which every sample stands `times` times in a row."""
+        if times == 1:
+            return self
+        layers = [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.layers]
+        return Cache(layers, self.mask.repeat_interleave(times, 0))
+
+
+type Rotation = tuple[Float[Tensor, "b 1 s c"], Float[Tensor, "b 1 s c"]]
+
+
+def rotation(positions: Int[Tensor, "b s"], head_dim: int) -> Rotation:
+    """Cosine and sine of the rotary angles, float32 whatever the model's dtype: bfloat16 angles are off by up to 1 rad."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    angles = positions[:, None, :, None] / 10_000.0**exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Float[Tensor, "b h s d"], by: Rotation) -> Float[Tensor, "b h s d"]:
+    """Rotary positions: element i turns with element i + d/2, in float32."""
+    (cos, sin), (a, b) = by, x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm block: multi-query attention over the cache and its own tokens, then a GELU-gated MLP; no biases."""
+
+    def __init__(self, width: int, mlp_dim: int, num_heads: int, num_kv_heads: int, head_dim: int):
+        super().__init__()
+        self.head_dim = head_dim
+        self.attention_norm = RMSNorm(width)
+        self.q_proj = Linear(width, num_heads * head_dim, bias=False)
+        self.k_proj = Linear(width, num_kv_heads * head_dim, bias=False)
+        self.v_proj = Linear(width, num_kv_heads * head_dim, bias=False)
+        self.o_proj = Linear(num_heads * head_dim, width, bias=False)
+        self.mlp_norm = RMSNorm(width)
+        self.gate_proj = Linear(width, mlp_dim, bias=False)
+        self.up_proj = Linear(width, mlp_dim, bias=False)
+        self.down_proj = Linear(mlp_dim, width, bias=False)
+
+    def heads(self, x: Float[Tensor, "b s hd"]) -> Float[Tensor, "b h s d"]:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def keys_values(self, x: Float[Tensor, "b s w"], by: Rotation, past: KeysValues | None) -> KeysValues:
+        """Keys and values after the past ones: all that the last layer of a stack has to give to a cache."""
+        return self._keys_values(self.attention_norm(x), by, past)
+
+    def forward(
+        self, x: Float[Tensor, "b s w"], by: Rotation, past: KeysValues | None, mask: Bool[Tensor, "b t"]
+    ) -> tuple[Float[Tensor, "b s w"], KeysValues]:
+        """One block over past and own tokens: their new hidden states, and the keys and values that they saw."""
+        h = self.attention_norm(x)
+        keys, values = self._keys_values(h, by, past)
+        x = x + self.o_proj(attend(rotate(self._heads(self.q_proj(h)), by), keys, values, mask))
+        h = self.mlp_norm(x)
+        return x + self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h)), (
+            keys,
+            values,
+        )
+
+    def _keys_values(self, h: Float[Tensor, "b s w"], by: Rotation, past: KeysValues | None) -> KeysValues:
+        keys, values = rotate(self._heads(self.k_proj(h)), by), self._heads(self.v_proj(h))
+        return (
+            (keys, values)
+            if past is None
+            else (torch.cat((past[0], keys), 2), torch.cat((past[1], values), 2))
+        )
+
+    def _heads(self, x: Float[Tensor, "b s hd"]) -> Float[Tensor, "b h s d"]:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class Decoder(nn.Module):
+    """A stack of layers in which new tokens see all valid tokens of a cache and one another."""
+
+    def __init__(self, width: int, mlp_dim: int, heads: GemmaConfig):
+        super().__init__()
+        self.head_dim = heads.head_dim
+        self.layers = nn.ModuleList(
+            DecoderLayer(width, mlp_dim, heads.num_heads, heads.num_kv_heads, heads.head_dim)
+            for _ in range(heads.depth)
+        )
+        self.norm = RMSNorm(width)
+        self.gradient_checkpointing = False
+
+    def extend(
+        self, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "b s"], cache: Cache | None = None
+    ) -> Cache:
+        """The cache with these tokens appended. Of the last layer only keys and values are computed."""
+        by, past, mask = self._place(mask, cache)
+        layers = []
+        for layer, seen in zip(self.layers[:-1], past, strict=False):
+            x, keys_values = self._call(layer, x, by, seen, mask)
+            layers.append(keys_values)
+        return Cache([*layers, self._call(self.layers[-1].keys_values, x, by, past[-1])], mask)
+
+    def read(self, x: Float[Tensor, "b s w"], cache: Cache) -> Float[Tensor, "b s w"]:
+        """Normed output of tokens, all of them real, that see the cache and one another."""
+        by, past, mask = self._place(cache.mask.new_ones(x.shape[:2]), cache)
+        for layer, seen in zip(self.layers, past, strict=True):
+            x, _ = self._call(layer, x, by, seen, mask)
+        return self.norm(x)
+
+    def _place(
+        self, mask: Bool[Tensor, "b s"], cache: Cache | None
+    ) -> tuple[Rotation, list[KeysValues] | list[None], Bool[Tensor, "b t"]]:
+        # Masked tokens do not advance positions, so a padded prompt or an absent camera moves nobody.
+        positions = mask.cumsum(1) - 1
+        if cache is None:
+            return rotation(positions, self.head_dim), [None] * len(self.layers), mask
+        positions = positions + cache.mask.sum(1, keepdim=True)
+        return rotation(positions, self.head_dim), cache.layers, torch.cat((cache.mask, mask), 1)
+
+    def _call(self, function: Callable, *args: object):
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)

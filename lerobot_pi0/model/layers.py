@@ -1,0 +1,64 @@
+"""The building blocks whose precision follows the activations: parameters may be float32 (training) or bfloat16 (deployment)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its input, whatever the dtype of its weights."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)  # LeCun, as flax initialises openpi
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Float[Tensor, "*s i"]) -> Float[Tensor, "*s o"]:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in float32 with SigLIP's epsilon; gives back the dtype it was given."""
+
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Float[Tensor, "*s w"]) -> Float[Tensor, "*s w"]:
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Gemma's RMS norm: float32, epsilon 1e-6, scaled by (1 + weight); gives back the dtype it was given."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Float[Tensor, "*s w"]) -> Float[Tensor, "*s w"]:
+        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), eps=1e-6).to(x.dtype)
+
+
+def attend(
+    q: Float[Tensor, "b h s d"],
+    k: Float[Tensor, "b k t d"],
+    v: Float[Tensor, "b k t d"],
+    key_mask: Bool[Tensor, "b t"] | None = None,
+) -> Float[Tensor, "b s hd"]:
+    """Multi-query attention in which every query sees every valid key; heads come out side by side.
+
+    The query heads that share a key head are folded into rows, so keys and values are never copied, and
+    the mask needs no query axis. A row without any valid key gives a finite output that means nothing.
+    """
+    (batch, heads, length, dim), kv_heads = q.shape, k.shape[1]
+    mask = None if key_mask is None else key_mask[:, None, None, :]
+    out = F.scaled_dot_product_attention(q.reshape(batch, kv_heads, -1, dim), k, v, attn_mask=mask)
+    return out.reshape(batch, heads, length, dim).transpose(1, 2).reshape(batch, length, heads * dim)

@@ -1,0 +1,40 @@
+"""What the model sees at one moment: images, an instruction, a state; and how a picture of any size becomes a square one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A batch of observations, ready for the network. Masks are True where something is real."""
+
+    images: Float[Tensor, "b v 3 h w"]  # in [-1, 1]
+    image_mask: Bool[Tensor, "b v"]
+    tokens: Int[Tensor, "b l"]
+    token_mask: Bool[Tensor, "b l"]
+    state: Float[Tensor, "b e"]  # normalised, padded with zeros
+
+
+def letterbox(images: Float[Tensor, "n c h w"], size: int) -> Float[Tensor, "n c size size"]:
+    """Images in [0, 1] scaled to fit a square of `size` pixels, centred on black; untouched where they fit already.
+
+    Antialiased bilinear, as Pillow does it and openpi with it (within one of 255 levels); odd padding goes right and down.
+    """
+    height, width = images.shape[-2:]
+    if (height, width) == (size, size):
+        return images
+    ratio = max(height, width) / size
+    new_height, new_width = int(height / ratio), int(width / ratio)
+    resized = F.interpolate(
+        images, (new_height, new_width), mode="bilinear", antialias=True, align_corners=False
+    )
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    return F.pad(resized, (left, size - new_width - left, top, size - new_height - top))

@@ -1,0 +1,122 @@
+"""π0: run the vision-language model once per observation, let the action expert read its keys and values,
+integrate a velocity field from noise to actions (Black et al., 2024, "π0: A Vision-Language-Action Flow Model").
+
+              images prompt | state | actions
+ prefix          ✓     ✓    |       |            VLM, once per observation
+ state           ✓     ✓    |   ✓   |            expert, once per observation
+ actions         ✓     ✓    |   ✓   |    ✓       expert, once per denoising step
+
+Nothing ever attends to what stands to its right, so each row is a pass of its own over the cache that the rows above
+left behind, and the only mask is the one of valid keys. Loss and sampling call the same functions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lerobot_pi0.model.flow import embed_time, integrate, interpolate
+from lerobot_pi0.model.gemma import Cache, Decoder, ExpertConfig, GemmaConfig
+from lerobot_pi0.model.layers import Linear
+from lerobot_pi0.model.observation import Observation
+from lerobot_pi0.model.siglip import Siglip, SiglipConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class Pi0(nn.Module):
+    """The network. `dtype` is what it computes in; norms, rotary angles, time and the action head stay float32."""
+
+    def __init__(
+        self,
+        vision: SiglipConfig,
+        vlm: GemmaConfig,
+        expert: ExpertConfig,
+        state_dim: int,
+        action_dim: int,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.dtype = dtype
+        self.expert_width = expert.width
+        self.vision = Siglip(vision, vlm.width)
+        self.token_embedding = nn.Embedding(vlm.vocab_size, vlm.width)
+        nn.init.normal_(self.token_embedding.weight, std=vlm.width**-0.5)
+        self.vlm = Decoder(vlm.width, vlm.mlp_dim, vlm)
+        self.expert = Decoder(expert.width, expert.mlp_dim, vlm)
+        self.state_proj = Linear(state_dim, expert.width)
+        self.action_in_proj = Linear(action_dim, expert.width)
+        self.action_time_mlp_in = Linear(2 * expert.width, expert.width)
+        self.action_time_mlp_out = Linear(expert.width, expert.width)
+        self.action_out_proj = Linear(expert.width, action_dim)
+        # No output depends on these: they are kept for round trips with published checkpoints, not computed, not trained.
+        last = self.vlm.layers[-1]
+        for unused in (
+            last.q_proj,
+            last.o_proj,
+            last.mlp_norm,
+            last.gate_proj,
+            last.up_proj,
+            last.down_proj,
+            self.vlm.norm,
+        ):
+            unused.requires_grad_(False)
+
+    def prefix(self, observation: Observation) -> Cache:
+        """Keys and values of images and prompt: all that depends on the vision-language model."""
+        batch, views = observation.images.shape[:2]
+        images = (
+            self.vision(observation.images.flatten(0, 1), self.dtype)
+            .unflatten(0, (batch, views))
+            .flatten(1, 2)
+        )
+        # The prompt is on the scale √width, as Gemma was trained; the images are not scaled.
+        prompt = self.token_embedding(observation.tokens) * self.token_embedding.embedding_dim**0.5
+        image_mask = observation.image_mask.repeat_interleave(images.shape[1] // views, 1)
+        mask = torch.cat((image_mask, observation.token_mask), 1)
+        return self.vlm.extend(torch.cat((images, prompt.to(self.dtype)), 1), mask)
+
+    def with_state(self, prefix: Cache, state: Float[Tensor, "b e"]) -> Cache:
+        """The prefix with the state token appended: all that actions attend to besides themselves."""
+        token = self.state_proj(state.float())[:, None].to(self.dtype)
+        return self.expert.extend(token, prefix.mask.new_ones(token.shape[:2]), prefix)
+
+    def velocity(
+        self, context: Cache, actions: Float[Tensor, "b a e"], time: Float[Tensor, "b *a"]
+    ) -> Float[Tensor, "b a e"]:
+        """Velocity of noisy actions at `time`, one per sample or one per action, given prefix and state."""
+        action = self.action_in_proj(actions.float())
+        embedding = embed_time(time if time.ndim == 2 else time[:, None], self.expert_width).expand_as(action)
+        x = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(torch.cat((action, embedding), -1))))
+        return self.action_out_proj(self.expert.read(x.to(self.dtype), context).float())
+
+    def loss(
+        self,
+        observation: Observation,
+        actions: Float[Tensor, "b a e"],
+        noise: Float[Tensor, "n a e"],
+        time: Float[Tensor, " n"],
+        freeze_vlm: bool = False,
+    ) -> Float[Tensor, "n a e"]:
+        """Squared error of the velocity, unreduced. n = k·b draws k (noise, time) pairs per observation, those of one in a row.
+
+        `freeze_vlm`: no graph through the prefix. Nothing in it depends on the expert, so the expert's gradients are the same.
+        """
+        draws = noise.shape[0] // actions.shape[0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_vlm):
+            prefix = self.prefix(observation)
+        context = self.with_state(prefix, observation.state).repeat(draws)
+        x, velocity = interpolate(actions.repeat_interleave(draws, 0), noise, time)
+        return (self.velocity(context, x, time) - velocity).square()
+
+    @torch.no_grad()
+    def sample(
+        self, observation: Observation, noise: Float[Tensor, "b a e"], num_steps: int
+    ) -> Float[Tensor, "b a e"]:
+        """A chunk of normalised actions for each observation."""
+        context = self.with_state(self.prefix(observation), observation.state)
+        return integrate(lambda x, time: self.velocity(context, x, time), noise, num_steps)

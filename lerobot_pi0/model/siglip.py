@@ -1,0 +1,93 @@
+"""SigLIP: the vision tower that turns one image into tokens of the language model's width (Zhai et al., 2023; So400m/14)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lerobot_pi0.model.layers import LayerNorm, Linear, attend
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class SiglipConfig:
+    """Sizes of the vision tower; the defaults are SigLIP So400m/14 at 224 pixels, as in PaliGemma."""
+
+    image_size: int = 224  # height and width of the square input, pixels
+    patch_size: int = 14
+    width: int = 1152
+    depth: int = 27
+    mlp_dim: int = 4304
+    num_heads: int = 16
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size or self.width % self.num_heads:
+            raise ValueError(
+                f"vision.image_size ({self.image_size}) must be a multiple of vision.patch_size ({self.patch_size}), "
+                f"and vision.width ({self.width}) of vision.num_heads ({self.num_heads})"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens per image: one for each patch, without pooling."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class VisionLayer(nn.Module):
+    """Pre-norm transformer block with full attention over the patches of one image."""
+
+    def __init__(self, config: SiglipConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.attention_norm = LayerNorm(config.width)
+        self.q_proj = Linear(config.width, config.width)
+        self.k_proj = Linear(config.width, config.width)
+        self.v_proj = Linear(config.width, config.width)
+        self.o_proj = Linear(config.width, config.width)
+        self.mlp_norm = LayerNorm(config.width)
+        self.up_proj = Linear(config.width, config.mlp_dim)
+        self.down_proj = Linear(config.mlp_dim, config.width)
+
+    def forward(self, x: Float[Tensor, "n t w"]) -> Float[Tensor, "n t w"]:
+        h = self.attention_norm(x)
+        q, k, v = (
+            proj(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        x = x + self.o_proj(attend(q, k, v))
+        return x + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x)), approximate="tanh"))
+
+
+class Siglip(nn.Module):
+    """Patches plus learned positions, transformer, norm, and the projection to the language model's width."""
+
+    def __init__(self, config: SiglipConfig, output_dim: int):
+        super().__init__()
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+        self.position_embedding = nn.Parameter(
+            torch.empty(config.num_tokens, config.width).normal_(std=config.width**-0.5)
+        )
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.depth))
+        self.norm = LayerNorm(config.width)
+        self.projector = Linear(config.width, output_dim)
+        self.gradient_checkpointing = False
+
+    def forward(self, images: Float[Tensor, "n 3 h w"], dtype: torch.dtype) -> Float[Tensor, "n t o"]:
+        """Tokens of images in [-1, 1]; patches and positions are float32 as in openpi, what follows is `dtype`."""
+        weight, bias = self.patch_embedding.weight.float(), self.patch_embedding.bias.float()
+        patches = F.conv2d(images, weight, bias, stride=self.patch_embedding.stride)
+        x = (patches.flatten(2).transpose(1, 2) + self.position_embedding.float()).to(dtype)
+        for layer in self.layers:
+            x = (
+                checkpoint(layer, x, use_reentrant=False)
+                if self.gradient_checkpointing and self.training
+                else layer(x)
+            )
+        return self.projector(self.norm(x))

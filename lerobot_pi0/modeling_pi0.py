@@ -1,0 +1,261 @@
+"""LeRobot's contract (queue, loss, loading) over the network: the only place that knows LeRobot's keys."""
+
+import logging
+import os
+from collections import deque
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies import PreTrainedPolicy
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.model import Observation, Pi0
+from lerobot_pi0.model.flow import sample_time
+from lerobot_pi0.model.observation import letterbox
+from lerobot_pi0.statistics import warn_of_constant_dimensions
+from lerobot_pi0.weights import (
+    WEIGHTS_FILE,
+    CheckpointError,
+    find_checkpoint,
+    from_published,
+    load_weights,
+    read_safetensors,
+)
+
+logger = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+
+
+class Pi0Policy(PreTrainedPolicy):
+    """π0 as a LeRobot policy.
+
+    batch ─observation()→ Observation ─Pi0.sample→ (B, chunk, padded) ─[..., :action_dim]→ chunk ─queue→ action, still normalised
+
+    `Pi0Policy(config)` has random weights; `from_pretrained` never has. The action queue is the only state.
+    """
+
+    config_class = Pi0Config
+    name = "lerobot_pi0"
+
+    def __init__(
+        self, config: Pi0Config, dataset_stats: dict | None = None, dataset_meta: Any = None, **_: Any
+    ):
+        """`dataset_stats` and `dataset_meta` come from LeRobot when it trains; other keywords of its factory are not used."""
+        super().__init__(config)
+        config.validate_features()
+        if dataset_stats is not None:
+            _check_statistics(config, dataset_stats)
+        self.config: Pi0Config = config
+        self.model = Pi0(
+            config.vision,
+            config.vlm,
+            config.expert,
+            config.max_state_dim,
+            config.max_action_dim,
+            getattr(torch, config.dtype),
+        )
+        for frozen in self._frozen():
+            frozen.requires_grad_(False)
+        for stack in (self.model.vision, self.model.vlm, self.model.expert):
+            stack.gradient_checkpointing = config.gradient_checkpointing
+        self.reset()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        config: PreTrainedConfig | None = None,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A policy with the weights of a checkpoint: one of ours, or of a published layout (then with a `config`).
+
+        Built without initialisation and from memory-mapped files; loading is strict. Trained parameters are held in float32 when
+        LeRobot trains (it then passes `dataset_meta`), all others in `config.dtype`.
+        Raises FileNotFoundError or CheckpointError that says what is wrong; it never returns a policy without its weights.
+        """
+        folder = find_checkpoint(
+            pretrained_name_or_path,
+            force_download=force_download,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            revision=revision,
+        )
+        if config is None:
+            config = PreTrainedConfig.from_pretrained(folder)
+        if not isinstance(config, Pi0Config):
+            raise CheckpointError(
+                f"'{pretrained_name_or_path}' is a policy of type '{config.type}'. To take its weights for this policy, give it a config: "
+                f"--policy.type=lerobot_pi0 --policy.pretrained_path={pretrained_name_or_path}"
+            )
+        tensors = read_safetensors(folder)
+        foreign = "model.token_embedding.weight" not in tensors
+        with torch.device("meta"):
+            policy = cls(config, **kwargs)
+        trains = kwargs.get("dataset_meta") is not None
+        dtypes = {
+            name: torch.float32 if trains and parameter.requires_grad else policy.model.dtype
+            for name, parameter in policy.model.named_parameters()
+        }
+        load_weights(policy.model, from_published(tensors), dtypes)
+        if foreign:
+            # LeRobot builds processors after the policy, from the folder in `pretrained_path` if there is one. Those of another
+            # policy are not ours (another prompt, a gated tokenizer): without the path it asks our own factory.
+            config.base_checkpoint, config.pretrained_path = str(pretrained_name_or_path), None
+        logger.info("%d tensors from %s, all of them used", len(dtypes), folder)
+        return policy.to(config.device).eval()
+
+    def observation(self, batch: Batch) -> Observation:
+        """The model's observation of a processed batch: camera slots in their order, state padded with zeros."""
+        missing = [key for key in (*self.config.cameras.values(), OBS_STATE) if key not in batch]
+        if missing:
+            raise ValueError(
+                f"the observation has no {missing}; it has {sorted(key for key in batch if key.startswith('observation'))}. "
+                "Give the robot or environment these names with --rename_map, or train with --policy.cameras"
+            )
+        images = [self._image(batch[key], key) for key in self.config.cameras.values()]
+        images = torch.stack(images, dim=1)
+        return Observation(
+            images=images,
+            image_mask=torch.ones(images.shape[:2], dtype=torch.bool, device=images.device),
+            tokens=batch[OBS_LANGUAGE_TOKENS],
+            token_mask=batch[OBS_LANGUAGE_ATTENTION_MASK].bool(),
+            state=self._pad(
+                batch[OBS_STATE], self.config.max_state_dim, OBS_STATE, self.config.robot_state_feature
+            ),
+        )
+
+    def forward(
+        self, batch: Batch, reduction: Literal["mean", "none"] = "mean"
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The flow-matching loss of a processed batch: a scalar, or with "none" one value per sample, whose mean is that scalar.
+
+        A sample's loss is the mean over the padded action's dimensions, as in openpi, and over its valid steps. In eval mode
+        noise and time are a function of the batch's first index, so that a held-out loss can be compared between steps.
+        """
+        actions = self._pad(batch[ACTION], self.config.max_action_dim, ACTION, self.config.action_feature)
+        noise, time = self._draw(batch, actions)
+        # Precision has one owner, the model: an autocast around it would round what it keeps in float32.
+        with torch.autocast(actions.device.type, enabled=False):
+            losses = self.model.loss(
+                self.observation(batch), actions, noise, time, freeze_vlm=self.config.freeze == "vlm"
+            )
+        losses = losses.mean(-1).unflatten(0, (len(actions), -1)).mean(1)
+        valid = torch.ones_like(losses)
+        if self.config.mask_padded_actions and "action_is_pad" in batch:
+            valid = (~batch["action_is_pad"]).to(losses.dtype)
+        per_sample = (losses * valid).sum(1) / valid.sum(1).clamp(min=1)
+        return (per_sample if reduction == "none" else per_sample.mean()), {}
+
+    @torch.no_grad()
+    def predict_action_chunk(
+        self,
+        batch: Batch,
+        *,
+        noise: Tensor | None = None,
+        inference_delay: int | None = None,
+        prev_chunk_left_over: Tensor | None = None,
+        execution_horizon: int | None = None,
+    ) -> Tensor:
+        """A chunk of actions (B, chunk, action size), normalised. `noise` (B, chunk, padded size) makes it reproducible.
+
+        The last three keywords are LeRobot's for real-time chunking, which this policy says it does not support: they change nothing.
+        """
+        observation = self.observation(batch)
+        if noise is None:
+            shape = (len(observation.state), self.config.chunk_size, self.config.max_action_dim)
+            noise = torch.randn(shape, device=observation.state.device)
+        with torch.autocast(noise.device.type, enabled=False):
+            actions = self.model.sample(observation, noise, self.config.num_inference_steps)
+        return actions[..., : self.config.action_feature.shape[0]]
+
+    @torch.no_grad()
+    def select_action(self, batch: Batch, *, noise: Tensor | None = None) -> Tensor:
+        """The next action (B, action size), normalised; a new chunk is predicted when `n_action_steps` have been handed out."""
+        if not self._action_queue:
+            chunk = self.predict_action_chunk(batch, noise=noise)
+            self._action_queue.extend(chunk[:, : self.config.n_action_steps].unbind(1))
+        return self._action_queue.popleft()
+
+    def reset(self) -> None:
+        """Forget the actions that were not executed yet."""
+        self._action_queue: deque[Tensor] = deque()
+
+    def get_optim_params(self) -> list[dict[str, Any]]:
+        """What trains, as one group; fused updates where the device has them."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "fused": True}]
+
+    def train(self, mode: bool = True) -> Self:
+        """Frozen parts stay in eval mode."""
+        super().train(mode)
+        for frozen in self._frozen():
+            frozen.eval()
+        return self
+
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Config and weights. The file is renamed when complete: the old one may be the one that the weights are mapped from."""
+        self.config._save_pretrained(save_directory)
+        tensors = {name: tensor.contiguous() for name, tensor in (state_dict or self.state_dict()).items()}
+        unfinished = save_directory / f"{WEIGHTS_FILE}.unfinished"
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        os.replace(unfinished, save_directory / WEIGHTS_FILE)
+
+    def _frozen(self) -> list[torch.nn.Module]:
+        vlm = [self.model.vision, self.model.token_embedding, self.model.vlm]
+        return {"nothing": [], "vision": vlm[:1], "vlm": vlm}[self.config.freeze]
+
+    def _draw(self, batch: Batch, actions: Tensor) -> tuple[Tensor, Tensor]:
+        num, device, generator = len(actions) * self.config.num_flow_samples, actions.device, None
+        if not self.training:
+            index = batch.get("index")
+            generator = torch.Generator(device).manual_seed(0 if index is None else int(index.flatten()[0]))
+        noise = torch.randn((num, *actions.shape[1:]), device=device, generator=generator)
+        return noise, sample_time(num, device, generator)
+
+    def _image(self, image: Tensor, key: str) -> Tensor:
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"'{key}' must be (batch, 3, height, width), got {tuple(image.shape)}")
+        image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
+        return letterbox(image, self.config.vision.image_size) * 2 - 1
+
+    def _pad(self, vector: Tensor, size: int, key: str, feature: Any) -> Tensor:
+        if vector.shape[-1] != feature.shape[0]:
+            raise ValueError(
+                f"'{key}' has {vector.shape[-1]} dimensions, the policy was made for {feature.shape[0]}"
+            )
+        return torch.nn.functional.pad(vector.float(), (0, size - vector.shape[-1]))
+
+
+def _check_statistics(config: Pi0Config, statistics: dict) -> None:
+    for kind, key, names in (
+        ("STATE", OBS_STATE, config.state_feature_names),
+        ("ACTION", ACTION, config.action_feature_names),
+    ):
+        mode = config.normalization_mapping.get(kind)
+        if mode is None or mode.value == "IDENTITY":
+            continue
+        needed = {
+            "MEAN_STD": ("mean", "std"),
+            "MIN_MAX": ("min", "max"),
+            "QUANTILES": ("q01", "q99"),
+            "QUANTILE10": ("q10", "q90"),
+        }
+        missing = [name for name in needed[mode.value] if name not in statistics.get(key, {})]
+        if missing:
+            raise ValueError(
+                f"the dataset has no {missing} of '{key}', which --policy.normalization_mapping needs ({kind}: {mode.value}): "
+                "compute them with lerobot-edit-dataset --operation.type=recompute_stats, or choose MEAN_STD"
+            )
+        warn_of_constant_dimensions(statistics, {key: names}, mode.value)

@@ -1,0 +1,202 @@
+"""Raw batch → model batch, and action chunk → robot units: LeRobot's standard steps, and a tokenizer that travels with the checkpoint."""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from lerobot.configs import PipelineFeatureType, PolicyFeature
+from lerobot.lerobot_types import EnvTransition, TransitionKey
+from lerobot.processor import (
+    PolicyAction,
+    PolicyProcessorPipeline,
+    ProcessorStep,
+    ProcessorStepRegistry,
+    make_default_policy_processor_steps,
+    make_policy_processor_pipelines,
+)
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config
+
+logger = logging.getLogger(__name__)
+
+Statistics = dict[str, dict[str, Any]]
+# openpi adds this to every standard deviation and quantile range, which matters where a dimension hardly moves.
+EPSILON = 1e-6
+
+
+@ProcessorStepRegistry.register("lerobot_pi0_tokenizer")
+@dataclass
+class Pi0TokenizerStep(ProcessorStep):
+    """The instruction as token ids: cleaned as openpi cleans it, beginning of sequence, text, newline.
+
+    The tokenizer itself is the step's saved state, so a checkpoint needs neither a network nor a gated repository.
+    Prompts are padded on the right (id 0) to the batch's longest, rounded up to a multiple of 8 so that shapes are few.
+    """
+
+    tokenizer: str
+    max_length: int
+    vocab_size: int
+    _tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
+    _told: set[str] = field(default_factory=set, init=False, repr=False)
+
+    def __call__(self, transition: EnvTransition) -> EnvTransition:
+        task = (transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}).get("task")
+        if task is None or (
+            isinstance(task, list | tuple) and not all(isinstance(text, str) for text in task)
+        ):
+            raise ValueError(
+                f"π0 needs an instruction, but 'task' is {task!r}. Datasets store one per episode; "
+                'lerobot-rollout takes --task="..."'
+            )
+        rows = [self.encode(text) for text in ([task] if isinstance(task, str) else task)]
+        length = min(self.max_length, 8 * math.ceil(max(map(len, rows)) / 8))
+        tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+        mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
+        observation = transition.get(TransitionKey.OBSERVATION) or {}
+        transition = transition.copy()
+        transition[TransitionKey.OBSERVATION] = {
+            **observation,
+            OBS_LANGUAGE_TOKENS: tokens,
+            OBS_LANGUAGE_ATTENTION_MASK: mask,
+        }
+        return transition
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of one prompt, at most `max_length` of them; a longer one is cut, newline included, with a warning."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer)
+        encode = self._tokenizer.encode
+        text = encode(clean_prompt(prompt), add_special_tokens=False).ids
+        ids = [self._tokenizer.token_to_id("<bos>"), *text, *encode("\n", add_special_tokens=False).ids]
+        if max(ids) >= self.vocab_size:
+            raise ValueError(
+                f"the tokenizer '{self.tokenizer}' gives id {max(ids)} for {prompt!r}, but the model's vocabulary has {self.vocab_size} "
+                "entries: raise --policy.vlm.vocab_size (training from scratch), or name the tokenizer that belongs to the weights"
+            )
+        if len(ids) > self.max_length and prompt not in self._told:
+            self._told.add(prompt)
+            logger.warning(
+                "the prompt has %d tokens and is cut to %d (--policy.tokenizer_max_length): %r",
+                len(ids),
+                self.max_length,
+                prompt,
+            )
+        return ids[: self.max_length]
+
+    def get_config(self) -> dict[str, Any]:
+        return {"tokenizer": self.tokenizer, "max_length": self.max_length, "vocab_size": self.vocab_size}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tokenizer as the bytes of its JSON."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer)
+        return {
+            "tokenizer": torch.frombuffer(bytearray(self._tokenizer.to_str().encode()), dtype=torch.uint8)
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._tokenizer = Tokenizer.from_str(bytes(state["tokenizer"].cpu().numpy()).decode())
+
+    def transform_features(
+        self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
+    ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
+        return features
+
+
+def clean_prompt(prompt: str) -> str:
+    """The prompt as openpi hands it to the tokenizer: stripped, underscores and line breaks as spaces."""
+    return prompt.strip().replace("_", " ").replace("\n", " ")
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer by name: "small" (in the package), a folder or a tokenizer.json, or a repository on the hub.
+
+    Raises OSError that says why it cannot be had and what to do.
+    """
+    if name == SMALL_TOKENIZER:
+        return Tokenizer.from_str(
+            files("lerobot_pi0").joinpath("tokenizers", "small.json").read_text("utf-8")
+        )
+    path = Path(name).expanduser()
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.is_file():
+        return Tokenizer.from_file(str(path))
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    try:
+        return Tokenizer.from_file(hf_hub_download(name, "tokenizer.json"))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, GatedRepoError):
+            why = "its licence has to be accepted on the hub, and you have to be logged in"
+        elif isinstance(error, LocalEntryNotFoundError | ConnectionError):
+            why = (
+                "it is not in the local cache and the hub cannot be reached (no network, or HF_HUB_OFFLINE=1)"
+            )
+        else:
+            why = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"the tokenizer '{name}' cannot be had: {why}. Ways out: (1) accept the licence at huggingface.co/{name} and run "
+            "`hf auth login`; (2) --policy.tokenizer=FOLDER with a copy of its tokenizer.json; (3) start from a checkpoint of this "
+            "policy, which carries its tokenizer: --policy.path=...; (4) for a small model from scratch, --policy.tokenizer=small"
+        ) from error
+
+
+def make_lerobot_pi0_pre_post_processors(
+    config: Pi0Config, dataset_stats: Statistics | None = None
+) -> tuple[
+    PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
+    PolicyProcessorPipeline[PolicyAction, PolicyAction],
+]:
+    """The pipelines of a new policy. Order as in openpi: raw values → normalised; prompt → tokens; padding is the policy's.
+
+    Without statistics from a dataset, those of the checkpoint that the weights came from are taken.
+    """
+    if config.base_checkpoint and (dataset_stats is None or config.statistics == "checkpoint"):
+        from lerobot_pi0.statistics import read_statistics
+
+        dataset_stats = read_statistics(config.base_checkpoint, config.pretrained_revision)
+    if dataset_stats is None:
+        logger.warning(
+            "no statistics: state and actions pass as they are. That is right for a policy with random weights only; "
+            "a trained one carries its statistics (--policy.path=...)"
+        )
+    steps = make_default_policy_processor_steps(config, dataset_stats and widen(dataset_stats))
+    steps.normalize.eps = steps.unnormalize.eps = EPSILON
+    tokenize = Pi0TokenizerStep(config.tokenizer, config.tokenizer_max_length, config.vlm.vocab_size)
+    tokenize.state_dict()  # fetches the tokenizer: if it cannot be had, now is the time to say so
+    return make_policy_processor_pipelines(
+        input_steps=[
+            steps.rename_observations,
+            steps.add_batch_dim,
+            tokenize,
+            steps.to_device,
+            steps.normalize,
+        ],
+        output_steps=[steps.unnormalize, steps.to_cpu],
+    )
+
+
+def widen(statistics: Statistics) -> Statistics:
+    """Statistics whose quantile ranges are EPSILON wider, as openpi computes; deviations get theirs from the normaliser's epsilon."""
+    return {
+        key: {
+            name: torch.as_tensor(value) + EPSILON if name in ("q99", "q90", "max") else value
+            for name, value in of.items()
+        }
+        for key, of in statistics.items()
+    }
