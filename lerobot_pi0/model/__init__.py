@@ -1,7 +1,7 @@
 """π0 as a network: pure torch, no LeRobot, no transformers, no strings as keys.
 
-Letters in shapes: B batch, V camera views, L prompt tokens, P prefix tokens, A actions in a chunk, E padded state/action size,
-S tokens of one pass, T keys to attend to, H query heads, K key/value heads, D size of a head.
+Letters in shapes: B batch, V camera views, L prompt tokens, P prefix tokens, A actions in a chunk, E padded
+size of state and action, S tokens of a pass, T keys attended, H query heads, K key/value heads, D head size.
 """
 
 from lerobot_pi0.model.gemma import ExpertConfig, GemmaConfig

@@ -1,4 +1,4 @@
-"""Flow matching: time runs from 1 (noise) to 0 (actions); said once, here (Lipman et al., 2023; Black et al., 2024)."""
+"""Flow matching: time runs from 1 (noise) to 0 (actions); said once, here (Lipman et al., 2023; π0)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def sample_time(
     num: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
 ) -> Float[Tensor, " n"]:
-    """Training times in (0.001, 1]: Beta(1.5, 1) · 0.999 + 0.001, which dwells near noise (π0, appendix B)."""
+    """Training times in (0.001, 1]: Beta(1.5, 1) · 0.999 + 0.001, near noise mostly (π0, appendix B)."""
     uniform = torch.rand(num, device=device, generator=generator)
     return uniform ** (1 / 1.5) * 0.999 + 0.001  # the inverse of Beta(1.5, 1)'s distribution function
 
@@ -24,7 +24,7 @@ def sample_time(
 def interpolate(
     actions: Float[Tensor, "b a e"], noise: Float[Tensor, "b a e"], time: Float[Tensor, " b"]
 ) -> tuple[Float[Tensor, "b a e"], Float[Tensor, "b a e"]]:
-    """The point at `time` on the straight path from actions to noise, and the velocity there (noise - actions)."""
+    """The point at `time` on the straight path from actions to noise, and the velocity there."""
     t = time[:, None, None]
     return t * noise + (1 - t) * actions, noise - actions
 
@@ -41,7 +41,7 @@ def embed_time(time: Float[Tensor, "*b"], dim: int) -> Float[Tensor, "*b dim"]:
 
 
 def step_times(num_steps: int) -> list[float]:
-    """Times at which a sampler evaluates the velocity: from 1 down in `num_steps` equal steps, summed in float32."""
+    """Times at which a sampler evaluates the velocity: 1 and down, in equal steps summed in float32."""
     times, step = [torch.tensor(1.0)], torch.tensor(-1.0 / num_steps)
     for _ in range(num_steps - 1):
         times.append(times[-1] + step)

@@ -1,17 +1,15 @@
-"""Gemma: a decoder stack that adds keys and values to a cache, or reads one (Gemma Team, 2024; PaliGemma's language model)."""
+"""Gemma: a decoder stack that adds keys and values to a cache, or reads one (Gemma Team, 2024)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lerobot_pi0.model.layers import Linear, RMSNorm, attend
+from lerobot_pi0.model.layers import Linear, RMSNorm, Stack, attend
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -32,14 +30,14 @@ class GemmaConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads or self.head_dim % 2:
             raise ValueError(
-                f"vlm.num_heads ({self.num_heads}) must be a multiple of vlm.num_kv_heads ({self.num_kv_heads}), "
-                f"and vlm.head_dim ({self.head_dim}) must be even"
+                f"vlm.num_heads ({self.num_heads}) must be a multiple of vlm.num_kv_heads "
+                f"({self.num_kv_heads}), and vlm.head_dim ({self.head_dim}) must be even"
             )
 
 
 @dataclass(frozen=True)
 class ExpertConfig:
-    """Sizes of the action expert; depth and heads are the language model's, whose keys and values it reads."""
+    """Sizes of the action expert; depth and heads are the language model's, whose cache it reads."""
 
     width: int = 1024
     mlp_dim: int = 4096
@@ -49,17 +47,18 @@ class ExpertConfig:
             raise ValueError(f"expert.width ({self.width}) must be even: half sines, half cosines of time")
 
 
-type KeysValues = tuple[Float[Tensor, "b k t d"], Float[Tensor, "b k t d"]]
+# as long as the mask that goes with them
+type KeysValues = tuple[Float[Tensor, "b k _ d"], Float[Tensor, "b k _ d"]]
 
 
 @dataclass(frozen=True)
 class Cache:
-    """What later tokens attend to: keys (already rotated) and values of each layer, and which of them are real."""
+    """What later tokens attend to: keys (rotated) and values of each layer, and which of them are real."""
 
     layers: list[KeysValues]
     mask: Bool[Tensor, "b t"]
 
-    def repeat(self, times: int) -> "Cache":
+    def repeat(self, times: int) -> Cache:
         """The cache for a batch in which every sample stands `times` times in a row."""
         if times == 1:
             return self
@@ -71,7 +70,7 @@ type Rotation = tuple[Float[Tensor, "b 1 s c"], Float[Tensor, "b 1 s c"]]
 
 
 def rotation(positions: Int[Tensor, "b s"], head_dim: int) -> Rotation:
-    """Cosine and sine of the rotary angles, float32 whatever the model's dtype: bfloat16 angles are off by up to 1 rad."""
+    """Cosine and sine of the rotary angles, always float32: in bfloat16 they are off by up to 1 rad."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions[:, None, :, None] / 10_000.0**exponents
     return angles.cos(), angles.sin()
@@ -84,7 +83,7 @@ def rotate(x: Float[Tensor, "b h s d"], by: Rotation) -> Float[Tensor, "b h s d"
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm block: multi-query attention over the cache and its own tokens, then a GELU-gated MLP; no biases."""
+    """Pre-norm block: multi-query attention over cache and own tokens, then a gated MLP; no biases."""
 
     def __init__(self, width: int, mlp_dim: int, num_heads: int, num_kv_heads: int, head_dim: int):
         super().__init__()
@@ -109,7 +108,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Float[Tensor, "b s w"], by: Rotation, past: KeysValues | None, mask: Bool[Tensor, "b t"]
     ) -> tuple[Float[Tensor, "b s w"], KeysValues]:
-        """One block over past and own tokens: their new hidden states, and the keys and values that they saw."""
+        """One block: the tokens' new hidden states, and the keys and values that they saw."""
         h = self.attention_norm(x)
         keys, values = self._keys_values(h, by, past)
         x = x + self.o_proj(attend(rotate(self._heads(self.q_proj(h)), by), keys, values, mask))
@@ -131,7 +130,7 @@ class DecoderLayer(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-class Decoder(nn.Module):
+class Decoder(Stack):
     """A stack of layers in which new tokens see all valid tokens of a cache and one another."""
 
     def __init__(self, width: int, mlp_dim: int, heads: GemmaConfig):
@@ -142,24 +141,26 @@ class Decoder(nn.Module):
             for _ in range(heads.depth)
         )
         self.norm = RMSNorm(width)
-        self.gradient_checkpointing = False
 
     def extend(
         self, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "b s"], cache: Cache | None = None
     ) -> Cache:
         """The cache with these tokens appended. Of the last layer only keys and values are computed."""
         by, past, mask = self._place(mask, cache)
-        layers = []
-        for layer, seen in zip(self.layers[:-1], past, strict=False):
-            x, keys_values = self._call(layer, x, by, seen, mask)
-            layers.append(keys_values)
-        return Cache([*layers, self._call(self.layers[-1].keys_values, x, by, past[-1])], mask)
+        extended = []
+        for layer, seen in zip(self.layers, past, strict=True):
+            if layer is self.layers[-1]:
+                keys_values = self.call(layer.keys_values, x, by, seen)
+            else:
+                x, keys_values = self.call(layer, x, by, seen, mask)
+            extended.append(keys_values)
+        return Cache(extended, mask)
 
     def read(self, x: Float[Tensor, "b s w"], cache: Cache) -> Float[Tensor, "b s w"]:
         """Normed output of tokens, all of them real, that see the cache and one another."""
         by, past, mask = self._place(cache.mask.new_ones(x.shape[:2]), cache)
         for layer, seen in zip(self.layers, past, strict=True):
-            x, _ = self._call(layer, x, by, seen, mask)
+            x, _ = self.call(layer, x, by, seen, mask)
         return self.norm(x)
 
     def _place(
@@ -171,8 +172,3 @@ class Decoder(nn.Module):
             return rotation(positions, self.head_dim), [None] * len(self.layers), mask
         positions = positions + cache.mask.sum(1, keepdim=True)
         return rotation(positions, self.head_dim), cache.layers, torch.cat((cache.mask, mask), 1)
-
-    def _call(self, function: Callable, *args: object):
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)

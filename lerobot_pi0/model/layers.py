@@ -1,12 +1,14 @@
-"""The building blocks whose precision follows the activations: parameters may be float32 (training) or bfloat16 (deployment)."""
+"""Building blocks whose precision follows the activations: parameters may be float32 or bfloat16."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -47,6 +49,17 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), eps=1e-6).to(x.dtype)
 
 
+class Stack(nn.Module):
+    """Layers that may recompute their activations in the backward pass instead of keeping them."""
+
+    gradient_checkpointing = False
+
+    def call(self, layer: Callable[..., Any], *args: object) -> Any:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
+
+
 def attend(
     q: Float[Tensor, "b h s d"],
     k: Float[Tensor, "b k t d"],
@@ -60,5 +73,13 @@ def attend(
     """
     (batch, heads, length, dim), kv_heads = q.shape, k.shape[1]
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    out = F.scaled_dot_product_attention(q.reshape(batch, kv_heads, -1, dim), k, v, attn_mask=mask)
+    q = q.reshape(batch, kv_heads, -1, dim)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # As openpi has it, logits in float32; the fused kernel's backward takes ten times as long here.
+        logits = q.float() @ k.float().mT * dim**-0.5
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -2.3819763e38)
+        out = logits.softmax(-1).to(v.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.reshape(batch, heads, length, dim).transpose(1, 2).reshape(batch, length, heads * dim)

@@ -1,4 +1,4 @@
-"""What the model sees at one moment: images, an instruction, a state; and how a picture of any size becomes a square one."""
+"""What the model sees at one moment, and how a picture of any size becomes a square one."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ class Observation:
 
 
 def letterbox(images: Float[Tensor, "n c h w"], size: int) -> Float[Tensor, "n c size size"]:
-    """Images in [0, 1] scaled to fit a square of `size` pixels, centred on black; untouched where they fit already.
+    """Images in [0, 1] scaled to fit a square of `size` pixels, centred on black; as they are if they fit.
 
-    Antialiased bilinear, as Pillow does it and openpi with it (within one of 255 levels); odd padding goes right and down.
+    Antialiased bilinear, as Pillow does it and openpi with it (within one of 255 levels).
+    Odd padding goes right and down.
     """
     height, width = images.shape[-2:]
     if (height, width) == (size, size):

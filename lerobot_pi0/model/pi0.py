@@ -1,13 +1,14 @@
 """π0: run the vision-language model once per observation, let the action expert read its keys and values,
-integrate a velocity field from noise to actions (Black et al., 2024, "π0: A Vision-Language-Action Flow Model").
+integrate a velocity field from noise to actions (Black et al., 2024,
+"π0: A Vision-Language-Action Flow Model").
 
               images prompt | state | actions
  prefix          ✓     ✓    |       |            VLM, once per observation
  state           ✓     ✓    |   ✓   |            expert, once per observation
  actions         ✓     ✓    |   ✓   |    ✓       expert, once per denoising step
 
-Nothing ever attends to what stands to its right, so each row is a pass of its own over the cache that the rows above
-left behind, and the only mask is the one of valid keys. Loss and sampling call the same functions.
+Nothing ever attends to what stands to its right, so each row is a pass over the cache that the rows
+above left, and the only mask is the one of valid keys. Loss and sampling call the same functions.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Pi0(nn.Module):
-    """The network. `dtype` is what it computes in; norms, rotary angles, time and the action head stay float32."""
+    """The network. It computes in `dtype`; norms, rotary angles, time and action head stay float32."""
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class Pi0(nn.Module):
         self.action_time_mlp_in = Linear(2 * expert.width, expert.width)
         self.action_time_mlp_out = Linear(expert.width, expert.width)
         self.action_out_proj = Linear(expert.width, action_dim)
-        # No output depends on these: they are kept for round trips with published checkpoints, not computed, not trained.
+        # No output depends on these: they stay for round trips with published checkpoints.
         last = self.vlm.layers[-1]
         for unused in (
             last.q_proj,
@@ -86,7 +87,7 @@ class Pi0(nn.Module):
         return self.expert.extend(token, prefix.mask.new_ones(token.shape[:2]), prefix)
 
     def velocity(
-        self, context: Cache, actions: Float[Tensor, "b a e"], time: Float[Tensor, "b *a"]
+        self, context: Cache, actions: Float[Tensor, "b a e"], time: Float[Tensor, "b ..."]
     ) -> Float[Tensor, "b a e"]:
         """Velocity of noisy actions at `time`, one per sample or one per action, given prefix and state."""
         action = self.action_in_proj(actions.float())
@@ -102,9 +103,9 @@ class Pi0(nn.Module):
         time: Float[Tensor, " n"],
         freeze_vlm: bool = False,
     ) -> Float[Tensor, "n a e"]:
-        """Squared error of the velocity, unreduced. n = k·b draws k (noise, time) pairs per observation, those of one in a row.
+        """Squared error of the velocity, unreduced; n = k·b draws k (noise, time) pairs per observation.
 
-        `freeze_vlm`: no graph through the prefix. Nothing in it depends on the expert, so the expert's gradients are the same.
+        `freeze_vlm`: no graph through the prefix, which does not change the gradients of the expert.
         """
         draws = noise.shape[0] // actions.shape[0]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_vlm):

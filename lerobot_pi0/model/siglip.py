@@ -1,4 +1,4 @@
-"""SigLIP: the vision tower that turns one image into tokens of the language model's width (Zhai et al., 2023; So400m/14)."""
+"""SigLIP: the vision tower that turns an image into tokens of the language model (Zhai et al., 2023)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lerobot_pi0.model.layers import LayerNorm, Linear, attend
+from lerobot_pi0.model.layers import LayerNorm, Linear, Stack, attend
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -30,8 +29,8 @@ class SiglipConfig:
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size or self.width % self.num_heads:
             raise ValueError(
-                f"vision.image_size ({self.image_size}) must be a multiple of vision.patch_size ({self.patch_size}), "
-                f"and vision.width ({self.width}) of vision.num_heads ({self.num_heads})"
+                f"vision.image_size ({self.image_size}) must be a multiple of vision.patch_size "
+                f"({self.patch_size}), and vision.width ({self.width}) of vision.num_heads ({self.num_heads})"
             )
 
     @property
@@ -65,7 +64,7 @@ class VisionLayer(nn.Module):
         return x + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x)), approximate="tanh"))
 
 
-class Siglip(nn.Module):
+class Siglip(Stack):
     """Patches plus learned positions, transformer, norm, and the projection to the language model's width."""
 
     def __init__(self, config: SiglipConfig, output_dim: int):
@@ -77,17 +76,13 @@ class Siglip(nn.Module):
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.depth))
         self.norm = LayerNorm(config.width)
         self.projector = Linear(config.width, output_dim)
-        self.gradient_checkpointing = False
 
     def forward(self, images: Float[Tensor, "n 3 h w"], dtype: torch.dtype) -> Float[Tensor, "n t o"]:
-        """Tokens of images in [-1, 1]; patches and positions are float32 as in openpi, what follows is `dtype`."""
-        weight, bias = self.patch_embedding.weight.float(), self.patch_embedding.bias.float()
-        patches = F.conv2d(images, weight, bias, stride=self.patch_embedding.stride)
+        """Tokens of images in [-1, 1]; patches and positions are float32, what follows is `dtype`."""
+        embed = self.patch_embedding
+        bias = None if embed.bias is None else embed.bias.float()
+        patches = F.conv2d(images, embed.weight.float(), bias, stride=embed.stride)
         x = (patches.flatten(2).transpose(1, 2) + self.position_embedding.float()).to(dtype)
         for layer in self.layers:
-            x = (
-                checkpoint(layer, x, use_reentrant=False)
-                if self.gradient_checkpointing and self.training
-                else layer(x)
-            )
+            x = self.call(layer, x)
         return self.projector(self.norm(x))
