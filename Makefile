@@ -27,7 +27,11 @@ lint: .venv/ready  ## ruff: rules and format
 types: .venv/ready  ## pyrefly
 	$(RUN) pyrefly check
 
-PUSHT_ARGS = --policy.type=lerobot_pi0 --policy.device=cpu --env.type=pusht --env.episode_length=30 \
+PUSHT_ARGS = --policy.type=lerobot_pi0 --policy.device=cpu --policy.dtype=float32 --policy.tokenizer=small \
+  --policy.vision.image_size=56 --policy.vision.width=32 --policy.vision.depth=2 --policy.vision.mlp_dim=64 \
+  --policy.vision.num_heads=2 --policy.vlm.width=32 --policy.vlm.depth=2 --policy.vlm.mlp_dim=64 \
+  --policy.vlm.num_heads=2 --policy.vlm.head_dim=16 --policy.expert.width=32 --policy.expert.mlp_dim=64 \
+  --policy.chunk_size=8 --policy.n_action_steps=8 --env.type=pusht --env.episode_length=30 \
   --eval.n_episodes=1 --eval.batch_size=1 --output_dir=outputs/pusht
 
 pusht: .venv-pusht/ready  ## a tiny untrained policy through lerobot-eval on gym-pusht, in .venv-pusht

@@ -15,7 +15,9 @@ fail() {
 
 # A name on PATH may be a pyenv shim that exists and does not answer: what counts is that it runs.
 has_pip() { "$1" -m pip --version >/dev/null 2>&1 && "$1" -c 'import sys; sys.exit(sys.version_info < (3, 8))'; }
-is_new_enough() { "$1" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info < (3, 15))' >/dev/null 2>&1; }
+is_new_enough() { "$1" -c 'import sys; sys.exit(not (3, 12) <= sys.version_info < (3, 14))' >/dev/null 2>&1; }
+
+pyenv_versions=${PYENV_ROOT:-$HOME/.pyenv}/versions
 
 find_python() { # $1: a check, the rest: candidates. Prints the first that passes.
     check=$1
@@ -33,7 +35,7 @@ find_python() { # $1: a check, the rest: candidates. Prints the first that passe
 is_usable_uv() { "$1" venv --help 2>/dev/null | grep -q -e '--clear'; }
 
 install_uv() { # Into a plain folder: `python -m venv` needs ensurepip, which Debian packs apart, and pip alone will do.
-    installer=$(find_python has_pip ${python:-} python3 python /usr/bin/python3) ||
+    installer=$(find_python has_pip ${python:-} python3 python /usr/bin/python3 "$pyenv_versions"/3.*/bin/python) ||
         fail "Found neither uv nor a Python 3 with pip. Install uv (https://docs.astral.sh/uv), then run make again."
     say "uv: not found, installing it into .uv/ with $installer"
     rm -rf .uv
@@ -43,9 +45,8 @@ install_uv() { # Into a plain folder: `python -m venv` needs ensurepip, which De
 }
 
 main_environment() {
-    pyenv_versions=${PYENV_ROOT:-$HOME/.pyenv}/versions
-    python=$(find_python is_new_enough python3.12 python3.13 python3.14 python3 python \
-        "$pyenv_versions"/3.12*/bin/python "$pyenv_versions"/3.13*/bin/python "$pyenv_versions"/3.14*/bin/python) || python=
+    python=$(find_python is_new_enough python3.12 python3.13 python3 python \
+        "$pyenv_versions"/3.12*/bin/python "$pyenv_versions"/3.13*/bin/python) || python=
 
     if is_usable_uv .uv/bin/uv; then
         uv=.uv/bin/uv
@@ -65,7 +66,7 @@ main_environment() {
             fail "No environment was made (see above). Without a way to download one, put a Python 3.12 on PATH, then run make again."
     fi
 
-    say "packages: into .venv (the first time on a machine: some 3 GB of downloads)"
+    say "packages: into .venv (6 GB on disk; the first time on a machine they are downloaded)"
     "$uv" pip install $quiet --python .venv --constraints .ci/constraints.txt --editable . --group dev
     touch .venv/ready
 }

@@ -1,4 +1,6 @@
-"""π0, the vision-language-action model, as a policy plugin for LeRobot. Importing it registers the policy type `lerobot_pi0`."""
+"""π0, the vision-language-action model, as a policy plugin for LeRobot. Importing it registers the policy
+type `lerobot_pi0`.
+"""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,16 +1,16 @@
-"""Every setting of the policy: its default, its meaning, its validation. The defaults are openpi's π0 at its published size."""
+"""Every setting of the policy: default, meaning, validation. The defaults are openpi's π0 as published."""
 
 import logging
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, LRSchedulerConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,8 @@ CAMERA_SLOTS = ("base", "left_wrist", "right_wrist")  # the order in which openp
 @PreTrainedConfig.register_subclass("lerobot_pi0")
 @dataclass
 class Pi0Config(PreTrainedConfig):
+    """Settings of `--policy.type=lerobot_pi0`, saved beside the weights: a checkpoint describes itself."""
+
     # Sizes. A published checkpoint fits the defaults; a small model is a few smaller numbers.
     vision: SiglipConfig = field(default_factory=SiglipConfig)
     vlm: GemmaConfig = field(default_factory=GemmaConfig)
@@ -36,14 +38,15 @@ class Pi0Config(PreTrainedConfig):
     # Euler steps from noise to actions.
     num_inference_steps: int = 10
 
-    # Which camera fills which slot, for example '{base: front, left_wrist: wrist}'. Empty: assigned by name, logged and saved.
-    # A slot without a camera costs nothing: it is neither encoded nor attended to.
+    # Which camera fills which slot, for example '{base: front, left_wrist: wrist}'. Empty: assigned by name,
+    # logged and saved. A slot without a camera costs nothing: it is neither encoded nor attended to.
     cameras: dict[str, str] = field(default_factory=dict)
 
     # A repository on the hub, a folder, or "small" (in the package, for small models from scratch).
     # A checkpoint of this policy carries its tokenizer and asks for nothing.
     tokenizer: str = "google/paligemma-3b-pt-224"
-    # Prompt tokens, with the beginning of sequence and the closing newline; longer prompts are cut with a warning.
+    # Prompt tokens, with the beginning of sequence and the closing newline; longer prompts are cut with a
+    # warning.
     tokenizer_max_length: int = 48
 
     normalization_mapping: dict[str, NormalizationMode] = field(
@@ -53,13 +56,16 @@ class Pi0Config(PreTrainedConfig):
             "ACTION": NormalizationMode.MEAN_STD,
         }
     )
-    # Training from a checkpoint of another layout (in-tree π0, openpi): normalise by the dataset's statistics, or by that checkpoint's.
+    # Training from a checkpoint of another layout (in-tree π0, openpi): normalise by the dataset's
+    # statistics, or by that checkpoint's.
     statistics: Literal["dataset", "checkpoint"] = "dataset"
 
-    # What the network computes in. Trained parameters are held in float32 all the same; frozen ones and those of a deployed policy in this.
+    # What the network computes in. Trained parameters are held in float32 all the same; frozen ones and those
+    # of a deployed policy in this.
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
-    # What stays as it is in training. With "vlm" no gradient runs through the prefix: half the work, the same gradients for the expert.
+    # What stays as it is in training. With "vlm" no gradient runs through the prefix: half the work, the same
+    # gradients for the expert.
     freeze: Literal["nothing", "vision", "vlm"] = "nothing"
     # Recompute activations in the backward pass: less memory, about a quarter more work.
     gradient_checkpointing: bool = False
@@ -87,15 +93,17 @@ class Pi0Config(PreTrainedConfig):
         super().__post_init__()
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise ValueError(
-                f"n_action_steps ({self.n_action_steps}) must be between 1 and chunk_size ({self.chunk_size}): "
-                "set --policy.n_action_steps or --policy.chunk_size"
+                f"n_action_steps ({self.n_action_steps}) must be between 1 and chunk_size "
+                f"({self.chunk_size}): set "
+                "--policy.n_action_steps or --policy.chunk_size"
             )
         for name in ("num_inference_steps", "num_flow_samples", "max_state_dim", "max_action_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--policy.{name} must be at least 1, got {getattr(self, name)}")
         if self.tokenizer_max_length < 3:
             raise ValueError(
-                f"--policy.tokenizer_max_length must leave room for a beginning, a word and a newline, got {self.tokenizer_max_length}"
+                "--policy.tokenizer_max_length must leave room for a beginning, a word and a newline, got "
+                f"{self.tokenizer_max_length}"
             )
 
     def validate_features(self) -> None:
@@ -108,14 +116,15 @@ class Pi0Config(PreTrainedConfig):
             (ACTION, self.action_feature, self.max_action_dim, "max_action_dim"),
         ):
             if feature is None:
+                features = [*(self.input_features or ()), *(self.output_features or ())]
                 raise ValueError(
-                    f"π0 needs '{kind}'. The features are {[*(self.input_features or ()), *(self.output_features or ())]}: "
-                    "rename one with --rename_map, or record it"
+                    f"π0 needs '{kind}'. The features are {features}: rename one with --rename_map, or "
+                    "record it"
                 )
             if len(feature.shape) != 1 or feature.shape[0] > limit:
                 raise ValueError(
                     f"'{kind}' has shape {feature.shape}; the model takes vectors of at most {limit}. "
-                    f"A model trained from scratch can be made larger with --policy.{flag}={max(feature.shape)}"
+                    f"A model trained from scratch can be larger: --policy.{flag}={max(feature.shape)}"
                 )
         if not self.image_features:
             raise ValueError(
@@ -125,9 +134,9 @@ class Pi0Config(PreTrainedConfig):
         self.cameras = assign_cameras(list(self.image_features), self.cameras)
 
     def set_dataset_feature_metadata(self, features: dict[str, dict[str, Any]]) -> None:
-        """Called by LeRobot with the dataset's features before it builds the policy: keep the names of the dimensions."""
-        self.action_feature_names = _dimension_names(features.get(ACTION, {}).get("names"))
-        self.state_feature_names = _dimension_names(features.get(OBS_STATE, {}).get("names"))
+        """Called by LeRobot with the dataset's features before it builds the policy: keeps their names."""
+        self.action_feature_names = _dimension_names(features.get(ACTION, {}))
+        self.state_feature_names = _dimension_names(features.get(OBS_STATE, {}))
 
     def get_optimizer_preset(self) -> AdamWConfig:
         return AdamWConfig(
@@ -161,12 +170,14 @@ class Pi0Config(PreTrainedConfig):
 @LRSchedulerConfig.register_subclass("lerobot_pi0_cosine")
 @dataclass
 class CosineAfterWarmupConfig(LRSchedulerConfig):
-    """openpi's schedule (optax.warmup_cosine_decay_schedule): linear from peak/(warmup+1), then a cosine that starts where warm-up ends.
+    """openpi's schedule (optax.warmup_cosine_decay_schedule).
 
-    A run shorter than `num_decay_steps` gets the whole schedule, warm-up and decay shrunk alike.
+    Linear from peak/(warmup+1), then a cosine that starts where warm-up ends. A run shorter than
+    `num_decay_steps` gets the whole schedule, warm-up and decay shrunk alike.
     """
 
-    num_warmup_steps: int = 1_000
+    # The base also allows None.
+    num_warmup_steps: int = 1_000  # pyrefly: ignore[bad-override-mutable-attribute]
     num_decay_steps: int = 30_000  # warm-up included
     decay_factor: float = 0.1  # last learning rate over peak
 
@@ -174,7 +185,9 @@ class CosineAfterWarmupConfig(LRSchedulerConfig):
         warmup, decay = self.num_warmup_steps, self.num_decay_steps
         if num_training_steps < decay:
             warmup, decay = round(warmup * num_training_steps / decay), num_training_steps
-            logger.info("learning rate: %d steps of warm-up and decay at %d, shrunk to the run", warmup, decay)
+            logger.info(
+                "learning rate: %d steps of warm-up and decay at %d, shrunk to the run", warmup, decay
+            )
 
         def factor(step: int) -> float:
             if step < warmup:
@@ -189,9 +202,10 @@ class CosineAfterWarmupConfig(LRSchedulerConfig):
 def assign_cameras(keys: list[str], given: dict[str, str]) -> dict[str, str]:
     """Slot → image feature, in the order in which the model sees them.
 
-    `given` maps slots to features, which may be named by their last part ("front" for "observation.images.front").
-    Without it, a wrist camera goes to a wrist slot by its name, the first other one to the base, and the rest where there
-    is room. Raises ValueError for a camera that does not exist or that stands in two slots.
+    `given` maps slots to features, which may be named by their last part ("front" for
+    "observation.images.front").
+    Without it, a wrist camera goes to a wrist slot by its name, the first other one to the base, and the rest
+    where there is room. Raises ValueError for a camera that does not exist or that stands in two slots.
     """
     if given:
         chosen = {slot: _find_camera(name, slot, keys) for slot, name in given.items()}
@@ -209,7 +223,10 @@ def assign_cameras(keys: list[str], given: dict[str, str]) -> dict[str, str]:
                 free = [slot for slot in CAMERA_SLOTS if slot not in chosen]
                 chosen[free[0] if free else key.removeprefix(f"{OBS_IMAGES}.")] = key
         logger.info("cameras, assigned by name: %s (change with --policy.cameras)", chosen)
-    slots = [*(slot for slot in CAMERA_SLOTS if slot in chosen), *(slot for slot in chosen if slot not in CAMERA_SLOTS)]
+    slots = [
+        *(slot for slot in CAMERA_SLOTS if slot in chosen),
+        *(slot for slot in chosen if slot not in CAMERA_SLOTS),
+    ]
     return {slot: chosen[slot] for slot in slots}
 
 
@@ -220,9 +237,10 @@ def _find_camera(name: str, slot: str, keys: list[str]) -> str:
     raise ValueError(f"--policy.cameras puts '{name}' into slot '{slot}', but the cameras are {keys}")
 
 
-def _dimension_names(names: Any) -> list[str] | None:
-    """Names as datasets have them: a list, or {"motors": [...]}, or none."""
+def _dimension_names(feature: dict[str, Any]) -> list[str] | None:
+    """Names as datasets have them, a list or {"motors": [...]}. None unless each dimension has one."""
+    names = feature.get("names")
     if isinstance(names, dict):
         names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
-    return None if names is None else [str(name) for name in names]
-
+    # Some datasets name the whole vector: ["state"].
+    return [str(name) for name in names] if names and len(names) == feature["shape"][0] else None

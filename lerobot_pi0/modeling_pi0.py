@@ -1,23 +1,23 @@
 """LeRobot's contract (queue, loss, loading) over the network: the only place that knows LeRobot's keys."""
 
+import json
 import logging
-import os
 from collections import deque
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
+from lerobot.configs import PolicyFeature, PreTrainedConfig
+from lerobot.policies import PreTrainedPolicy
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lerobot.configs import PreTrainedConfig
-from lerobot.policies import PreTrainedPolicy
-from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.model.flow import sample_time
 from lerobot_pi0.model.observation import letterbox
-from lerobot_pi0.statistics import warn_of_constant_dimensions
+from lerobot_pi0.statistics import check_statistics
 from lerobot_pi0.weights import (
     WEIGHTS_FILE,
     CheckpointError,
@@ -35,23 +35,28 @@ Batch = dict[str, Any]
 class Pi0Policy(PreTrainedPolicy):
     """π0 as a LeRobot policy.
 
-    batch ─observation()→ Observation ─Pi0.sample→ (B, chunk, padded) ─[..., :action_dim]→ chunk ─queue→ action, still normalised
+    batch → Observation ─Pi0.sample→ (B, chunk, padded) ─[..., :action_dim]→ chunk ─queue→ action, normalised
 
     `Pi0Policy(config)` has random weights; `from_pretrained` never has. The action queue is the only state.
     """
 
-    config_class = Pi0Config
-    name = "lerobot_pi0"
+    # LeRobot declares both as None.
+    config_class = Pi0Config  # pyrefly: ignore[bad-assignment]
+    name = "lerobot_pi0"  # pyrefly: ignore[bad-assignment]
+    config: Pi0Config  # pyrefly: ignore[bad-override-mutable-attribute]
 
     def __init__(
         self, config: Pi0Config, dataset_stats: dict | None = None, dataset_meta: Any = None, **_: Any
     ):
-        """`dataset_stats` and `dataset_meta` come from LeRobot when it trains; other keywords of its factory are not used."""
+        """LeRobot gives `dataset_stats` and `dataset_meta` when it trains; what else it gives is not used."""
         super().__init__(config)
         config.validate_features()
-        if dataset_stats is not None:
-            _check_statistics(config, dataset_stats)
-        self.config: Pi0Config = config
+        if dataset_stats is not None or dataset_meta is not None:
+            check_statistics(config, dataset_stats or {}, "the dataset")
+        if not torch.empty(0).is_meta:
+            logger.warning(
+                "random weights. To start from published ones: --policy.pretrained_path=lerobot/pi0_base"
+            )
         self.model = Pi0(
             config.vision,
             config.vlm,
@@ -79,11 +84,12 @@ class Pi0Policy(PreTrainedPolicy):
         revision: str | None = None,
         **kwargs: Any,
     ) -> Self:
-        """A policy with the weights of a checkpoint: one of ours, or of a published layout (then with a `config`).
+        """A policy with a checkpoint's weights: one of ours, or of a published layout (then with a `config`).
 
-        Built without initialisation and from memory-mapped files; loading is strict. Trained parameters are held in float32 when
-        LeRobot trains (it then passes `dataset_meta`), all others in `config.dtype`.
-        Raises FileNotFoundError or CheckpointError that says what is wrong; it never returns a policy without its weights.
+        Built without initialisation and from memory-mapped files; loading is strict. Trained parameters are
+        held in float32 when LeRobot trains (it then passes `dataset_meta`), all others in `config.dtype`.
+        Raises FileNotFoundError or CheckpointError that says what is wrong; it never returns a policy without
+        its weights.
         """
         folder = find_checkpoint(
             pretrained_name_or_path,
@@ -94,12 +100,17 @@ class Pi0Policy(PreTrainedPolicy):
             revision=revision,
         )
         if config is None:
+            kind = _policy_type(folder)
+            if kind != cls.name:
+                found = f"a policy of type '{kind}'" if kind else "no LeRobot policy"
+                raise CheckpointError(
+                    f"'{pretrained_name_or_path}' is {found}. "
+                    "To take its weights for this policy, give it a config: "
+                    f"--policy.type={cls.name} --policy.pretrained_path={pretrained_name_or_path}"
+                )
             config = PreTrainedConfig.from_pretrained(folder)
         if not isinstance(config, Pi0Config):
-            raise CheckpointError(
-                f"'{pretrained_name_or_path}' is a policy of type '{config.type}'. To take its weights for this policy, give it a config: "
-                f"--policy.type=lerobot_pi0 --policy.pretrained_path={pretrained_name_or_path}"
-            )
+            raise TypeError(f"config is a {type(config).__name__}, this policy takes a Pi0Config")
         tensors = read_safetensors(folder)
         foreign = "model.token_embedding.weight" not in tensors
         with torch.device("meta"):
@@ -111,18 +122,20 @@ class Pi0Policy(PreTrainedPolicy):
         }
         load_weights(policy.model, from_published(tensors), dtypes)
         if foreign:
-            # LeRobot builds processors after the policy, from the folder in `pretrained_path` if there is one. Those of another
-            # policy are not ours (another prompt, a gated tokenizer): without the path it asks our own factory.
+            # LeRobot builds processors after the policy, from the folder in `pretrained_path` if there is
+            # one. Those of another policy are not ours (another prompt, a gated tokenizer): without the path
+            # it asks our own factory.
             config.base_checkpoint, config.pretrained_path = str(pretrained_name_or_path), None
         logger.info("%d tensors from %s, all of them used", len(dtypes), folder)
         return policy.to(config.device).eval()
 
     def observation(self, batch: Batch) -> Observation:
-        """The model's observation of a processed batch: camera slots in their order, state padded with zeros."""
+        """The model's observation of a processed batch: cameras in slot order, state padded with zeros."""
         missing = [key for key in (*self.config.cameras.values(), OBS_STATE) if key not in batch]
         if missing:
             raise ValueError(
-                f"the observation has no {missing}; it has {sorted(key for key in batch if key.startswith('observation'))}. "
+                f"the observation has no {missing}; it has "
+                f"{sorted(key for key in batch if key.startswith('obs'))}. "
                 "Give the robot or environment these names with --rename_map, or train with --policy.cameras"
             )
         images = [self._image(batch[key], key) for key in self.config.cameras.values()]
@@ -140,10 +153,11 @@ class Pi0Policy(PreTrainedPolicy):
     def forward(
         self, batch: Batch, reduction: Literal["mean", "none"] = "mean"
     ) -> tuple[Tensor, dict[str, float]]:
-        """The flow-matching loss of a processed batch: a scalar, or with "none" one value per sample, whose mean is that scalar.
+        """Flow-matching loss of a processed batch: a scalar, or with "none" one per sample, whose mean it is.
 
-        A sample's loss is the mean over the padded action's dimensions, as in openpi, and over its valid steps. In eval mode
-        noise and time are a function of the batch's first index, so that a held-out loss can be compared between steps.
+        A sample's loss is the mean over the padded action's dimensions, as in openpi, and over its valid
+        steps. In eval mode noise and time are a function of the batch's first index, so that a held-out loss
+        can be compared between steps.
         """
         actions = self._pad(batch[ACTION], self.config.max_action_dim, ACTION, self.config.action_feature)
         noise, time = self._draw(batch, actions)
@@ -160,7 +174,7 @@ class Pi0Policy(PreTrainedPolicy):
         return (per_sample if reduction == "none" else per_sample.mean()), {}
 
     @torch.no_grad()
-    def predict_action_chunk(
+    def predict_action_chunk(  # pyrefly: ignore[bad-override]  # the base hides its keywords in **kwargs
         self,
         batch: Batch,
         *,
@@ -169,9 +183,10 @@ class Pi0Policy(PreTrainedPolicy):
         prev_chunk_left_over: Tensor | None = None,
         execution_horizon: int | None = None,
     ) -> Tensor:
-        """A chunk of actions (B, chunk, action size), normalised. `noise` (B, chunk, padded size) makes it reproducible.
+        """Actions (B, chunk, action size), normalised; `noise` (B, chunk, padded size) makes them repeatable.
 
-        The last three keywords are LeRobot's for real-time chunking, which this policy says it does not support: they change nothing.
+        The last three keywords are LeRobot's for real-time chunking, which this policy says it does not
+        support: they change nothing.
         """
         observation = self.observation(batch)
         if noise is None:
@@ -179,11 +194,13 @@ class Pi0Policy(PreTrainedPolicy):
             noise = torch.randn(shape, device=observation.state.device)
         with torch.autocast(noise.device.type, enabled=False):
             actions = self.model.sample(observation, noise, self.config.num_inference_steps)
-        return actions[..., : self.config.action_feature.shape[0]]
+        return actions[..., : cast(PolicyFeature, self.config.action_feature).shape[0]]
 
     @torch.no_grad()
-    def select_action(self, batch: Batch, *, noise: Tensor | None = None) -> Tensor:
-        """The next action (B, action size), normalised; a new chunk is predicted when `n_action_steps` have been handed out."""
+    def select_action(  # pyrefly: ignore[bad-override]  # as above
+        self, batch: Batch, *, noise: Tensor | None = None
+    ) -> Tensor:
+        """The next action (B, action size), normalised; after `n_action_steps` a new chunk is predicted."""
         if not self._action_queue:
             chunk = self.predict_action_chunk(batch, noise=noise)
             self._action_queue.extend(chunk[:, : self.config.n_action_steps].unbind(1))
@@ -193,7 +210,8 @@ class Pi0Policy(PreTrainedPolicy):
         """Forget the actions that were not executed yet."""
         self._action_queue: deque[Tensor] = deque()
 
-    def get_optim_params(self) -> list[dict[str, Any]]:
+    # The base says dict, LeRobot's optimizers take what torch's do.
+    def get_optim_params(self) -> list[dict[str, Any]]:  # pyrefly: ignore[bad-override]
         """What trains, as one group; fused updates where the device has them."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "fused": True}]
 
@@ -205,16 +223,16 @@ class Pi0Policy(PreTrainedPolicy):
         return self
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Config and weights. The file is renamed when complete: the old one may be the one that the weights are mapped from."""
+        """Config and weights. Renamed when complete: our weights may be mapped from the file in its place."""
         self.config._save_pretrained(save_directory)
         tensors = {name: tensor.contiguous() for name, tensor in (state_dict or self.state_dict()).items()}
         unfinished = save_directory / f"{WEIGHTS_FILE}.unfinished"
         save_file(tensors, unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, save_directory / WEIGHTS_FILE)
+        unfinished.replace(save_directory / WEIGHTS_FILE)
 
     def _frozen(self) -> list[torch.nn.Module]:
-        vlm = [self.model.vision, self.model.token_embedding, self.model.vlm]
-        return {"nothing": [], "vision": vlm[:1], "vlm": vlm}[self.config.freeze]
+        vlm: list[torch.nn.Module] = [self.model.vision, self.model.token_embedding, self.model.vlm]
+        return vlm[: {"nothing": 0, "vision": 1, "vlm": 3}[self.config.freeze]]
 
     def _draw(self, batch: Batch, actions: Tensor) -> tuple[Tensor, Tensor]:
         num, device, generator = len(actions) * self.config.num_flow_samples, actions.device, None
@@ -238,24 +256,7 @@ class Pi0Policy(PreTrainedPolicy):
         return torch.nn.functional.pad(vector.float(), (0, size - vector.shape[-1]))
 
 
-def _check_statistics(config: Pi0Config, statistics: dict) -> None:
-    for kind, key, names in (
-        ("STATE", OBS_STATE, config.state_feature_names),
-        ("ACTION", ACTION, config.action_feature_names),
-    ):
-        mode = config.normalization_mapping.get(kind)
-        if mode is None or mode.value == "IDENTITY":
-            continue
-        needed = {
-            "MEAN_STD": ("mean", "std"),
-            "MIN_MAX": ("min", "max"),
-            "QUANTILES": ("q01", "q99"),
-            "QUANTILE10": ("q10", "q90"),
-        }
-        missing = [name for name in needed[mode.value] if name not in statistics.get(key, {})]
-        if missing:
-            raise ValueError(
-                f"the dataset has no {missing} of '{key}', which --policy.normalization_mapping needs ({kind}: {mode.value}): "
-                "compute them with lerobot-edit-dataset --operation.type=recompute_stats, or choose MEAN_STD"
-            )
-        warn_of_constant_dimensions(statistics, {key: names}, mode.value)
+def _policy_type(folder: Path) -> str | None:
+    """What LeRobot calls the policy in a checkpoint; None where it is not LeRobot's."""
+    file = folder / "config.json"
+    return json.loads(file.read_text()).get("type") if file.is_file() else None

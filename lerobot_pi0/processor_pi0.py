@@ -1,4 +1,7 @@
-"""Raw batch → model batch, and action chunk → robot units: LeRobot's standard steps, and a tokenizer that travels with the checkpoint."""
+"""Raw batch → model batch, and action chunk → robot units.
+
+LeRobot's standard steps, and a tokenizer that travels with the checkpoint.
+"""
 
 import logging
 import math
@@ -8,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from torch import Tensor
-
 from lerobot.configs import PipelineFeatureType, PolicyFeature
 from lerobot.lerobot_types import EnvTransition, TransitionKey
 from lerobot.processor import (
@@ -22,12 +22,16 @@ from lerobot.processor import (
     make_policy_processor_pipelines,
 )
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from tokenizers import Tokenizer
+from torch import Tensor
+
 from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config
 
 logger = logging.getLogger(__name__)
 
 Statistics = dict[str, dict[str, Any]]
-# openpi adds this to every standard deviation and quantile range, which matters where a dimension hardly moves.
+# openpi adds this to every standard deviation and quantile range, which matters where a dimension hardly
+# moves.
 EPSILON = 1e-6
 
 
@@ -36,8 +40,9 @@ EPSILON = 1e-6
 class Pi0TokenizerStep(ProcessorStep):
     """The instruction as token ids: cleaned as openpi cleans it, beginning of sequence, text, newline.
 
-    The tokenizer itself is the step's saved state, so a checkpoint needs neither a network nor a gated repository.
-    Prompts are padded on the right (id 0) to the batch's longest, rounded up to a multiple of 8 so that shapes are few.
+    The tokenizer itself is the step's saved state, so a checkpoint needs neither a network nor a gated
+    repository. Prompts are padded on the right (id 0) to the batch's longest, rounded up to a multiple of 8
+    so that shapes are few.
     """
 
     tokenizer: str
@@ -47,38 +52,46 @@ class Pi0TokenizerStep(ProcessorStep):
     _told: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __call__(self, transition: EnvTransition) -> EnvTransition:
-        task = (transition.get(TransitionKey.COMPLEMENTARY_DATA) or {}).get("task")
-        if task is None or (
-            isinstance(task, list | tuple) and not all(isinstance(text, str) for text in task)
-        ):
+        complementary: Any = transition.get(TransitionKey.COMPLEMENTARY_DATA)
+        task = (complementary or {}).get("task")
+        texts = [task] if isinstance(task, str) else task
+        if not (texts and isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)):
             raise ValueError(
                 f"π0 needs an instruction, but 'task' is {task!r}. Datasets store one per episode; "
                 'lerobot-rollout takes --task="..."'
             )
-        rows = [self.encode(text) for text in ([task] if isinstance(task, str) else task)]
+        rows = [self.encode(text) for text in texts]
         length = min(self.max_length, 8 * math.ceil(max(map(len, rows)) / 8))
         tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
-        observation = transition.get(TransitionKey.OBSERVATION) or {}
+        observation: Any = transition.get(TransitionKey.OBSERVATION) or {}
+        added = {OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: mask}
         transition = transition.copy()
-        transition[TransitionKey.OBSERVATION] = {
-            **observation,
-            OBS_LANGUAGE_TOKENS: tokens,
-            OBS_LANGUAGE_ATTENTION_MASK: mask,
-        }
+        # LeRobot indexes by the enum and types by its values.
+        transition[TransitionKey.OBSERVATION] = observation | added  # pyrefly: ignore[bad-typed-dict-key]
         return transition
 
     def encode(self, prompt: str) -> list[int]:
-        """Token ids of one prompt, at most `max_length` of them; a longer one is cut, newline included, with a warning."""
+        """Token ids of one prompt; one longer than `max_length` is cut, newline and all, with a warning."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.tokenizer)
         encode = self._tokenizer.encode
         text = encode(clean_prompt(prompt), add_special_tokens=False).ids
-        ids = [self._tokenizer.token_to_id("<bos>"), *text, *encode("\n", add_special_tokens=False).ids]
+        beginning = self._tokenizer.token_to_id("<bos>")
+        if beginning is None:
+            raise ValueError(
+                f"the tokenizer '{self.tokenizer}' has no token '<bos>', with which a prompt of π0 begins: "
+                "name "
+                "PaliGemma's, or one made like it, with --policy.tokenizer"
+            )
+        ids = [beginning, *text, *encode("\n", add_special_tokens=False).ids]
         if max(ids) >= self.vocab_size:
             raise ValueError(
-                f"the tokenizer '{self.tokenizer}' gives id {max(ids)} for {prompt!r}, but the model's vocabulary has {self.vocab_size} "
-                "entries: raise --policy.vlm.vocab_size (training from scratch), or name the tokenizer that belongs to the weights"
+                f"the tokenizer '{self.tokenizer}' gives id {max(ids)} for {prompt!r}, but the model's "
+                "vocabulary "
+                f"has {self.vocab_size} entries: raise --policy.vlm.vocab_size (training from scratch), or "
+                "name "
+                "the tokenizer that belongs to the weights with --policy.tokenizer"
             )
         if len(ids) > self.max_length and prompt not in self._told:
             self._told.add(prompt)
@@ -116,7 +129,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer by name: "small" (in the package), a folder or a tokenizer.json, or a repository on the hub.
+    """A tokenizer by name: "small" (in the package), a folder or a tokenizer.json, a repository on the hub.
 
     Raises OSError that says why it cannot be had and what to do.
     """
@@ -150,9 +163,13 @@ def load_tokenizer(name: str) -> Tokenizer:
         else:
             why = str(error).strip().splitlines()[0]
         raise OSError(
-            f"the tokenizer '{name}' cannot be had: {why}. Ways out: (1) accept the licence at huggingface.co/{name} and run "
-            "`hf auth login`; (2) --policy.tokenizer=FOLDER with a copy of its tokenizer.json; (3) start from a checkpoint of this "
-            "policy, which carries its tokenizer: --policy.path=...; (4) for a small model from scratch, --policy.tokenizer=small"
+            f"the tokenizer '{name}' cannot be had: {why}. Ways out: (1) accept the licence at "
+            f"huggingface.co/{name} "
+            "and run `hf auth login`; (2) --policy.tokenizer=FOLDER with a copy of its tokenizer.json; (3) "
+            "start "
+            "from a checkpoint of this policy, which carries its tokenizer: --policy.path=...; (4) for a "
+            "small "
+            "model from scratch, --policy.tokenizer=small"
         ) from error
 
 
@@ -162,17 +179,19 @@ def make_lerobot_pi0_pre_post_processors(
     PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
     PolicyProcessorPipeline[PolicyAction, PolicyAction],
 ]:
-    """The pipelines of a new policy. Order as in openpi: raw values → normalised; prompt → tokens; padding is the policy's.
+    """The pipelines of a new policy. As in openpi raw values are normalised, then padded (by the policy).
 
     Without statistics from a dataset, those of the checkpoint that the weights came from are taken.
     """
     if config.base_checkpoint and (dataset_stats is None or config.statistics == "checkpoint"):
-        from lerobot_pi0.statistics import read_statistics
+        from lerobot_pi0.statistics import check_statistics, read_statistics
 
         dataset_stats = read_statistics(config.base_checkpoint, config.pretrained_revision)
+        check_statistics(config, dataset_stats, f"the checkpoint '{config.base_checkpoint}'")
     if dataset_stats is None:
         logger.warning(
-            "no statistics: state and actions pass as they are. That is right for a policy with random weights only; "
+            "no statistics: state and actions pass as they are. That is right for a policy with random "
+            "weights only; "
             "a trained one carries its statistics (--policy.path=...)"
         )
     steps = make_default_policy_processor_steps(config, dataset_stats and widen(dataset_stats))
@@ -192,7 +211,7 @@ def make_lerobot_pi0_pre_post_processors(
 
 
 def widen(statistics: Statistics) -> Statistics:
-    """Statistics whose quantile ranges are EPSILON wider, as openpi computes; deviations get theirs from the normaliser's epsilon."""
+    """Statistics with ranges EPSILON wider, as in openpi; deviations get theirs in the normaliser."""
     return {
         key: {
             name: torch.as_tensor(value) + EPSILON if name in ("q99", "q90", "max") else value

@@ -1,12 +1,13 @@
-"""Names of tensors in published π0 checkpoints ↔ names here, and the reading of checkpoint files. Knows no LeRobot.
+"""Names of tensors in published π0 checkpoints ↔ names here, and the reading of checkpoint files.
 
-Every torch layout in use is a renaming of openpi's PyTorch one, so there is a single table; a stacked JAX checkpoint is
-first cut into that layout. Loading is strict: what is missing, left over or of another shape is an error with names.
+Knows no LeRobot. Every torch layout in use is a renaming of openpi's PyTorch one, so there is a single table;
+a JAX checkpoint, which stacks its layers, has another. Loading is strict: what is missing, left over or of
+another shape is an error with names.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,13 @@ _VISION = _VLM + "vision_tower.vision_model."
 _LANGUAGE = _VLM + "language_model."
 _EXPERT = "paligemma_with_expert.gemma_expert.model."
 _VLM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
+_PROJECTIONS = (
+    "state_proj",
+    "action_in_proj",
+    "action_time_mlp_in",
+    "action_time_mlp_out",
+    "action_out_proj",
+)
 
 # Modules, openpi's PyTorch name → ours. "#" is a layer's number. Parameters below a module keep their names.
 _MODULES = {
@@ -63,37 +71,28 @@ _MODULES = {
             "norm": "norm",
         }.items()
     },
-    **{
-        name: name
-        for name in (
-            "state_proj",
-            "action_in_proj",
-            "action_time_mlp_in",
-            "action_time_mlp_out",
-            "action_out_proj",
-        )
-    },
+    **{name: name for name in _PROJECTIONS},
 }
 _PARAMETERS = {_VISION + "embeddings.position_embedding.weight": "vision.position_embedding"}
 
-# Other layouts → openpi's PyTorch one: LeRobot up to 0.3 (its `model.` prefix already off), transformers' native π0.
+# Other layouts, `model.` prefix off → openpi's PyTorch one: LeRobot up to 0.3; transformers' π0,
+# whose
+# files have other names than its state_dict.
 _TO_OPENPI = (
-    (r"^paligemma_with_expert\.paligemma\.language_model\.model\.", _LANGUAGE),
+    (r"^paligemma_with_expert\.paligemma\.(model\.)?language_model\.model\.", _LANGUAGE),
     (r"^paligemma_with_expert\.paligemma\.language_model\.lm_head\.", _VLM_HEAD.removesuffix("weight")),
     (r"^paligemma_with_expert\.paligemma\.(vision_tower|multi_modal_projector)\.", _VLM + r"\1."),
     (r"^vlm\.(?=vision_tower\.|language_model\.|multi_modal_projector\.)", _VLM),
     (r"^dit\.", _EXPERT),
     (r"^embed_action_time\.", ""),
 )
-# In published files but never used: the expert's text head (or table), sinusoids, and old LeRobot's statistics.
+# In published files but never used: the expert's text head (or table), sinusoids, old LeRobot's statistics.
 _UNUSED = re.compile(
     r"^paligemma_with_expert\.gemma_expert\.(lm_head|model\.embed_tokens)\."
     r"|^sinusoid_embeds\.|^(normalize_inputs|normalize_targets|unnormalize_outputs)\."
 )
 _FAMILIES = {
-    "π0.5": re.compile(
-        r"(^|\.)time_mlp_in\.|layernorm\.dense\.|Dense_0/kernel$.*norm|pre_attention_norm_1/Dense_0"
-    ),
+    "π0.5": re.compile(r"(^|[./])time_mlp_in[./]|layernorm\.dense\.|pre_attention_norm_1/Dense_0"),
     "SmolVLA": re.compile(r"(^|\.)vlm_with_expert\."),
 }
 
@@ -105,8 +104,9 @@ class CheckpointError(ValueError):
 def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a published π0 checkpoint under the names of `Pi0`; a file of ours passes through.
 
-    Layouts: ours; openpi PyTorch; LeRobot in-tree 0.6 (with or without `model.`); LeRobot up to 0.3; transformers' π0.
-    The embedding may be stored under the tied text head's name. Raises CheckpointError for another family of models.
+    Layouts: ours; openpi PyTorch; LeRobot in-tree 0.6 (with or without `model.`); LeRobot up to 0.3;
+    transformers' π0. The embedding may be stored under the tied text head's name. Raises CheckpointError for
+    another family.
     """
     _refuse_other_families(state_dict)
     named = {_to_openpi(name): tensor for name, tensor in state_dict.items()}
@@ -117,7 +117,7 @@ def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_openpi(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse: names of openpi's PyTorch checkpoint, with the embedding under the tied text head's name."""
+    """The reverse: names of openpi's PyTorch checkpoint, the embedding under the tied text head's name."""
     back = {ours: theirs for theirs, ours in _MODULES.items()}
     parameters = {ours: theirs for theirs, ours in _PARAMETERS.items()}
     named = {
@@ -128,26 +128,26 @@ def to_openpi(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_openpi_jax(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Tensors of an openpi JAX checkpoint (leaves by '/'-joined path, layers stacked) under the names of `Pi0`.
+    """Tensors of an openpi JAX checkpoint (leaves by '/'-joined path, layers stacked), by the names of `Pi0`.
 
     Raises CheckpointError for a leaf it does not know, LoRA leaves among them: merge those first.
     """
     leaves = {path.removeprefix("params/").removesuffix("/value"): leaf for path, leaf in params.items()}
     _refuse_other_families(leaves)
-    out = {}
+    tensors = {}
     for path, leaf in leaves.items():
-        cut = next(
-            ((cut, match) for pattern, cut in _JAX_CUTS if (match := re.fullmatch(pattern, path))), None
-        )
-        if cut is None:
+        if path not in _JAX_LEAVES:
             raise CheckpointError(f"'{path}' {leaf.shape} is no leaf of a plain π0 checkpoint of openpi")
-        function, match = cut
-        out |= function(leaf, *match.groups())
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in out.items()}
+        for name, cut in _JAX_LEAVES[path].items():
+            layers = enumerate(leaf) if "#" in name else (("", leaf),)
+            for number, layer in layers:
+                array = np.ascontiguousarray(cut(layer))
+                tensors[name.replace("#", str(number))] = torch.from_numpy(array)
+    return tensors
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
-    """Put tensors into a model built on the meta device, in place of its parameters; `dtypes` gives each one's dtype.
+    """Put tensors into a model built on the meta device, as its parameters, each in its dtype of `dtypes`.
 
     A tensor of the right dtype is taken as it is, without a copy, so a memory-mapped file stays one.
     Raises CheckpointError with counts and first names when anything is missing, left over or mis-shaped.
@@ -166,9 +166,9 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], dtypes: Mappin
     ]
     if problems:
         raise CheckpointError(
-            f"the checkpoint does not fit the model ({len(wanted)} tensors). " + "; ".join(problems) + ". "
-            "Sizes come from the config (vision, vlm, expert, max_state_dim, max_action_dim): "
-            "they must be those that the checkpoint was made with."
+            f"the checkpoint does not fit the model ({len(wanted)} tensors). {'; '.join(problems)}. Sizes "
+            "come from the "
+            "config (vision, vlm, expert, max_state_dim, max_action_dim): they must be the checkpoint's."
         )
     model.load_state_dict({name: tensors[name].to(dtypes[name]) for name in wanted}, strict=True, assign=True)
 
@@ -176,7 +176,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], dtypes: Mappin
 def find_checkpoint(name: str | Path, **download: Any) -> Path:
     """The folder of a checkpoint: a local one, or a repository of the hub, downloaded into its cache.
 
-    `download` goes to huggingface_hub.snapshot_download: revision, token, cache_dir, local_files_only, force_download.
+    `download` goes to huggingface_hub.snapshot_download: revision, token, cache_dir, local_files_only, ….
     Raises FileNotFoundError that says why it cannot be had and what to do.
     """
     folder = Path(name).expanduser()
@@ -190,17 +190,22 @@ def find_checkpoint(name: str | Path, **download: Any) -> Path:
         raise FileNotFoundError(
             f"there is no folder {folder}, and it is no name of a repository on the hub"
         ) from error
-    except RevisionNotFoundError:
-        why = f"it has no revision '{download.get('revision')}'"
-    except GatedRepoError:
-        why = f"it is gated: accept its licence at huggingface.co/{name} and run `hf auth login`"
-    except RepositoryNotFoundError:
-        why = "there is neither such a folder nor such a repository (a private one needs `hf auth login`)"
-    except LocalEntryNotFoundError:
-        why = "there is no such folder, it is not in the local cache, and the hub cannot be reached (no network, or HF_HUB_OFFLINE=1)"
-    except HfHubHTTPError:
-        why = str(error).splitlines()[0]
-    raise FileNotFoundError(f"the checkpoint '{name}' cannot be had: {why}")
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        match error:
+            case RevisionNotFoundError():
+                why = f"it has no revision '{download.get('revision')}'"
+            case GatedRepoError():
+                why = f"it is gated: accept its licence at huggingface.co/{name} and run `hf auth login`"
+            case RepositoryNotFoundError():
+                why = "there is no such folder and no such repository (a private one needs `hf auth login`)"
+            case LocalEntryNotFoundError():
+                why = (
+                    "there is no such folder, it is not in the local cache, and the hub cannot be reached "
+                    "(no network, or HF_HUB_OFFLINE=1)"
+                )
+            case _:
+                why = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(f"the checkpoint '{name}' cannot be had: {why}") from error
 
 
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
@@ -212,11 +217,15 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS_FILE).is_file():
         names: Iterable[str] = (WEIGHTS_FILE,)
     elif index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{index} is damaged ({error!r}): copy or download it again") from error
     else:
         raise FileNotFoundError(
-            f"{folder} holds no {WEIGHTS_FILE} and no {WEIGHTS_INDEX}. Point at the folder that a checkpoint was saved in "
-            "(with lerobot-train: outputs/…/checkpoints/last/pretrained_model), or at a repository on the hub."
+            f"{folder} holds no {WEIGHTS_FILE} and no {WEIGHTS_INDEX}. Point at the folder that a checkpoint "
+            "was saved "
+            "in (lerobot-train: outputs/…/checkpoints/last/pretrained_model), or at a repository on the hub."
         )
     tensors = {}
     for name in names:
@@ -226,7 +235,7 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
             )
         try:
             with safe_open(folder / name, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: no mapping
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
             raise CheckpointError(
                 f"{folder / name} is damaged or cut off ({error}): copy or download it again"
@@ -250,12 +259,11 @@ def _ours(name: str) -> str:
 def _rename_module(name: str, table: Mapping[str, str]) -> str:
     """Rename by the module's pattern; an unknown name stays, and strict loading then reports it."""
     module, _, parameter = name.rpartition(".")
-    number = re.search(r"\.layers\.(\d+)\.|^layers\.(\d+)\.", module)
-    pattern = re.sub(r"(?<=layers\.)\d+(?=\.)", "#", module)
-    renamed = table.get(pattern)
+    number = re.search(r"(?<=\.layers\.)\d+(?=\.)", module)
+    renamed = table.get(module if number is None else f"{module[: number.start()]}#{module[number.end() :]}")
     if renamed is None:
         return name
-    return f"{renamed.replace('#', number.group(1) or number.group(2)) if number else renamed}.{parameter}"
+    return f"{renamed if number is None else renamed.replace('#', number.group())}.{parameter}"
 
 
 def _refuse_other_families(names: Iterable[str]) -> None:
@@ -266,118 +274,80 @@ def _refuse_other_families(names: Iterable[str]) -> None:
             raise CheckpointError(
                 f"this is a {family} checkpoint (it holds '{found}'), not π0: take LeRobot's policy for it"
             )
-    if any("language_model" in name for name in names) and not any(
-        "action_in_proj" in name for name in names
-    ):
+    language_model = any("language_model" in name or "PaliGemma/llm" in name for name in names)
+    if language_model and not any("action_in_proj" in name for name in names):
         raise CheckpointError(
             "this checkpoint has a language model but no action expert (no 'action_in_proj'): "
             "it is π0-FAST or a plain PaliGemma, not π0"
         )
 
 
-# How each leaf of an openpi JAX checkpoint is cut: (layers stacked in front) → our names, torch's [out, in].
-def _per_layer(template: str, transform):
-    return lambda leaf, *stack: {
-        template.format(*(_STACKS[s] for s in stack), i): transform(layer) for i, layer in enumerate(leaf)
+def _jax_leaves() -> dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]]:
+    """Leaves of an openpi JAX checkpoint → our names, each with how its array is cut from the leaf.
+
+    "#" in a name: layers are stacked in front, and the cut is of one layer. JAX kernels are [in, out],
+    torch's [out, in].
+    """
+
+    def same(array: np.ndarray) -> np.ndarray:
+        return array
+
+    def kernel(array: np.ndarray) -> np.ndarray:
+        return array.T
+
+    def heads(array: np.ndarray) -> np.ndarray:  # (heads, width, head) → (heads · head, width)
+        return array.transpose(0, 2, 1).reshape(-1, array.shape[1])
+
+    def heads_out(array: np.ndarray) -> np.ndarray:  # (heads, head, width) → (width, heads · head)
+        return array.reshape(-1, array.shape[-1]).T
+
+    image, block = "PaliGemma/img/", "PaliGemma/img/Transformer/encoderblock/"
+    attention = block + "MultiHeadDotProductAttention_0/"
+    leaves: dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]] = {
+        image + "embedding/kernel": {"vision.patch_embedding.weight": lambda a: a.transpose(3, 2, 0, 1)},
+        image + "embedding/bias": {"vision.patch_embedding.bias": same},
+        image + "pos_embedding": {"vision.position_embedding": lambda a: a[0]},
+        attention + "out/kernel": {"vision.layers.#.o_proj.weight": heads_out},
+        attention + "out/bias": {"vision.layers.#.o_proj.bias": same},
+        "PaliGemma/llm/embedder/input_embedding": {"token_embedding.weight": same},
     }
+    for theirs, ours in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        leaves[f"{attention}{theirs}/kernel"] = {
+            f"vision.layers.#.{ours}.weight": lambda a: a.reshape(len(a), -1).T
+        }
+        leaves[f"{attention}{theirs}/bias"] = {f"vision.layers.#.{ours}.bias": lambda a: a.reshape(-1)}
+    for theirs, ours in (
+        (block + "MlpBlock_0/Dense_0", "vision.layers.#.up_proj"),
+        (block + "MlpBlock_0/Dense_1", "vision.layers.#.down_proj"),
+        (image + "head", "vision.projector"),
+        *((name, name) for name in _PROJECTIONS),
+    ):
+        leaves |= {f"{theirs}/kernel": {f"{ours}.weight": kernel}, f"{theirs}/bias": {f"{ours}.bias": same}}
+    for theirs, ours in (
+        (block + "LayerNorm_0", "vision.layers.#.attention_norm"),
+        (block + "LayerNorm_1", "vision.layers.#.mlp_norm"),
+        (image + "Transformer/encoder_norm", "vision.norm"),
+    ):
+        leaves |= {f"{theirs}/scale": {f"{ours}.weight": same}, f"{theirs}/bias": {f"{ours}.bias": same}}
+    for suffix, stack in (("", "vlm"), ("_1", "expert")):
+        theirs, ours = "PaliGemma/llm/layers/", f"{stack}.layers.#."
+        leaves |= {
+            f"{theirs}attn/q_einsum{suffix}/w": {ours + "q_proj.weight": heads},
+            f"{theirs}attn/kv_einsum{suffix}/w": {
+                ours + "k_proj.weight": lambda a: heads(a[0]),
+                ours + "v_proj.weight": lambda a: heads(a[1]),
+            },
+            f"{theirs}attn/attn_vec_einsum{suffix}/w": {ours + "o_proj.weight": heads_out},
+            f"{theirs}mlp{suffix}/gating_einsum": {
+                ours + "gate_proj.weight": lambda a: a[0].T,
+                ours + "up_proj.weight": lambda a: a[1].T,
+            },
+            f"{theirs}mlp{suffix}/linear": {ours + "down_proj.weight": kernel},
+            f"{theirs}pre_attention_norm{suffix}/scale": {ours + "attention_norm.weight": same},
+            f"{theirs}pre_ffw_norm{suffix}/scale": {ours + "mlp_norm.weight": same},
+            f"PaliGemma/llm/final_norm{suffix}/scale": {f"{stack}.norm.weight": same},
+        }
+    return leaves
 
 
-_STACKS = {"": "vlm", None: "vlm", "_1": "expert"}
-_KINDS = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-_SIGLIP = "PaliGemma/img/"
-_GEMMA = "PaliGemma/llm/"
-
-
-def _dense(module: str):
-    return lambda leaf, kind: {f"{module}.{_KINDS[kind]}": leaf.T if kind == "kernel" else leaf}
-
-
-def _vision_norm(leaf, which, kind):
-    name = ("attention_norm", "mlp_norm")[int(which)]
-    return {f"vision.layers.{i}.{name}.{_KINDS[kind]}": layer for i, layer in enumerate(leaf)}
-
-
-def _vision_mlp(leaf, which, kind):
-    name = ("up_proj", "down_proj")[int(which)]
-    return {f"vision.layers.{i}.{name}.{_KINDS[kind]}": layer.T for i, layer in enumerate(leaf)}
-
-
-def _vision_attention(leaf, which, kind):
-    def cut(layer):
-        if kind == "bias":
-            return layer.reshape(-1)
-        return layer.reshape(-1, layer.shape[-1]).T if which == "out" else layer.reshape(layer.shape[0], -1).T
-
-    name = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}[which]
-    return {f"vision.layers.{i}.{name}.{_KINDS[kind]}": cut(layer) for i, layer in enumerate(leaf)}
-
-
-def _gemma_keys_values(leaf, stack):
-    def cut(heads):
-        return heads.transpose(0, 2, 1).reshape(-1, heads.shape[1])
-
-    return {
-        f"{_STACKS[stack]}.layers.{i}.{name}.weight": cut(layer[which])
-        for i, layer in enumerate(leaf)
-        for which, name in enumerate(("k_proj", "v_proj"))
-    }
-
-
-def _gemma_gating(leaf, stack):
-    return {
-        f"{_STACKS[stack]}.layers.{i}.{name}.weight": layer[which].T
-        for i, layer in enumerate(leaf)
-        for which, name in enumerate(("gate_proj", "up_proj"))
-    }
-
-
-def _gemma_norm(leaf, which, stack):
-    name = {"pre_attention_norm": "attention_norm", "pre_ffw_norm": "mlp_norm"}[which]
-    return {f"{_STACKS[stack]}.layers.{i}.{name}.weight": layer for i, layer in enumerate(leaf)}
-
-
-_JAX_CUTS = (
-    (
-        _SIGLIP + "embedding/kernel",
-        lambda leaf: {"vision.patch_embedding.weight": leaf.transpose(3, 2, 0, 1)},
-    ),
-    (_SIGLIP + "embedding/bias", lambda leaf: {"vision.patch_embedding.bias": leaf}),
-    (_SIGLIP + "pos_embedding", lambda leaf: {"vision.position_embedding": leaf[0]}),
-    (_SIGLIP + "Transformer/encoderblock/LayerNorm_([01])/(scale|bias)", _vision_norm),
-    (_SIGLIP + "Transformer/encoderblock/MlpBlock_0/Dense_([01])/(kernel|bias)", _vision_mlp),
-    (
-        _SIGLIP
-        + "Transformer/encoderblock/MultiHeadDotProductAttention_0/(query|key|value|out)/(kernel|bias)",
-        lambda leaf, which, kind: (
-            {f"vision.layers.{i}.o_proj.bias": layer for i, layer in enumerate(leaf)}
-            if (which, kind) == ("out", "bias")
-            else _vision_attention(leaf, which, kind)
-        ),
-    ),
-    (_SIGLIP + "Transformer/encoder_norm/(scale|bias)", _dense("vision.norm")),
-    (_SIGLIP + "head/(kernel|bias)", _dense("vision.projector")),
-    (_GEMMA + "embedder/input_embedding", lambda leaf: {"token_embedding.weight": leaf}),
-    (
-        _GEMMA + "layers/attn/q_einsum(_1)?/w",
-        _per_layer("{}.layers.{}.q_proj.weight", lambda w: w.transpose(0, 2, 1).reshape(-1, w.shape[1])),
-    ),
-    (_GEMMA + "layers/attn/kv_einsum(_1)?/w", _gemma_keys_values),
-    (
-        _GEMMA + "layers/attn/attn_vec_einsum(_1)?/w",
-        _per_layer("{}.layers.{}.o_proj.weight", lambda w: w.reshape(-1, w.shape[-1]).T),
-    ),
-    (_GEMMA + "layers/mlp(_1)?/gating_einsum", _gemma_gating),
-    (_GEMMA + "layers/mlp(_1)?/linear", _per_layer("{}.layers.{}.down_proj.weight", lambda w: w.T)),
-    (_GEMMA + "layers/(pre_attention_norm|pre_ffw_norm)(_1)?/scale", _gemma_norm),
-    (_GEMMA + "final_norm(_1)?/scale", lambda leaf, stack: {f"{_STACKS[stack]}.norm.weight": leaf}),
-    *(
-        (f"{name}/(kernel|bias)", _dense(name))
-        for name in (
-            "state_proj",
-            "action_in_proj",
-            "action_time_mlp_in",
-            "action_time_mlp_out",
-            "action_out_proj",
-        )
-    ),
-)
+_JAX_LEAVES = _jax_leaves()

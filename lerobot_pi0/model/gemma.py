@@ -150,7 +150,7 @@ class Decoder(Stack):
         extended = []
         for layer, seen in zip(self.layers, past, strict=True):
             if layer is self.layers[-1]:
-                keys_values = self.call(layer.keys_values, x, by, seen)
+                keys_values = self.call(DecoderLayer.keys_values, layer, x, by, seen)
             else:
                 x, keys_values = self.call(layer, x, by, seen, mask)
             extended.append(keys_values)

@@ -1,0 +1,104 @@
+"""`lerobot-pi0 <subcommand> [--flag=value ...]`: the tools beside the policy, with LeRobot's flag style.
+
+A subcommand is a function from a dataclass to the text to print: the fields are its flags, the comments above
+them their help. Its module is imported when it is called.
+"""
+
+import difflib
+import logging
+import sys
+import traceback
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn, get_type_hints
+
+PROGRAM = "lerobot-pi0"
+
+# Name: (module:function, what it does).
+SUBCOMMANDS = {
+    "demo": ("lerobot_pi0.demo.demo:main", "record, train and evaluate a small π0 in Meta-World"),
+    "record": ("lerobot_pi0.demo.record:main", "record scripted Meta-World experts as a LeRobotDataset"),
+}
+
+
+def main() -> None:
+    """Console entry point. Exit code 2 for a wrong command line, 1 for an error, 130 for Ctrl-C."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
+    name, *flags = arguments
+    if name not in SUBCOMMANDS:
+        similar = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
+        hint = f" Did you mean {similar[0]}?" if similar else ""
+        fail(f"{PROGRAM}: unknown subcommand {name!r}.{hint} `{PROGRAM} --help` lists them.", 2)
+    ours = logging.getLogger("lerobot_pi0")
+    ours.addHandler(logging.StreamHandler())
+    ours.setLevel(logging.INFO)
+    ours.propagate = False  # some library may have set up the root logger already
+    # "Could not load libtorchcodec", in sixty lines; LeRobot then does without.
+    logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
+    try:
+        run(name, flags)
+    except KeyboardInterrupt:
+        fail(f"\n{PROGRAM} {name}: interrupted.", 130)
+    except (OSError, RuntimeError, ValueError) as error:
+        if not is_message(error):
+            raise
+        fail(f"{PROGRAM} {name}: error: {error}", 1)
+
+
+def run(name: str, flags: list[str]) -> None:
+    """Parse the flags of a subcommand and call it."""
+    import draccus
+
+    module, function_name = SUBCOMMANDS[name][0].split(":")
+    function = getattr(import_module(module), function_name)
+    (config_class,) = (hint for key, hint in get_type_hints(function).items() if key != "return")
+    # LeRobot's flags take a value, also those that are true or false; "--quick" is short for "--quick=true".
+    switches = {f"--{field.name}" for field in fields(config_class) if field.type is bool}
+    flags = [
+        f"{flag}=true" if flag in switches and following.startswith("--") else flag
+        for flag, following in zip(flags, [*flags[1:], "--"], strict=True)
+    ]
+    try:
+        config = draccus.parse(config_class, args=flags, prog=f"{PROGRAM} {name}", preferred_help="above")
+    except draccus.ParsingError as error:
+        # If it was the dataclass that objected, draccus only says that it could not be made.
+        reason = error.__cause__ if type(error) is draccus.ParsingError else error
+        fail(f"{PROGRAM} {name}: error: {reason} (`{PROGRAM} {name} --help`)", 2)
+    if (text := function(config)) is not None:
+        print(text)
+
+
+def usage() -> str:
+    """The list of subcommands."""
+    width = max(map(len, SUBCOMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in SUBCOMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} <subcommand> [--flag=value ...]",
+            "",
+            *lines,
+            "",
+            f"`{PROGRAM} <subcommand> --help` explains the flags. Training, evaluation and robots are",
+            "LeRobot's own commands, with --policy.type=lerobot_pi0: lerobot-train, lerobot-eval, ...",
+        ]
+    )
+
+
+def is_message(error: BaseException) -> bool:
+    """Whether our own code raised the error, for a person to read; anything else needs its traceback."""
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(__file__).parent)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Leave with a line on standard error."""
+    print(message, file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

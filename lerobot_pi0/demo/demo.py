@@ -1,0 +1,238 @@
+"""`lerobot-pi0 demo`: from nothing to an evaluated policy with LeRobot's own commands, which it prints.
+
+Whether a step is done is read off its result: the recording's settings, the checkpoint of the last training
+step, the evaluation's `eval_info.json`. So a second start goes on where the first one ended.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lerobot_pi0.demo.command import Command, Job, run
+from lerobot_pi0.demo.environment import OPPOSITES, parse_tasks, task_instructions
+from lerobot_pi0.demo.record import RecordConfig, is_recorded
+
+logger = logging.getLogger(__name__)
+
+# lerobot-eval's default. Demonstrations begin at 100,000, so that the evaluated scenes are new.
+EVALUATION_SEED = 1000
+QUICK_TASKS = "faucet-open-v3,faucet-close-v3"
+QUICK_TRAINING = ("--steps=30", "--batch_size=8", "--log_freq=5", "--save_freq=15")
+QUICK_EPISODE_LENGTH = 40
+
+
+@dataclass
+class DemoConfig:
+    """Record demonstrations in Meta-World, train a small π0 on them, evaluate it. A second start goes on."""
+
+    # Where everything goes. Default: outputs/demo, with --quick outputs/demo_quick.
+    output_dir: Path | None = None
+    # Two tasks, a few episodes, 30 training steps: shows that all parts work, not that the policy learns.
+    quick: bool = False
+    # Log the training to Weights & Biases, through LeRobot.
+    wandb: bool = False
+    # "offline" needs no account and no network: `wandb sync` uploads it later.
+    wandb_mode: Literal["online", "offline"] = "offline"
+    # Settings of lerobot-train. Default: the package's configs/demo.yaml.
+    train_config: Path | None = None
+    # Demonstrations of each task. Default: 40, with --quick 3.
+    episodes_per_task: int | None = None
+    # Episodes in which each task is evaluated. Default: 40, with --quick 2.
+    eval_episodes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("episodes_per_task", "eval_episodes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, not {value}.")
+        if self.train_config is not None and not self.train_config.is_file():
+            raise ValueError(f"--train_config={self.train_config}: there is no such file.")
+
+
+class Demo:
+    """The steps: what each of them runs, and how to tell that it is done."""
+
+    def __init__(self, config: DemoConfig) -> None:
+        self.quick = config.quick
+        self.root = config.output_dir or Path("outputs", "demo_quick" if config.quick else "demo")
+        self.training = self.root / "training"
+        self.recording = RecordConfig(
+            root=self.root / "demonstrations",
+            episodes_per_task=config.episodes_per_task or (3 if config.quick else 40),
+        )
+        if config.quick:
+            self.recording.tasks = QUICK_TASKS
+        self.tasks = parse_tasks(self.recording.tasks)
+        self.pairs = [task for task in self.tasks if OPPOSITES.get(task) in self.tasks]
+        self.eval_episodes = config.eval_episodes or (2 if config.quick else 40)
+        self.episode_length = QUICK_EPISODE_LENGTH if config.quick else self.recording.episode_length
+        self.train_config = config.train_config or shipped_config()
+        self.train_extras = list(QUICK_TRAINING) if config.quick else []
+        if config.wandb:
+            self.train_extras += ["--wandb.enable=true", f"--wandb.mode={config.wandb_mode}"]
+
+    def record(self) -> Job | None:
+        """The recording, unless it is there."""
+        if is_recorded(self.recording):
+            return None
+        arguments = [
+            f"--root={self.recording.root}",
+            f"--tasks={self.recording.tasks}",
+            f"--episodes_per_task={self.recording.episodes_per_task}",
+        ]
+        return self._job("record", Command("lerobot-pi0 record", tuple(arguments)), "Recording")
+
+    def train(self) -> Job | None:
+        """The training, or what is missing of it since its last checkpoint."""
+        data = (
+            f"--dataset.repo_id={self.recording.repo_id}",
+            f"--dataset.root={self.recording.root}",
+            f"--output_dir={self.training}",
+        )
+        last = self.training / "checkpoints" / "last"
+        if not last.exists():
+            # An earlier start that did not come as far as a checkpoint; lerobot-train wants no such folder.
+            shutil.rmtree(self.training, ignore_errors=True)
+            arguments = (f"--config_path={self.train_config}", *data, *self.train_extras)
+            return self._job("train", Command("lerobot-train", arguments), "Training")
+        step = int(last.resolve().name)
+        if step == self._train_settings()["steps"]:
+            return None
+        saved_config = self.checkpoint / "train_config.json"
+        arguments = (f"--config_path={saved_config}", "--resume=true", *data, *self.train_extras)
+        return self._job("train", Command("lerobot-train", arguments), "Training", first_step=step)
+
+    def evaluations(self) -> list[Job]:
+        """The missing evaluations: as instructed, and with the instructions of opposite tasks swapped."""
+        wanted: list[tuple[str, list[str], list[str]]] = [("evaluate", self.tasks, [])]
+        if self.pairs:
+            wanted.append(("evaluate_swapped", self.pairs, ["--env.swap_instructions=true"]))
+        jobs = []
+        for name, tasks, extras in wanted:
+            folder = self.root / name
+            if self._is_evaluated(folder, tasks):
+                continue
+            arguments = (
+                f"--policy.path={self.checkpoint}",
+                "--env.type=metaworld_fast",
+                f"--env.task={','.join(tasks)}",
+                f"--env.episode_length={self.episode_length}",
+                *extras,
+                f"--eval.n_episodes={self.eval_episodes}",
+                "--eval.batch_size=1",
+                f"--seed={EVALUATION_SEED}",
+                f"--output_dir={folder}",
+            )
+            # Two evaluations side by side: one thread each is as much as two cores have.
+            environment = (("HF_HUB_OFFLINE", "1"), ("OMP_NUM_THREADS", "1"))
+            command = Command("lerobot-eval", arguments, environment)
+            jobs.append(self._job(name, command, "Stepping through eval batches", bars=len(tasks)))
+        return jobs
+
+    def blind_baselines(self) -> dict[str, float]:
+        """Success of each task's average demonstration, replayed blindly in the evaluated episodes."""
+        from lerobot_pi0.demo.baseline import blind_success, mean_demonstration, recorded_actions
+
+        seeds = range(EVALUATION_SEED, EVALUATION_SEED + self.eval_episodes)
+        return {
+            task: blind_success(
+                task,
+                mean_demonstration(recorded_actions(self.recording.root, task)),
+                seeds,
+                self.episode_length,
+            )
+            for task in self.tasks
+        }
+
+    def report(self) -> str:
+        """Write the loss curve and the contact sheet; return what is to be said."""
+        from lerobot_pi0.demo import report
+
+        evaluation = report.read_evaluation(self.root / "evaluate")
+        swapped = report.read_evaluation(self.root / "evaluate_swapped") if self.pairs else {}
+        table = report.success_table(evaluation, self.blind_baselines(), swapped)
+        loss_plot, sheet = self.root / "loss.png", self.root / "policy.gif"
+        losses = report.training_losses(self._log("train"), self._train_settings()["log_freq"])
+        if losses:
+            report.plot_losses(losses, loss_plot)
+        report.contact_sheet(evaluation, task_instructions(), sheet)
+        lines = [table, ""]
+        if self.quick:
+            lines += ["A quick run: 30 training steps teach nothing. Leave out --quick for the real one.", ""]
+        lines += [
+            f"the policy at work   {sheet}",
+            f"training loss        {loss_plot if losses else 'its log is gone'}",
+            f"videos               {self.root / 'evaluate' / 'videos'}",
+            f"checkpoint           {self.checkpoint}",
+        ]
+        return "\n".join(lines)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The newest checkpoint, as --policy.path takes it."""
+        return self.training / "checkpoints" / "last" / "pretrained_model"
+
+    def _train_settings(self) -> dict[str, int]:
+        return json.loads((self.checkpoint / "train_config.json").read_text(encoding="utf-8"))
+
+    def _is_evaluated(self, folder: Path, tasks: list[str]) -> bool:
+        from lerobot_pi0.demo.report import read_evaluation
+
+        info, weights = folder / "eval_info.json", self.checkpoint / "model.safetensors"
+        if not info.exists() or info.stat().st_mtime < weights.stat().st_mtime:
+            return False
+        results = read_evaluation(folder)
+        return list(results) == tasks and all(
+            len(result.successes) == self.eval_episodes for result in results.values()
+        )
+
+    def _log(self, name: str) -> Path:
+        return self.root / "logs" / f"{name}.log"
+
+    def _job(self, name: str, command: Command, bar: str, bars: int = 1, first_step: int = 0) -> Job:
+        return Job(name, command, self._log(name), bar, bars, first_step)
+
+
+def shipped_config() -> Path:
+    """`configs/demo.yaml`: in the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    candidates = [package / "configs" / "demo.yaml", package.parent / "configs" / "demo.yaml"]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"The package's configs/demo.yaml is missing ({', '.join(map(str, candidates))}). "
+            "Reinstall the package, or name another file with --train_config."
+        )
+    return Path(os.path.relpath(found)) if found.is_relative_to(Path.cwd()) else found
+
+
+def main(config: DemoConfig) -> str:
+    """`lerobot-pi0 demo`: runs what is missing, and says what came out."""
+    demo = Demo(config)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def timed(name: str) -> Generator[None]:
+        start = time.monotonic()
+        yield
+        seconds[name] = time.monotonic() - start
+
+    for name, missing in (("record", demo.record), ("train", demo.train), ("evaluate", demo.evaluations)):
+        jobs = missing()
+        jobs = jobs if isinstance(jobs, list) else [jobs] if jobs else []
+        if not jobs:
+            logger.info("%s: already done, reused", name)
+            continue
+        with timed(name):
+            run(*jobs)
+    with timed("report"):
+        text = demo.report()
+    times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    return f"\n{text}\nwall time            {times}"

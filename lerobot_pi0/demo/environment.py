@@ -1,0 +1,145 @@
+"""`--env.type=metaworld_fast`: Meta-World for LeRobot, quick enough for software rendering.
+
+LeRobot's own `metaworld` environment renders 480×480 pixels with shadows and multisampling: about 7 frames
+per second on a CPU. This one renders 128×128 without either, ends an episode at success, and shows no goal
+marker, so that the two faucet tasks look the same and only the instruction tells them apart.
+
+Plugin discovery imports this module, so it holds the settings only. The simulator is imported by
+`metaworld_env` when an environment is made.
+"""
+
+import json
+from dataclasses import dataclass, field
+from functools import cache, partial
+from importlib.resources import files
+from typing import Any
+
+import gymnasium as gym
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.envs import EnvConfig
+from lerobot.envs.utils import freeze_after_episode_end
+from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
+
+# Meta-World's control rate: MuJoCo steps of 2.5 ms, five per action.
+FPS = 80
+ACTION_NAMES = ("hand_dx", "hand_dy", "hand_dz", "gripper_effort")
+STATE_NAMES = ("hand_x", "hand_y", "hand_z", "gripper_opening")
+
+# Tasks in the same scene that ask for opposite things.
+OPPOSITES = {
+    "faucet-open-v3": "faucet-close-v3",
+    "faucet-close-v3": "faucet-open-v3",
+    "drawer-open-v3": "drawer-close-v3",
+    "drawer-close-v3": "drawer-open-v3",
+    "window-open-v3": "window-close-v3",
+    "window-close-v3": "window-open-v3",
+}
+
+
+@cache
+def task_instructions() -> dict[str, str]:
+    """Meta-World's tasks and LeRobot's sentence for each: {"faucet-open-v3": "Rotate the faucet ..."}."""
+    text = files("lerobot.envs").joinpath("metaworld_config.json").read_text(encoding="utf-8")
+    return json.loads(text)["TASK_DESCRIPTIONS"]
+
+
+def parse_tasks(tasks: str) -> list[str]:
+    """Split "faucet-open-v3,plate-slide-v3" into names and check each of them.
+
+    Raises:
+        ValueError: if a name is unknown (the known ones are listed), given twice, or if there is none.
+    """
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    known = task_instructions()
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"Unknown Meta-World task{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}. "
+            f"Known tasks: {', '.join(sorted(known))}."
+        )
+    if not names:
+        raise ValueError("No Meta-World task given. Name at least one, for example faucet-open-v3.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"A task is named twice in {tasks!r}; name each task once.")
+    return names
+
+
+@EnvConfig.register_subclass("metaworld_fast")
+@dataclass
+class MetaworldFastEnvConfig(EnvConfig):
+    """Settings of the environment; `--env.task` takes one task or several, separated by commas."""
+
+    task: str = "faucet-open-v3"
+    fps: int = FPS
+    # Steps after which an episode counts as failed. The scripted experts need about 40 to 90.
+    episode_length: int = 200
+    # Width and height of the camera image in pixels. Must be that of the training data.
+    image_size: int = 128
+    # Draw the coloured dots that mark the goal. reach, push and pick-place cannot be solved without them;
+    # elsewhere they would tell the policy which task it is, whatever the instruction says.
+    show_goal: bool = False
+    # Hand out the instruction of the opposite task (faucet-open ↔ faucet-close, ...), to see whether it is
+    # obeyed.
+    swap_instructions: bool = False
+    features: dict[str, PolicyFeature] = field(default_factory=dict)
+    features_map: dict[str, str] = field(
+        default_factory=lambda: {"pixels": OBS_IMAGE, "agent_pos": OBS_STATE, "action": ACTION}
+    )
+
+    def __post_init__(self) -> None:
+        tasks = parse_tasks(self.task)
+        for name in ("episode_length", "image_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--env.{name} must be at least 1, not {getattr(self, name)}.")
+        single = [name for name in tasks if name not in OPPOSITES]
+        if self.swap_instructions and single:
+            raise ValueError(
+                f"--env.swap_instructions=true needs tasks that have an opposite ({', '.join(OPPOSITES)}), "
+                f"not {', '.join(single)}. Take them out of --env.task."
+            )
+        self.features = {
+            "pixels": PolicyFeature(FeatureType.VISUAL, (self.image_size, self.image_size, 3)),
+            "agent_pos": PolicyFeature(FeatureType.STATE, (len(STATE_NAMES),)),
+            "action": PolicyFeature(FeatureType.ACTION, (len(ACTION_NAMES),)),
+        }
+
+    @property
+    def gym_kwargs(self) -> dict[str, Any]:
+        """What every task's environment is made with."""
+        return {
+            "episode_length": self.episode_length,
+            "image_size": self.image_size,
+            "show_goal": self.show_goal,
+        }
+
+    def instruction(self, task: str) -> str:
+        """The sentence that the policy is given for a task."""
+        return task_instructions()[OPPOSITES[task] if self.swap_instructions else task]
+
+    def create_envs(
+        self, n_envs: int, use_async_envs: bool = False
+    ) -> dict[str, dict[int, gym.vector.VectorEnv]]:
+        """One vector environment per task, as {task: {0: environment}}, so that success is reported per task.
+
+        Args:
+            n_envs: copies of each task that run side by side. They run in this process: a simulator step
+            costs far
+                less than sending its image between processes.
+            use_async_envs: not used, for that reason.
+        """
+        from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv
+
+        # LeRobot steps a batch until its last episode ends; frozen environments cost nothing meanwhile.
+        return {
+            task: {
+                0: gym.vector.SyncVectorEnv(
+                    [
+                        freeze_after_episode_end(
+                            partial(MetaworldFastEnv, task, self.instruction(task), **self.gym_kwargs)
+                        )
+                    ]
+                    * n_envs
+                )
+            }
+            for task in parse_tasks(self.task)
+        }

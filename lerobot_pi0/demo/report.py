@@ -1,0 +1,158 @@
+"""What the demo shows at its end: success beside the baselines, the training loss, the policy at work."""
+
+import json
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+from PIL import Image, ImageDraw
+
+from lerobot_pi0.demo.command import START, TRAINING_LOSS
+
+START_LINE = re.compile(START.format(step=r"(\d+)"))
+
+# The contact sheet: every third frame at 12 per second is 0.45 times the real speed, which the eye can
+# follow.
+FRAME_STRIDE, FRAMES_PER_SECOND, HOLD_FRAMES = 3, 12, 8
+CAPTION_HEIGHT = 30
+BACKGROUND, SUCCESS, FAILURE = "#ffffff", "#1a7f37", "#b35900"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What lerobot-eval found out about one task."""
+
+    successes: list[bool]
+    videos: list[Path]  # of the first episodes
+
+    @property
+    def rate(self) -> float:
+        """Share of episodes that succeeded."""
+        return sum(self.successes) / len(self.successes)
+
+
+def read_evaluation(folder: Path) -> dict[str, Evaluation]:
+    """The `eval_info.json` that lerobot-eval left in its output folder: {task: result}."""
+    info = json.loads((folder / "eval_info.json").read_text(encoding="utf-8"))
+    return {
+        task["task_group"]: Evaluation(
+            [bool(success) for success in task["metrics"]["successes"]],
+            [Path(video) for video in task["metrics"]["video_paths"]],
+        )
+        for task in info["per_task"]
+    }
+
+
+def success_table(
+    evaluation: Mapping[str, Evaluation], blind: Mapping[str, float], swapped: Mapping[str, Evaluation]
+) -> str:
+    """Success per task beside the blind baseline and the success with the opposite instruction.
+
+    A task that is not above its blind baseline is marked.
+    """
+    rows = [("task", "success", "episodes", "blind", "opposite instruction")]
+    for task, result in evaluation.items():
+        rows.append(
+            (
+                task,
+                f"{result.rate:.0%}" + (" *" if result.rate <= blind[task] else "  "),
+                str(len(result.successes)),
+                f"{blind[task]:.0%}",
+                f"{swapped[task].rate:.0%}" if task in swapped else "",
+            )
+        )
+    rates = [result.rate for result in evaluation.values()]
+    rows.append(
+        ("mean", f"{sum(rates) / len(rates):.0%}  ", "", f"{sum(blind.values()) / len(blind):.0%}", "")
+    )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+            ]
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "-" * max(map(len, lines)))
+    lines.append("")
+    lines.append("blind: the average demonstration, replayed without looking, in the same episodes")
+    if swapped:
+        lines.append("opposite instruction: success at the task when the policy is told to do the opposite")
+    if any("*" in line for line in lines):
+        lines.append("*: not above the blind baseline")
+    return "\n".join(lines)
+
+
+def training_losses(log: Path, log_freq: int) -> list[tuple[int, float]]:
+    """(step, loss) from the log of lerobot-train, which prints a loss every `log_freq` steps.
+
+    A log may hold several runs, each resumed from an earlier step than the last one reached; the later run
+    counts.
+    """
+    losses: dict[int, float] = {}
+    step = 0
+    for line in log.read_text(encoding="utf-8").splitlines():
+        if start := START_LINE.match(line):
+            step = int(start[1]) // log_freq * log_freq
+            losses = {earlier: loss for earlier, loss in losses.items() if earlier <= step}
+        elif found := TRAINING_LOSS.search(line):
+            step += log_freq
+            losses[step] = float(found[1])
+    return sorted(losses.items())
+
+
+def plot_losses(losses: Sequence[tuple[int, float]], path: Path) -> None:
+    """Draw (step, loss) into a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([step for step, _ in losses], [loss for _, loss in losses], linewidth=1)
+    axes.set(xlabel="training step", ylabel="flow-matching loss", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=120)
+
+
+def contact_sheet(evaluation: Mapping[str, Evaluation], instructions: Mapping[str, str], path: Path) -> None:
+    """A GIF with one tile per task: a successful episode, or the first one if none succeeded."""
+    tiles = []
+    for task, result in evaluation.items():
+        filmed = result.successes[: len(result.videos)]
+        shown = filmed.index(True) if True in filmed else 0
+        tiles.append((instructions[task], filmed[shown], _frames(result.videos[shown])))
+    size = tiles[0][2][0].size
+    length = max(len(frames) for _, _, frames in tiles)
+    pages = []
+    for index in range(length + HOLD_FRAMES):
+        page = Image.new("RGB", (size[0] * len(tiles), size[1] + CAPTION_HEIGHT), BACKGROUND)
+        draw = ImageDraw.Draw(page)
+        for column, (instruction, success, frames) in enumerate(tiles):
+            left = column * size[0]
+            page.paste(frames[min(index, len(frames) - 1)], (left, CAPTION_HEIGHT))
+            over = index >= len(frames) - 1
+            colour = (SUCCESS if success else FAILURE) if over else "black"
+            caption = "\n".join(textwrap.wrap(instruction, width=max(8, size[0] // 6))[:2])
+            draw.multiline_text((left + 4, 2), caption, fill=colour, spacing=2)
+        pages.append(page)
+    # One palette for all pages: otherwise still regions flicker, and no page can be stored as a difference.
+    palette = pages[0].quantize(64, dither=Image.Dither.NONE)
+    indexed = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
+    indexed[0].save(
+        path,
+        save_all=True,
+        append_images=indexed[1:],
+        duration=1000 // FRAMES_PER_SECOND,
+        loop=0,
+        optimize=True,
+    )
+
+
+def _frames(video: Path) -> list[Image.Image]:
+    with av.open(str(video)) as container:
+        frames = [frame.to_image() for frame in container.decode(video=0)]
+    return [*frames[:-1:FRAME_STRIDE], frames[-1]]

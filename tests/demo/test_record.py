@@ -1,0 +1,127 @@
+"""The recorder and what it leaves: a LeRobotDataset of clean labels, reused when asked for again."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from lerobot.datasets import LeRobotDataset
+
+from lerobot_pi0.demo import record as recorder
+from lerobot_pi0.demo.baseline import blind_success, mean_demonstration, recorded_actions
+from lerobot_pi0.demo.environment import FPS, task_instructions
+from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv, scripted_expert
+from lerobot_pi0.demo.record import RecordConfig, record
+
+TASK = "door-unlock-v3"
+SETTINGS = {"tasks": TASK, "episodes_per_task": 2, "image_size": 64}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return record(RecordConfig(root=tmp_path_factory.mktemp("recording") / "door", **SETTINGS))
+
+
+def test_a_recording_reads_back_with_chunks_of_actions(root):
+    dataset = LeRobotDataset(
+        "local/x", root=root, delta_timestamps={"action": [step / FPS for step in range(16)]}
+    )
+    assert dataset.num_episodes == 2
+    sample = dataset[0]
+    assert sample["observation.image"].shape == (3, 64, 64)
+    assert sample["observation.state"].shape == (4,)
+    assert sample["action"].shape == (16, 4)
+    assert sample["task"] == task_instructions()[TASK]
+
+
+def test_labels_are_the_experts_clean_actions_in_the_states_that_noise_led_to(root):
+    dataset, expert = LeRobotDataset("local/x", root=root), scripted_expert(TASK)
+    env, noise = MetaworldFastEnv(TASK, "", image_size=64), np.random.default_rng(RecordConfig.seed)
+    observation, _ = env.reset(seed=RecordConfig.seed)
+    success, off_course = False, 0.0
+    for step in range(dataset.meta.episodes[0]["length"]):
+        sample = dataset[step]
+        np.testing.assert_allclose(sample["observation.state"], observation["agent_pos"], atol=1e-6)
+        image = sample["observation.image"].permute(1, 2, 0).numpy() * 255
+        assert np.abs(image - observation["pixels"]).mean() < 8  # the video is lossy
+        action = sample["action"].numpy()
+        np.testing.assert_array_equal(action, expert(env.simulation.state))
+        assert np.abs(action).max() <= 1
+        executed = action + np.append(noise.normal(0, RecordConfig.noise, 3), 0)
+        off_course += np.abs(executed - action).sum()
+        observation, _, success, _, _ = env.step(executed)
+    env.close()
+    assert success
+    assert off_course > 1
+
+
+def test_a_finished_recording_is_reused(root, monkeypatch):
+    monkeypatch.setattr(recorder, "demonstrations", lambda *_: pytest.fail("records again"))
+    assert record(RecordConfig(root=root, **SETTINGS)) == root
+
+
+def test_other_settings_are_refused_with_the_flags_that_differ(root):
+    with pytest.raises(FileExistsError, match=r"\(--image_size=64\).*--root, or delete"):
+        record(RecordConfig(root=root, **SETTINGS | {"image_size": 32}))
+
+
+def test_a_folder_that_is_no_recording_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match=r"is not a recording.*--root"):
+        record(RecordConfig(root=tmp_path, **SETTINGS))
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_an_interrupted_recording_is_not_taken_for_a_finished_one(tmp_path, monkeypatch):
+    complete = recorder.demonstrations
+
+    def interrupted(*arguments):
+        yield next(complete(*arguments))
+        raise KeyboardInterrupt
+
+    config = RecordConfig(root=tmp_path / "door", **SETTINGS | {"image_size": 32, "episodes_per_task": 1})
+    monkeypatch.setattr(recorder, "demonstrations", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        record(config)
+    assert not config.root.exists()
+    monkeypatch.setattr(recorder, "demonstrations", complete)
+    assert json.loads((record(config) / "meta" / "info.json").read_text())["total_episodes"] == 1
+
+
+@pytest.mark.parametrize(
+    "setting", [{"image_size": 16}, {"episodes_per_task": 0}, {"episode_length": 0}, {"noise": -0.1}]
+)
+def test_a_setting_that_cannot_work_is_refused_by_its_flag(tmp_path, setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"--{name} must"):
+        RecordConfig(root=tmp_path, **setting)
+
+
+def test_an_expert_that_never_succeeds_says_which_flags_to_change(tmp_path):
+    config = RecordConfig(root=tmp_path / "door", **SETTINGS | {"image_size": 32, "episode_length": 2})
+    with pytest.raises(
+        RuntimeError, match=r"only 0 times in 10 tries with --noise=0.2 and --episode_length=2"
+    ):
+        record(config)
+    shutil.rmtree(tmp_path / "door.partial")
+
+
+def test_the_actions_of_a_task_are_read_episode_by_episode(root):
+    lengths = LeRobotDataset("local/x", root=root).meta.episodes["length"]
+    actions = recorded_actions(root, TASK)
+    assert [episode.shape for episode in actions] == [(length, 4) for length in lengths]
+
+
+def test_the_mean_demonstration_leaves_out_episodes_that_are_over():
+    demonstrations = [np.full((2, 4), 1.0), np.full((3, 4), 3.0)]
+    np.testing.assert_array_equal(mean_demonstration(demonstrations)[:, 0], [2, 2, 3])
+
+
+def test_replaying_a_demonstration_in_its_own_scene_solves_it_and_standing_still_does_not(tmp_path):
+    calm = RecordConfig(
+        root=tmp_path / "calm", **SETTINGS | {"image_size": 32, "noise": 0.0, "episodes_per_task": 1}
+    )
+    (demonstration,) = recorded_actions(record(calm), TASK)
+    scene = range(calm.seed, calm.seed + 1)
+    assert blind_success(TASK, demonstration, scene, 200) == 1
+    assert blind_success(TASK, np.zeros((1, 4)), scene, 50) == 0

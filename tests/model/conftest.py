@@ -1,0 +1,131 @@
+"""The tiny π0 of openpi's golden values, its inputs, and ways to look into a run of it."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, SiglipConfig, pi0
+from lerobot_pi0.weights import from_openpi_jax, load_weights
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+
+@functools.cache
+def read_golden(name: str) -> Any:
+    path = GOLDEN / f"golden_{name}"
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    return {key: torch.from_numpy(value) for key, value in np.load(path).items()}
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], Any]:
+    """golden("f32.npz") is a dict of tensors, golden("prompts.json") what the file holds."""
+    return read_golden
+
+
+@pytest.fixture(scope="session")
+def golden_weights() -> dict[str, Tensor]:
+    return from_openpi_jax({path: leaf.numpy() for path, leaf in read_golden("params.npz").items()})
+
+
+@pytest.fixture(scope="session")
+def build(golden_weights) -> Callable[..., Pi0]:
+    """build(dtype, parameter_dtype): the golden model, what it computes in and what its parameters are."""
+
+    def make(dtype: torch.dtype = torch.float32, parameter_dtype: torch.dtype = torch.float32) -> Pi0:
+        vision = SiglipConfig(image_size=56, patch_size=14, width=32, depth=2, mlp_dim=64, num_heads=2)
+        vlm = GemmaConfig(
+            width=64, depth=3, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16, vocab_size=512
+        )
+        with torch.device("meta"):
+            model = Pi0(vision, vlm, ExpertConfig(width=32, mlp_dim=64), 32, 32, dtype)
+        copies = {name: tensor.clone() for name, tensor in golden_weights.items()}  # training changes them
+        load_weights(model, copies, dict.fromkeys(copies, parameter_dtype))
+        return model
+
+    return make
+
+
+@pytest.fixture
+def model(build) -> Pi0:
+    return build()
+
+
+@pytest.fixture
+def observe() -> Callable[..., Observation]:
+    """observe(*cameras): the golden observation, with all three cameras or with those named."""
+
+    def make(*cameras: str) -> Observation:
+        inputs = read_golden("inputs.npz")
+        images = torch.stack([inputs[f"image/{camera}"] for camera in cameras or CAMERAS], 1)
+        return Observation(
+            images=images.permute(0, 1, 4, 2, 3).float() / 255 * 2 - 1,
+            image_mask=torch.stack([inputs[f"image_mask/{camera}"] for camera in cameras or CAMERAS], 1),
+            tokens=inputs["tokenized_prompt"].long(),
+            token_mask=inputs["tokenized_prompt_mask"],
+            state=inputs["state"],
+        )
+
+    return make
+
+
+@pytest.fixture
+def observation(observe) -> Observation:
+    return observe()
+
+
+@pytest.fixture
+def training_pair() -> tuple[Tensor, Tensor, Tensor]:
+    """Actions, noise, time."""
+    inputs = read_golden("inputs.npz")
+    return inputs["actions"], inputs["noise"], inputs["time"]
+
+
+@pytest.fixture
+def stored_time_embedding(monkeypatch) -> None:
+    """openpi's own embedding of each stored time: its fastest sinusoid amplifies rounding 1,571 times."""
+    file = read_golden("f32.npz")
+    embeddings = dict(zip(read_golden("inputs.npz")["time"].tolist(), file["time_emb"], strict=True))
+    for steps in (10, 4):
+        times = file[f"sample_times_{steps}"].tolist()
+        embeddings |= dict(zip(times, file[f"time_emb_steps_{steps}"], strict=True))
+
+    def embed_time(time: Tensor, dim: int) -> Tensor:
+        rows = torch.stack([embeddings[t] for t in time.flatten().tolist()])
+        assert rows.shape[1] == dim
+        return rows.unflatten(0, time.shape)
+
+    monkeypatch.setattr(pi0, "embed_time", embed_time)
+
+
+@pytest.fixture
+def entering() -> Callable[[torch.nn.Module], list[Tensor]]:
+    """entering(module): a list that fills with the first argument of each call of the module."""
+
+    def record(module: torch.nn.Module) -> list[Tensor]:
+        calls: list[Tensor] = []
+        module.register_forward_pre_hook(lambda _, args: calls.append(args[0].detach()))
+        return calls
+
+    return record
+
+
+@pytest.fixture
+def leaving() -> Callable[[torch.nn.Module], list[Tensor]]:
+    """leaving(module): a list that fills with the result of each call of the module."""
+
+    def record(module: torch.nn.Module) -> list[Tensor]:
+        calls: list[Tensor] = []
+        module.register_forward_hook(lambda _, __, out: calls.append(out.detach()))
+        return calls
+
+    return record

@@ -1,0 +1,234 @@
+"""The package from outside: LeRobot finds it at little cost, the wheel is whole, imports point downwards."""
+
+import ast
+import email
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lerobot_pi0"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+# Layers of the package, lowest first: a module imports from its own layer and from those below. What is not
+# named here is a tool, above them all. "" stands for `from lerobot_pi0 import ...`.
+LAYERS = (
+    {"model"},
+    {"weights", "configuration_pi0", "statistics", "tokenizers"},
+    {"processor_pi0", "modeling_pi0", ""},
+)
+
+# What discovery may import of ours.
+DISCOVERED = {
+    "lerobot_policy_pi0",
+    "lerobot_pi0",
+    "lerobot_pi0.configuration_pi0",
+    "lerobot_pi0.demo",
+    "lerobot_pi0.demo.environment",
+    "lerobot_pi0.model",
+    "lerobot_pi0.model.flow",
+    "lerobot_pi0.model.gemma",
+    "lerobot_pi0.model.layers",
+    "lerobot_pi0.model.observation",
+    "lerobot_pi0.model.pi0",
+    "lerobot_pi0.model.siglip",
+    "lerobot_pi0.processor_pi0",
+}
+
+LEROBOT_ALONE = """
+import json, sys
+import lerobot.envs, lerobot.policies, lerobot.processor
+print(json.dumps({"modules": sorted(sys.modules)}))
+"""
+
+DISCOVERY = """
+import json, sys
+from lerobot.utils.import_utils import register_third_party_plugins
+register_third_party_plugins()
+modules = sorted(sys.modules)
+import lerobot_pi0
+from lerobot.configs import PreTrainedConfig
+from lerobot.envs import EnvConfig
+print(json.dumps({
+    "modules": modules,
+    "file": lerobot_pi0.__file__,
+    "policies": sorted(PreTrainedConfig.get_known_choices()),
+    "environments": sorted(EnvConfig.get_known_choices()),
+}))
+"""
+
+
+def start(program: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT.anchor,  # so that the package is found because it is installed, not because it lies here
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result_of(process: subprocess.Popen[str]) -> dict[str, Any]:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0
+    return json.loads(output.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def processes() -> tuple[dict[str, Any], dict[str, Any]]:
+    alone, discovery = start(LEROBOT_ALONE), start(DISCOVERY)
+    return result_of(alone), result_of(discovery)
+
+
+@pytest.mark.slow
+def test_discovery_registers_the_policy_and_the_environment(processes):
+    _, discovery = processes
+    assert "lerobot_pi0" in discovery["policies"]
+    assert "metaworld_fast" in discovery["environments"]
+
+
+@pytest.mark.slow
+def test_discovery_imports_nothing_beyond_lerobots_own_modules_and_our_definitions(processes):
+    alone, discovery = processes
+    added = set(discovery["modules"]) - set(alone["modules"])
+    unexpected = {name for name in added - DISCOVERED if name.split(".")[0] not in sys.stdlib_module_names}
+    assert unexpected == set()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_the_alias_the_whole_package_and_the_configs(wheel):
+    expected = {"lerobot_policy_pi0.py"}
+    expected |= {
+        path.relative_to(ROOT).as_posix()
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    expected |= {f"lerobot_pi0/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert held == expected
+
+
+def test_wheel_metadata_keeps_the_underscores_that_lerobots_scan_looks_for(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name))
+        entry_points = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
+    assert metadata["Name"] == "lerobot_policy_pi0"
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "lerobot-pi0 = lerobot_pi0.cli:main" in entry_points
+
+
+@pytest.mark.slow
+def test_unpacked_wheel_is_discovered(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    discovery = result_of(start(DISCOVERY, PYTHONPATH=str(tmp_path)))
+    assert Path(discovery["file"]).is_relative_to(tmp_path)
+    assert "lerobot_pi0" in discovery["policies"]
+    assert "metaworld_fast" in discovery["environments"]
+
+
+def imported_names(path: Path) -> Iterator[str]:
+    """Each module that a file imports, at its top or in a function; `from a import b` gives "a" and "a.b"."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_roots(path: Path) -> set[str]:
+    """The third-party packages, and `lerobot_pi0` itself, that a file imports."""
+    return {name.split(".")[0] for name in imported_names(path)} - sys.stdlib_module_names
+
+
+def layer(part: str) -> int:
+    return next((i for i, parts in enumerate(LAYERS) if part in parts), len(LAYERS))
+
+
+def in_package(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=in_package)
+def test_imports_point_downwards(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    own = layer("" if parts == ("__init__",) else parts[0])
+    parts_of_the_package = {child.stem for child in PACKAGE.iterdir()}
+    for name in imported_names(path):
+        root, _, rest = name.partition(".")
+        if root != "lerobot_pi0":
+            continue
+        if parts == ("__init__",) and rest.startswith("demo"):
+            # Registers `--env.type=metaworld_fast`, which has to happen wherever the plugin is discovered.
+            assert f"lerobot_pi0.{rest}" in DISCOVERED
+            continue
+        part = rest.split(".")[0]
+        # `from lerobot_pi0 import cli` names a module, `from lerobot_pi0 import Pi0Config` a public name.
+        imported = layer(part if part in parts_of_the_package else "")
+        assert imported <= own, f"{in_package(path)} imports {name}, which lies above it"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "model").rglob("*.py")), ids=in_package)
+def test_model_is_pure_torch(path):
+    assert imported_roots(path) <= {"torch", "jaxtyping", "lerobot_pi0"}
+
+
+def test_weights_know_neither_lerobot_nor_transformers():
+    assert not imported_roots(PACKAGE / "weights.py") & {"lerobot", "transformers"}
+
+
+def test_model_stays_short_enough_to_read_in_an_evening():
+    lines = {
+        in_package(path): len(path.read_text(encoding="utf-8").splitlines())
+        for path in (PACKAGE / "model").rglob("*.py")
+    }
+    assert sum(lines.values()) < 700, lines
+
+
+def test_everything_that_the_package_imports_is_declared():
+    declared = {canonicalize_name(Requirement(line).name) for line in PYPROJECT["project"]["dependencies"]}
+    distributions = importlib.metadata.packages_distributions()
+    undeclared = {
+        root: in_package(path)
+        for path in MODULES
+        for root in imported_roots(path) - {"lerobot_pi0", "jaxtyping"}  # jaxtyping: for type checkers only
+        if not declared & {canonicalize_name(name) for name in distributions.get(root, [root])}
+    }
+    assert undeclared == {}
+
+
+def test_constraints_are_plain_versions_within_the_declared_bounds():
+    lines = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert [pin for pin in pins if not re.fullmatch(r"[a-z0-9-]+==[\w.]+", pin)] == []
+    versions = dict(pin.split("==") for pin in pins)
+    requirements = PYPROJECT["project"]["dependencies"] + PYPROJECT["dependency-groups"]["dev"]
+    for requirement in map(Requirement, requirements):
+        version = versions[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version), f"{requirement} against {version}"
