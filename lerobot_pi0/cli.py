@@ -60,7 +60,7 @@ def run(name: str, flags: list[str]) -> None:
     switches = {f"--{field.name}" for field in fields(config_class) if field.type is bool}
     flags = [
         f"{flag}=true" if flag in switches and following.startswith("--") else flag
-        for flag, following in zip(flags, [*flags[1:], "--"], strict=True)
+        for flag, following in zip(flags, [*flags[1:], "--"], strict=False)
     ]
     try:
         config = draccus.parse(config_class, args=flags, prog=f"{PROGRAM} {name}", preferred_help="above")
@@ -90,8 +90,9 @@ def usage() -> str:
 
 def is_message(error: BaseException) -> bool:
     """Whether our own code raised the error, for a person to read; anything else needs its traceback."""
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(raised_in).is_relative_to(Path(__file__).parent)
+    origin = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(origin.filename).is_relative_to(Path(__file__).parent)
+    return ours and (origin.line or "").startswith("raise")
 
 
 def fail(message: str, code: int) -> NoReturn:

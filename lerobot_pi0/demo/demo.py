@@ -27,6 +27,9 @@ QUICK_TASKS = "faucet-open-v3,faucet-close-v3"
 QUICK_TRAINING = ("--steps=30", "--batch_size=8", "--log_freq=5", "--save_freq=15")
 QUICK_EPISODE_LENGTH = 40
 
+# With a name, because draccus finds no help for a field whose type holds quotation marks.
+WandbMode = Literal["online", "offline"]
+
 
 @dataclass
 class DemoConfig:
@@ -38,8 +41,8 @@ class DemoConfig:
     quick: bool = False
     # Log the training to Weights & Biases, through LeRobot.
     wandb: bool = False
-    # "offline" needs no account and no network: `wandb sync` uploads it later.
-    wandb_mode: Literal["online", "offline"] = "offline"
+    # How: offline needs no account and no network, and `wandb sync` uploads it later.
+    wandb_mode: WandbMode = "offline"
     # Settings of lerobot-train. Default: the package's configs/demo.yaml.
     train_config: Path | None = None
     # Demonstrations of each task. Default: 40, with --quick 3.
@@ -78,18 +81,18 @@ class Demo:
         if config.wandb:
             self.train_extras += ["--wandb.enable=true", f"--wandb.mode={config.wandb_mode}"]
 
-    def record(self) -> Job | None:
+    def record(self) -> list[Job]:
         """The recording, unless it is there."""
         if is_recorded(self.recording):
-            return None
+            return []
         arguments = [
             f"--root={self.recording.root}",
             f"--tasks={self.recording.tasks}",
             f"--episodes_per_task={self.recording.episodes_per_task}",
         ]
-        return self._job("record", Command("lerobot-pi0 record", tuple(arguments)), "Recording")
+        return [self._job("record", Command("lerobot-pi0 record", tuple(arguments)), "Recording")]
 
-    def train(self) -> Job | None:
+    def train(self) -> list[Job]:
         """The training, or what is missing of it since its last checkpoint."""
         data = (
             f"--dataset.repo_id={self.recording.repo_id}",
@@ -101,15 +104,15 @@ class Demo:
             # An earlier start that did not come as far as a checkpoint; lerobot-train wants no such folder.
             shutil.rmtree(self.training, ignore_errors=True)
             arguments = (f"--config_path={self.train_config}", *data, *self.train_extras)
-            return self._job("train", Command("lerobot-train", arguments), "Training")
+            return [self._job("train", Command("lerobot-train", arguments), "Training")]
         step = int(last.resolve().name)
         if step == self._train_settings()["steps"]:
-            return None
+            return []
         saved_config = self.checkpoint / "train_config.json"
         arguments = (f"--config_path={saved_config}", "--resume=true", *data, *self.train_extras)
-        return self._job("train", Command("lerobot-train", arguments), "Training", first_step=step)
+        return [self._job("train", Command("lerobot-train", arguments), "Training", first_step=step)]
 
-    def evaluations(self) -> list[Job]:
+    def evaluate(self) -> list[Job]:
         """The missing evaluations: as instructed, and with the instructions of opposite tasks swapped."""
         wanted: list[tuple[str, list[str], list[str]]] = [("evaluate", self.tasks, [])]
         if self.pairs:
@@ -224,14 +227,12 @@ def main(config: DemoConfig) -> str:
         yield
         seconds[name] = time.monotonic() - start
 
-    for name, missing in (("record", demo.record), ("train", demo.train), ("evaluate", demo.evaluations)):
-        jobs = missing()
-        jobs = jobs if isinstance(jobs, list) else [jobs] if jobs else []
-        if not jobs:
-            logger.info("%s: already done, reused", name)
-            continue
-        with timed(name):
-            run(*jobs)
+    for step in (demo.record, demo.train, demo.evaluate):
+        if jobs := step():
+            with timed(step.__name__):
+                run(*jobs)
+        else:
+            logger.info("%s: already done, reused", step.__name__)
     with timed("report"):
         text = demo.report()
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,10 +24,13 @@ def root(tmp_path_factory):
     return record(RecordConfig(root=tmp_path_factory.mktemp("recording") / "door", **SETTINGS))
 
 
+def read(root: Path, **settings: Any) -> Any:
+    """The dataset; LeRobot's types for its samples and episodes say less than they are."""
+    return LeRobotDataset("local/x", root=root, **settings)
+
+
 def test_a_recording_reads_back_with_chunks_of_actions(root):
-    dataset = LeRobotDataset(
-        "local/x", root=root, delta_timestamps={"action": [step / FPS for step in range(16)]}
-    )
+    dataset = read(root, delta_timestamps={"action": [step / FPS for step in range(16)]})
     assert dataset.num_episodes == 2
     sample = dataset[0]
     assert sample["observation.image"].shape == (3, 64, 64)
@@ -35,7 +40,7 @@ def test_a_recording_reads_back_with_chunks_of_actions(root):
 
 
 def test_labels_are_the_experts_clean_actions_in_the_states_that_noise_led_to(root):
-    dataset, expert = LeRobotDataset("local/x", root=root), scripted_expert(TASK)
+    dataset, expert = read(root), scripted_expert(TASK)
     env, noise = MetaworldFastEnv(TASK, "", image_size=64), np.random.default_rng(RecordConfig.seed)
     observation, _ = env.reset(seed=RecordConfig.seed)
     success, off_course = False, 0.0
@@ -107,7 +112,7 @@ def test_an_expert_that_never_succeeds_says_which_flags_to_change(tmp_path):
 
 
 def test_the_actions_of_a_task_are_read_episode_by_episode(root):
-    lengths = LeRobotDataset("local/x", root=root).meta.episodes["length"]
+    lengths = read(root).meta.episodes["length"]
     actions = recorded_actions(root, TASK)
     assert [episode.shape for episode in actions] == [(length, 4) for length in lengths]
 

@@ -252,8 +252,9 @@ def test_bfloat16_tokens_and_velocity(golden, bf16, observation, training_pair, 
     model, openpis, calibration = bf16
     f32 = golden("f32.npz")
     tokens = entering(model.vlm.layers[0].attention_norm)
+    suffix = entering(model.expert.layers[0].attention_norm)
     velocity = model.velocity(context(model, observation), f32["x_t"], training_pair[2])
-    assert tokens[0].dtype == torch.bfloat16
+    assert {x.dtype for x in (*tokens, *suffix)} == {torch.bfloat16}
     assert velocity.dtype == torch.float32
     for name, ours in (("prefix_tokens", tokens[0]), ("v_t", velocity), ("v_t_kv_cache", velocity)):
         assert_as_close_as_bfloat16_is(ours, f32[name], openpis(name), calibration(name))
