@@ -94,8 +94,7 @@ class Pi0Config(PreTrainedConfig):
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise ValueError(
                 f"n_action_steps ({self.n_action_steps}) must be between 1 and chunk_size "
-                f"({self.chunk_size}): set "
-                "--policy.n_action_steps or --policy.chunk_size"
+                f"({self.chunk_size}): set --policy.n_action_steps or --policy.chunk_size"
             )
         for name in ("num_inference_steps", "num_flow_samples", "max_state_dim", "max_action_dim"):
             if getattr(self, name) < 1:

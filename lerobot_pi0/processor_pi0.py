@@ -81,17 +81,14 @@ class Pi0TokenizerStep(ProcessorStep):
         if beginning is None:
             raise ValueError(
                 f"the tokenizer '{self.tokenizer}' has no token '<bos>', with which a prompt of π0 begins: "
-                "name "
-                "PaliGemma's, or one made like it, with --policy.tokenizer"
+                "name PaliGemma's, or one made like it, with --policy.tokenizer"
             )
         ids = [beginning, *text, *encode("\n", add_special_tokens=False).ids]
         if max(ids) >= self.vocab_size:
             raise ValueError(
                 f"the tokenizer '{self.tokenizer}' gives id {max(ids)} for {prompt!r}, but the model's "
-                "vocabulary "
-                f"has {self.vocab_size} entries: raise --policy.vlm.vocab_size (training from scratch), or "
-                "name "
-                "the tokenizer that belongs to the weights with --policy.tokenizer"
+                f"vocabulary has {self.vocab_size} entries: raise --policy.vlm.vocab_size (training from "
+                "scratch), or name the tokenizer that belongs to the weights with --policy.tokenizer"
             )
         if len(ids) > self.max_length and prompt not in self._told:
             self._told.add(prompt)
@@ -164,12 +161,9 @@ def load_tokenizer(name: str) -> Tokenizer:
             why = str(error).strip().splitlines()[0]
         raise OSError(
             f"the tokenizer '{name}' cannot be had: {why}. Ways out: (1) accept the licence at "
-            f"huggingface.co/{name} "
-            "and run `hf auth login`; (2) --policy.tokenizer=FOLDER with a copy of its tokenizer.json; (3) "
-            "start "
-            "from a checkpoint of this policy, which carries its tokenizer: --policy.path=...; (4) for a "
-            "small "
-            "model from scratch, --policy.tokenizer=small"
+            f"huggingface.co/{name} and run `hf auth login`; (2) --policy.tokenizer=FOLDER with a copy of "
+            "its tokenizer.json; (3) start from a checkpoint of this policy, which carries its tokenizer: "
+            "--policy.path=...; (4) for a small model from scratch, --policy.tokenizer=small"
         ) from error
 
 
@@ -191,8 +185,7 @@ def make_lerobot_pi0_pre_post_processors(
     if dataset_stats is None:
         logger.warning(
             "no statistics: state and actions pass as they are. That is right for a policy with random "
-            "weights only; "
-            "a trained one carries its statistics (--policy.path=...)"
+            "weights only; a trained one carries its statistics (--policy.path=...)"
         )
     steps = make_default_policy_processor_steps(config, dataset_stats and widen(dataset_stats))
     steps.normalize.eps = steps.unnormalize.eps = EPSILON

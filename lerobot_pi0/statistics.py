@@ -64,8 +64,7 @@ def read_statistics(checkpoint: str, revision: str | None = None) -> Statistics:
             return _nested(buffers)
     raise CheckpointError(
         f"'{checkpoint}' carries no normalisation statistics (no policy_preprocessor.json with a normalizer, "
-        "no "
-        "assets/*/norm_stats.json): train with --policy.statistics=dataset"
+        "no assets/*/norm_stats.json): train with --policy.statistics=dataset"
     )
 
 
@@ -102,10 +101,9 @@ def check_statistics(config: Pi0Config, statistics: Statistics, source: str) -> 
         flat = [i for i, value in enumerate(spread) if value < NEARLY_CONSTANT]
         if flat:
             logger.warning(
-                "%s hardly moves in the data in: %s. Normalised, a difference of 0.01 there is a value of up "
-                "to "
-                "%.0e: leave such dimensions out of the dataset, or make sure that they stay as they are on "
-                "the robot",
+                "%s hardly moves in the data in: %s. Normalised, a difference of 0.01 there is a value of "
+                "up to %.0e: leave such dimensions out of the dataset, or make sure that they stay as they "
+                "are on the robot",
                 key,
                 ", ".join(f"{names[i] if names else i} ({spread[i]:.1e})" for i in flat),
                 0.01 / (min(spread[i] for i in flat) + 1e-6),

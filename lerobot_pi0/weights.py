@@ -167,8 +167,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], dtypes: Mappin
     if problems:
         raise CheckpointError(
             f"the checkpoint does not fit the model ({len(wanted)} tensors). {'; '.join(problems)}. Sizes "
-            "come from the "
-            "config (vision, vlm, expert, max_state_dim, max_action_dim): they must be the checkpoint's."
+            "come from the config (vision, vlm, expert, max_state_dim, max_action_dim): they must be the "
+            "checkpoint's."
         )
     model.load_state_dict({name: tensors[name].to(dtypes[name]) for name in wanted}, strict=True, assign=True)
 
@@ -224,8 +224,8 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     else:
         raise FileNotFoundError(
             f"{folder} holds no {WEIGHTS_FILE} and no {WEIGHTS_INDEX}. Point at the folder that a checkpoint "
-            "was saved "
-            "in (lerobot-train: outputs/…/checkpoints/last/pretrained_model), or at a repository on the hub."
+            "was saved in (lerobot-train: outputs/…/checkpoints/last/pretrained_model), or at a repository "
+            "on the hub."
         )
     tensors = {}
     for name in names:

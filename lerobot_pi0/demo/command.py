@@ -93,7 +93,7 @@ def run(*jobs: Job) -> None:
                 result.result()
         finally:
             for process in processes:
-                pass
+                process.terminate()
 
 
 def _follow(job: Job, process: subprocess.Popen[bytes], position: int) -> None:

@@ -16,7 +16,7 @@ from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv, scripted_expert
 from lerobot_pi0.demo.record import RecordConfig, record
 
 TASK = "door-unlock-v3"
-SETTINGS = {"tasks": TASK, "episodes_per_task": 2, "image_size": 64}
+SETTINGS: dict[str, Any] = {"tasks": TASK, "episodes_per_task": 2, "image_size": 64}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,157 @@
+"""The demo's steps: their command lines, and how a second start tells what is done."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import draccus
+import pytest
+from lerobot.configs.eval import EvalPipelineConfig
+from lerobot.configs.train import TrainPipelineConfig
+
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.demo.command import Job
+from lerobot_pi0.demo.demo import EVALUATION_SEED, Demo, DemoConfig, shipped_config
+from lerobot_pi0.demo.environment import MetaworldFastEnvConfig
+from lerobot_pi0.demo.record import SETTINGS_FILE, RecordConfig
+
+
+@pytest.fixture
+def demo(tmp_path) -> Demo:
+    return Demo(DemoConfig(output_dir=tmp_path / "demo"))
+
+
+def parse_training(demo: Demo, job: Job) -> TrainPipelineConfig:
+    return TrainPipelineConfig.from_pretrained(demo.train_config, cli_args=list(job.command.arguments[1:]))
+
+
+def finish_recording(demo: Demo) -> None:
+    settings = demo.recording.root / SETTINGS_FILE
+    settings.parent.mkdir(parents=True)
+    settings.write_text(json.dumps(demo.recording.settings()))
+
+
+def finish_training(demo: Demo, step: int, of: int) -> None:
+    folder = demo.training / "checkpoints" / f"{step:06d}" / "pretrained_model"
+    folder.mkdir(parents=True)
+    (folder / "train_config.json").write_text(json.dumps({"steps": of, "log_freq": 5}))
+    (folder / "model.safetensors").touch()
+    demo.training.joinpath("checkpoints", "last").symlink_to(f"{step:06d}")
+
+
+def finish_evaluation(demo: Demo, name: str, tasks: list[str]) -> Path:
+    metrics = {"successes": [True] * demo.eval_episodes, "video_paths": []}
+    info = demo.root / name / "eval_info.json"
+    info.parent.mkdir(parents=True)
+    per_task = [{"task_group": task, "task_id": 0, "metrics": metrics} for task in tasks]
+    info.write_text(json.dumps({"per_task": per_task}))
+    return info
+
+
+def test_what_is_recorded_is_what_is_trained_on(demo):
+    (recording,), (training,) = demo.record(), demo.train()
+    recorded = draccus.parse(RecordConfig, args=recording.command.arguments)
+    assert recorded == demo.recording
+    trained = parse_training(demo, training)
+    assert trained.dataset.root == str(recorded.root)
+    assert trained.dataset.repo_id == recorded.repo_id
+
+
+def test_the_training_command_gives_a_small_policy_that_stays_on_this_machine(demo):
+    (training,) = demo.train()
+    assert training.command.arguments[0] == f"--config_path={shipped_config()}"
+    config = parse_training(demo, training)
+    assert isinstance(config.policy, Pi0Config)
+    assert config.policy.vlm.width <= 512
+    assert not config.policy.push_to_hub
+    assert config.output_dir == demo.training
+
+
+def test_the_evaluation_commands_cover_all_tasks_and_the_swapped_pair_in_unseen_scenes(demo, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lerobot-eval"])  # LeRobot looks there for --policy.path
+    plain, swapped = (
+        draccus.parse(EvalPipelineConfig, args=job.command.arguments[1:]) for job in demo.evaluate()
+    )
+    assert isinstance(plain.env, MetaworldFastEnvConfig)
+    assert isinstance(swapped.env, MetaworldFastEnvConfig)
+    assert plain.env.task == demo.recording.tasks
+    assert not plain.env.swap_instructions
+    assert swapped.env.task == "faucet-open-v3,faucet-close-v3"
+    assert swapped.env.swap_instructions
+    for config in (plain, swapped):
+        assert config.eval.n_episodes == 40
+        assert config.seed == EVALUATION_SEED
+        assert EVALUATION_SEED + plain.eval.n_episodes <= demo.recording.seed
+
+
+def test_the_commands_name_the_checkpoint_that_training_leaves(demo):
+    for job in demo.evaluate():
+        assert job.command.arguments[0] == f"--policy.path={demo.checkpoint}"
+
+
+def test_steps_that_are_done_are_not_repeated(demo):
+    finish_recording(demo)
+    finish_training(demo, step=30, of=30)
+    finish_evaluation(demo, "evaluate", demo.tasks)
+    finish_evaluation(demo, "evaluate_swapped", demo.pairs)
+    assert demo.record() == []
+    assert demo.train() == []
+    assert demo.evaluate() == []
+
+
+def test_interrupted_training_goes_on_from_its_last_checkpoint(demo):
+    finish_training(demo, step=15, of=30)
+    (job,) = demo.train()
+    assert job.first_step == 15
+    assert "--resume=true" in job.command.arguments
+    assert f"--config_path={demo.checkpoint / 'train_config.json'}" in job.command.arguments
+
+
+def test_training_that_left_no_checkpoint_starts_anew(demo):
+    (demo.training / "wandb").mkdir(parents=True)
+    (job,) = demo.train()
+    assert "--resume=true" not in job.command.arguments
+    assert not demo.training.exists()  # lerobot-train refuses a folder that exists
+
+
+def test_an_evaluation_older_than_the_checkpoint_is_repeated(demo):
+    info = finish_evaluation(demo, "evaluate", demo.tasks)
+    finish_evaluation(demo, "evaluate_swapped", demo.pairs)
+    finish_training(demo, step=30, of=30)
+    os.utime(info, (0, 0))
+    assert [job.name for job in demo.evaluate()][:1] == ["evaluate"]
+
+
+def test_an_evaluation_of_fewer_episodes_is_repeated(demo):
+    finish_training(demo, step=30, of=30)
+    finish_evaluation(demo, "evaluate", demo.tasks)
+    finish_evaluation(demo, "evaluate_swapped", demo.pairs)
+    demo.eval_episodes += 1
+    assert [job.name for job in demo.evaluate()] == ["evaluate", "evaluate_swapped"]
+
+
+def test_the_quick_demo_is_small_and_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quick, real = Demo(DemoConfig(quick=True)), Demo(DemoConfig())
+    assert quick.root != real.root
+    assert quick.recording.episodes_per_task < 5
+    config = parse_training(quick, *quick.train())
+    assert config.steps <= 50
+    assert config.save_freq < config.steps  # so that a run can be resumed
+
+
+def test_wandb_goes_through_lerobots_own_settings(tmp_path):
+    demo = Demo(DemoConfig(output_dir=tmp_path, wandb=True))
+    config = parse_training(demo, *demo.train())
+    assert config.wandb.enable
+    assert config.wandb.mode == "offline"
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag"),
+    [({"eval_episodes": 0}, "--eval_episodes"), ({"train_config": Path("nowhere.yaml")}, "--train_config")],
+)
+def test_a_setting_that_cannot_work_is_refused_by_its_flag(setting, flag):
+    with pytest.raises(ValueError, match=flag):
+        DemoConfig(**setting)

@@ -1,0 +1,113 @@
+"""What the demo shows, from made-up results."""
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from lerobot_pi0.demo.report import (
+    Evaluation,
+    contact_sheet,
+    plot_losses,
+    read_evaluation,
+    success_table,
+    training_losses,
+)
+
+
+def film(path: Path, frames: list[np.ndarray]) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=80)
+        stream.height, stream.width, _ = frames[0].shape
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    return {
+        shade: film(folder / f"{shade}.mp4", [np.full((128, 128, 3), shade, np.uint8)] * 60)
+        for shade in (30, 120, 220)
+    }
+
+
+def test_the_evaluation_is_read_by_task(tmp_path):
+    metrics = {"successes": [True, False], "video_paths": ["a/0.mp4"]}
+    info = {"per_task": [{"task_group": "reach-v3", "task_id": 0, "metrics": metrics}]}
+    (tmp_path / "eval_info.json").write_text(json.dumps(info))
+    evaluation = read_evaluation(tmp_path)
+    assert evaluation["reach-v3"].rate == 0.5
+    assert [str(path) for path in evaluation["reach-v3"].videos] == ["a/0.mp4"]
+
+
+def test_the_table_shows_each_task_beside_its_baselines_and_marks_what_is_not_above():
+    evaluation = {
+        "faucet-open-v3": Evaluation([True] * 9 + [False], []),
+        "plate-slide-v3": Evaluation([True] * 5 + [False] * 5, []),
+    }
+    swapped = {"faucet-open-v3": Evaluation([False] * 10, [])}
+    table = success_table(evaluation, {"faucet-open-v3": 0.8, "plate-slide-v3": 0.5}, swapped)
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line}
+    assert rows["faucet-open-v3"] == ["90%", "10", "80%", "0%"]
+    assert rows["plate-slide-v3"] == ["50%", "*", "10", "50%"]
+    assert rows["mean"] == ["70%", "65%"]
+    assert "*: not above the blind baseline" in table
+
+
+def test_a_table_without_marks_does_not_explain_them():
+    table = success_table({"reach-v3": Evaluation([True], [])}, {"reach-v3": 0.1}, {})
+    assert "*" not in table
+    assert "opposite instruction:" not in table
+
+
+def test_losses_of_a_resumed_training_continue_at_its_checkpoint(tmp_path):
+    log = tmp_path / "train.log"
+    lines = [
+        "# from step 0: lerobot-train",
+        *(f"INFO step:1K smpl:2K loss:{loss} grdn:1.0" for loss in (0.9, 0.8, 0.7, 0.6, 0.5)),
+        "# from step 20: lerobot-train --resume=true",
+        *(f"INFO step:1K smpl:2K loss:{loss} grdn:1.0" for loss in (0.65, 0.55)),
+    ]
+    log.write_text("\n".join(lines))
+    assert training_losses(log, log_freq=10) == [(10, 0.9), (20, 0.8), (30, 0.65), (40, 0.55)]
+
+
+def test_the_loss_plot_is_an_image(tmp_path):
+    plot_losses([(10, 0.9), (20, 0.5)], tmp_path / "loss.png")
+    assert Image.open(tmp_path / "loss.png").size[0] > 300
+
+
+def test_the_contact_sheet_has_a_tile_per_task_and_prefers_a_success(tmp_path, videos):
+    evaluation = {
+        "faucet-open-v3": Evaluation([False, True, True], [videos[30], videos[220]]),
+        "reach-v3": Evaluation([False, False], [videos[120], videos[30]]),
+    }
+    instructions = {"faucet-open-v3": "Rotate the faucet counter-clockwise", "reach-v3": "Reach a goal"}
+    contact_sheet(evaluation, instructions, tmp_path / "sheet.gif")
+    sheet = Image.open(tmp_path / "sheet.gif")
+    assert sheet.size[0] == 2 * 128
+    left, right = (np.asarray(sheet.convert("L"))[-64:, column : column + 64] for column in (32, 160))
+    assert abs(left.mean() - 220) < 15
+    assert abs(right.mean() - 120) < 15
+
+
+def test_a_contact_sheet_of_four_moving_tiles_stays_small(tmp_path):
+    generator = np.random.default_rng(0)
+    scene = np.kron(generator.integers(0, 256, (16, 16, 3), np.uint8), np.ones((8, 8, 1), np.uint8))
+
+    def moved(step: int) -> np.ndarray:
+        """A third of the picture moves."""
+        return np.concatenate([scene[:40], np.roll(scene[40:80], step, axis=1), scene[80:]])
+
+    video = film(tmp_path / "episode.mp4", [moved(step) for step in range(120)])
+    tasks = [f"task-{number}" for number in range(4)]
+    evaluation = {task: Evaluation([True], [video]) for task in tasks}
+    contact_sheet(evaluation, dict.fromkeys(tasks, "Do it"), tmp_path / "sheet.gif")
+    assert (tmp_path / "sheet.gif").stat().st_size < 1.5e6

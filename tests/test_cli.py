@@ -1,0 +1,88 @@
+"""The command line: what `lerobot-pi0` says to people, and with which exit code."""
+
+import dataclasses
+import re
+from importlib import import_module
+from typing import get_type_hints
+
+import pytest
+
+from lerobot_pi0 import cli
+from lerobot_pi0.demo import record
+
+
+def call(monkeypatch, *arguments: str) -> int:
+    """Run the console entry point; returns the exit code."""
+    monkeypatch.setattr("sys.argv", ["lerobot-pi0", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_help_lists_every_subcommand_with_a_line(monkeypatch, capsys):
+    assert call(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    for name, (_, summary) in cli.SUBCOMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(summary)}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", cli.SUBCOMMANDS)
+def test_every_flag_of_a_subcommand_is_explained(monkeypatch, capsys, name):
+    assert call(monkeypatch, name, "--help") == 0
+    text = capsys.readouterr().out
+    module, function = cli.SUBCOMMANDS[name][0].split(":")
+    config_class = next(iter(get_type_hints(getattr(import_module(module), function)).values()))
+    for field in dataclasses.fields(config_class):
+        assert re.search(rf"^  --{field.name} \S+\s+(?!\(default)\w", text, re.MULTILINE), field.name
+
+
+def test_an_unknown_subcommand_suggests_the_nearest(monkeypatch, capsys):
+    assert call(monkeypatch, "recrod") == 2
+    assert "unknown subcommand 'recrod'. Did you mean record?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rooot=x",), "unrecognized arguments: --rooot=x"),
+        (("--root=x", "--seed=many"), "`seed`: Couldn't parse 'many' into an int"),
+        (("--root=x", "--tasks=facet-open-v3"), "Unknown Meta-World task facet-open-v3"),
+        ((), "root"),
+    ],
+)
+def test_a_wrong_flag_is_a_message_and_exit_code_2(monkeypatch, capsys, flags, message):
+    assert call(monkeypatch, "record", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_switch_needs_no_value(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(record, "record", lambda config: seen.append(config) or tmp_path)
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "info.json").write_text('{"total_episodes": 0, "total_frames": 0}')
+    for flags in (["--show_goal"], ["--show_goal=true"], ["--show_goal", "true"], ["--show_goal=false"], []):
+        assert call(monkeypatch, "record", f"--root={tmp_path}", *flags, "--seed=1") == 0
+    assert [config.show_goal for config in seen] == [True, True, True, False, False]
+
+
+def test_an_error_of_ours_is_one_line_and_exit_code_1(monkeypatch, capsys, tmp_path):
+    (tmp_path / "something").touch()
+    assert call(monkeypatch, "record", f"--root={tmp_path}") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lerobot-pi0 record: error: ")
+
+
+def test_an_error_from_elsewhere_keeps_its_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "is_recorded", lambda _: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        call(monkeypatch, "record", f"--root={tmp_path}")
+
+
+def test_ctrl_c_is_exit_code_130(monkeypatch, tmp_path):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "is_recorded", interrupted)
+    assert call(monkeypatch, "record", f"--root={tmp_path}") == 130

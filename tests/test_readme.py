@@ -1,0 +1,67 @@
+"""The README says what is so: its commands are read by the programs they name, its code runs, its links lead somewhere."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from test_configuration import read_training_config
+from tiny_policy import tiny_config
+
+from lerobot_pi0 import Pi0Config, Pi0Policy
+from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_training_command_is_read_by_lerobots_parser(monkeypatch):
+    (command,) = [block for block in blocks("bash") if block.startswith("lerobot-train")]
+    monkeypatch.setattr("sys.argv", [*shlex.split(command.replace("\\\n", " ")), "--policy.device=cpu"])
+    config: Any = cast(Callable[[], Any], read_training_config)()
+    assert isinstance(config.policy, Pi0Config)
+    assert str(config.policy.pretrained_path) == "lerobot/pi0_base"
+    assert config.dataset.repo_id
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch):
+    (code,) = blocks("python")
+    config = tiny_config(chunk_size=16, n_action_steps=4)
+    feature = config.input_features.pop("observation.images.front")
+    config.input_features["observation.image"] = feature
+    config.input_features["observation.state"] = type(feature)(
+        config.input_features["observation.state"].type, (4,)
+    )
+    (folder,) = re.findall(r'^folder = "(.*)"$', code, flags=re.MULTILINE)
+    policy = Pi0Policy(config)
+    one = {"mean": [0.0] * 4, "std": [1.0] * 4}
+    pre, post = make_lerobot_pi0_pre_post_processors(config, {"observation.state": one, "action": one})
+    for saved in (policy, pre, post):
+        saved.save_pretrained(tmp_path / folder)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["chunk"].shape == (1, 16, 4)
+    assert torch.isfinite(names["chunk"]).all()
+    assert len(code.strip().splitlines()) <= 14
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`(pytest [^`]*)`", README))))
+def test_every_test_that_the_readme_names_exists(command):
+    _, path, *rest = shlex.split(command)
+    names = re.findall(r"^def (test_\w+)", (ROOT / path).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    word = dict(zip(rest[::2], rest[1::2], strict=True)).get("-k", "")
+    assert any(word in name for name in names), f"{word!r} is in no name of {path}: {names}"
+
+
+def test_links_into_the_repository_lead_somewhere():
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
