@@ -36,9 +36,9 @@ def recorded_actions(root: Path, task: str) -> list[np.ndarray]:
     from datasets import disable_progress_bars, load_dataset
     from lerobot.datasets import LeRobotDatasetMetadata
 
-    disable_progress_bars()
     metadata = LeRobotDatasetMetadata("local/demonstrations", root=root)
     index = metadata.get_task_index(task_instructions()[task])
+    disable_progress_bars()  # LeRobot has just enabled them
     frames = load_dataset("parquet", data_files=f"{root}/data/**/*.parquet", split="train").with_format(
         "numpy"
     )
