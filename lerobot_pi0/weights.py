@@ -75,8 +75,7 @@ _MODULES = {
 }
 _PARAMETERS = {_VISION + "embeddings.position_embedding.weight": "vision.position_embedding"}
 
-# Other layouts, `model.` prefix off → openpi's PyTorch one: LeRobot up to 0.3; transformers' π0,
-# whose
+# Other layouts, `model.` prefix off → openpi's PyTorch one: LeRobot up to 0.3; transformers' π0, whose
 # files have other names than its state_dict.
 _TO_OPENPI = (
     (r"^paligemma_with_expert\.paligemma\.(model\.)?language_model\.model\.", _LANGUAGE),

@@ -14,10 +14,10 @@ from lerobot_pi0.demo.command import START, TRAINING_LOSS
 
 START_LINE = re.compile(START.format(step=r"(\d+)"))
 
-# The contact sheet: every third frame at 12 per second is 0.45 times the real speed, which the eye can
+# The contact sheet: every second frame at 15 per second is 0.375 times the real speed, which the eye can
 # follow.
-FRAME_STRIDE, FRAMES_PER_SECOND, HOLD_FRAMES = 3, 12, 8
-CAPTION_HEIGHT = 30
+FRAME_STRIDE, FRAMES_PER_SECOND, HOLD_FRAMES = 2, 15, 12
+CAPTION_LINES, CAPTION_HEIGHT = 3, 44
 BACKGROUND, SUCCESS, FAILURE = "#ffffff", "#1a7f37", "#b35900"
 
 
@@ -136,11 +136,11 @@ def contact_sheet(evaluation: Mapping[str, Evaluation], instructions: Mapping[st
             page.paste(frames[min(index, len(frames) - 1)], (left, CAPTION_HEIGHT))
             over = index >= len(frames) - 1
             colour = (SUCCESS if success else FAILURE) if over else "black"
-            caption = "\n".join(textwrap.wrap(instruction, width=max(8, size[0] // 6))[:2])
+            caption = "\n".join(textwrap.wrap(instruction, width=max(8, size[0] // 6))[:CAPTION_LINES])
             draw.multiline_text((left + 4, 2), caption, fill=colour, spacing=2)
         pages.append(page)
     # One palette for all pages: otherwise still regions flicker, and no page can be stored as a difference.
-    palette = pages[0].quantize(64, dither=Image.Dither.NONE)
+    palette = pages[0].quantize(256, dither=Image.Dither.NONE)
     indexed = [page.quantize(palette=palette, dither=Image.Dither.NONE) for page in pages]
     indexed[0].save(
         path,
