@@ -15,6 +15,11 @@ from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 
 logger = logging.getLogger(__name__)
 
+# Named, because draccus finds the comment above a field only when quotes are not in its type.
+StatisticsSource = Literal["dataset", "checkpoint"]
+Dtype = Literal["bfloat16", "float32"]
+Frozen = Literal["nothing", "vision", "vlm"]
+
 SMALL_TOKENIZER = "small"  # ships with the package
 CAMERA_SLOTS = ("base", "left_wrist", "right_wrist")  # the order in which openpi's π0 sees its cameras
 
@@ -58,15 +63,15 @@ class Pi0Config(PreTrainedConfig):
     )
     # Training from a checkpoint of another layout (in-tree π0, openpi): normalise by the dataset's
     # statistics, or by that checkpoint's.
-    statistics: Literal["dataset", "checkpoint"] = "dataset"
+    statistics: StatisticsSource = "dataset"
 
     # What the network computes in. Trained parameters are held in float32 all the same; frozen ones and those
     # of a deployed policy in this.
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
 
     # What stays as it is in training. With "vlm" no gradient runs through the prefix: half the work, the same
     # gradients for the expert.
-    freeze: Literal["nothing", "vision", "vlm"] = "nothing"
+    freeze: Frozen = "nothing"
     # Recompute activations in the backward pass: less memory, about a quarter more work.
     gradient_checkpointing: bool = False
     # (noise, time) pairs drawn per observation and step, over one pass of the vision-language model.
