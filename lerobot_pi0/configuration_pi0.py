@@ -15,6 +15,8 @@ from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 
 logger = logging.getLogger(__name__)
 
+# What LeRobot keeps of a dataset: {"action": {"mean": …, "std": …, …}, …}.
+Statistics = dict[str, dict[str, Any]]
 # Named, because draccus finds the comment above a field only when quotes are not in its type.
 StatisticsSource = Literal["dataset", "checkpoint"]
 Dtype = Literal["bfloat16", "float32"]
@@ -48,7 +50,7 @@ class Pi0Config(PreTrainedConfig):
     cameras: dict[str, str] = field(default_factory=dict)
 
     # A repository on the hub, a folder, or "small" (in the package, for small models from scratch).
-    # A checkpoint of this policy carries its tokenizer and asks for nothing.
+    # A checkpoint of this policy carries its tokenizer and maximum length, and keeps them (--policy.path).
     tokenizer: str = "google/paligemma-3b-pt-224"
     # Prompt tokens, with the beginning of sequence and the closing newline; longer prompts are cut with a
     # warning.
@@ -61,8 +63,9 @@ class Pi0Config(PreTrainedConfig):
             "ACTION": NormalizationMode.MEAN_STD,
         }
     )
-    # Training from a checkpoint of another layout (in-tree π0, openpi): normalise by the dataset's
-    # statistics, or by that checkpoint's.
+    # Starting from weights of another layout (in-tree π0, openpi): normalise by the dataset's statistics, or
+    # by
+    # that checkpoint's. From a checkpoint of this policy (--policy.path) LeRobot always takes the dataset's.
     statistics: StatisticsSource = "dataset"
 
     # What the network computes in. Trained parameters are held in float32 all the same; frozen ones and those
@@ -93,6 +96,7 @@ class Pi0Config(PreTrainedConfig):
     state_feature_names: list[str] | None = None
     # Filled when weights come from a checkpoint of another layout: where they came from.
     base_checkpoint: str | None = None
+    base_revision: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,8 +126,8 @@ class Pi0Config(PreTrainedConfig):
             if feature is None:
                 features = [*(self.input_features or ()), *(self.output_features or ())]
                 raise ValueError(
-                    f"π0 needs '{kind}'. The features are {features}: rename one with --rename_map, or "
-                    "record it"
+                    f"π0 needs '{kind}'. The features are {features}: record it, or start from a checkpoint "
+                    "of this policy with --policy.path and --rename_map"
                 )
             if len(feature.shape) != 1 or feature.shape[0] > limit:
                 raise ValueError(
@@ -218,20 +222,25 @@ def assign_cameras(keys: list[str], given: dict[str, str]) -> dict[str, str]:
     else:
         chosen = {}
         wrists = [key for key in keys if any(word in key.lower() for word in ("wrist", "hand", "gripper"))]
-        for key in wrists:
-            side = "right_wrist" if "right" in key.lower() else "left_wrist"
-            if side not in chosen:
-                chosen[side] = key
-        for key in keys:
-            if key not in chosen.values():
-                free = [slot for slot in CAMERA_SLOTS if slot not in chosen]
-                chosen[free[0] if free else key.removeprefix(f"{OBS_IMAGES}.")] = key
+        others = [key for key in keys if key not in wrists]
+        # Cameras with a side first: they know where they belong.
+        for key in sorted(wrists, key=lambda key: "right" not in key.lower() and "left" not in key.lower()):
+            sides = ["right_wrist", "left_wrist"] if "right" in key.lower() else ["left_wrist", "right_wrist"]
+            _fill(chosen, sides, key)
+        for key in others:
+            _fill(chosen, list(CAMERA_SLOTS), key)
         logger.info("cameras, assigned by name: %s (change with --policy.cameras)", chosen)
     slots = [
         *(slot for slot in CAMERA_SLOTS if slot in chosen),
         *(slot for slot in chosen if slot not in CAMERA_SLOTS),
     ]
     return {slot: chosen[slot] for slot in slots}
+
+
+def _fill(chosen: dict[str, str], slots: list[str], key: str) -> None:
+    """Put a camera into the first free one of the slots, or into one of its own name."""
+    free = [slot for slot in slots if slot not in chosen]
+    chosen[free[0] if free else key.removeprefix(f"{OBS_IMAGES}.")] = key
 
 
 def _find_camera(name: str, slot: str, keys: list[str]) -> str:

@@ -51,7 +51,8 @@ class Pi0Policy(PreTrainedPolicy):
         """LeRobot gives `dataset_stats` and `dataset_meta` when it trains; what else it gives is not used."""
         super().__init__(config)
         config.validate_features()
-        if dataset_stats is not None or dataset_meta is not None:
+        trains = dataset_stats is not None or dataset_meta is not None
+        if trains and config.statistics == "dataset":
             check_statistics(config, dataset_stats or {}, "the dataset")
         if not torch.empty(0).is_meta:
             logger.warning(
@@ -72,7 +73,7 @@ class Pi0Policy(PreTrainedPolicy):
         self.reset()
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # pyrefly: ignore[bad-override]  # no keyword is taken that would do nothing
         cls,
         pretrained_name_or_path: str | Path,
         *,
@@ -82,7 +83,8 @@ class Pi0Policy(PreTrainedPolicy):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
-        **kwargs: Any,
+        dataset_stats: dict | None = None,
+        dataset_meta: Any = None,
     ) -> Self:
         """A policy with a checkpoint's weights: one of ours, or of a published layout (then with a `config`).
 
@@ -114,20 +116,23 @@ class Pi0Policy(PreTrainedPolicy):
         tensors = read_safetensors(folder)
         foreign = "model.token_embedding.weight" not in tensors
         with torch.device("meta"):
-            policy = cls(config, **kwargs)
-        trains = kwargs.get("dataset_meta") is not None
+            policy = cls(config, dataset_stats, dataset_meta)
         dtypes = {
-            name: torch.float32 if trains and parameter.requires_grad else policy.model.dtype
+            name: torch.float32
+            if dataset_meta is not None and parameter.requires_grad
+            else policy.model.dtype
             for name, parameter in policy.model.named_parameters()
         }
-        load_weights(policy.model, from_published(tensors), dtypes)
+        load_weights(policy.model, from_published(tensors), dtypes, config.device)
         if foreign:
             # LeRobot builds processors after the policy, from the folder in `pretrained_path` if there is
             # one. Those of another policy are not ours (another prompt, a gated tokenizer): without the path
-            # it asks our own factory.
-            config.base_checkpoint, config.pretrained_path = str(pretrained_name_or_path), None
+            # it asks our own factory, and a --rename_map of its finds no step to go to.
+            config.base_checkpoint, config.base_revision = str(pretrained_name_or_path), revision
+            config.pretrained_path = config.pretrained_revision = None
+            logger.info("weights of another layout: the processors are new, and --rename_map has no effect")
         logger.info("%d tensors from %s, all of them used", len(dtypes), folder)
-        return policy.to(config.device).eval()
+        return policy.eval()
 
     def observation(self, batch: Batch) -> Observation:
         """The model's observation of a processed batch: cameras in slot order, state padded with zeros."""
@@ -212,7 +217,7 @@ class Pi0Policy(PreTrainedPolicy):
 
     # The base says dict, LeRobot's optimizers take what torch's do.
     def get_optim_params(self) -> list[dict[str, Any]]:  # pyrefly: ignore[bad-override]
-        """What trains, as one group; fused updates where the device has them."""
+        """What trains, as one group, updated by torch's fused kernels (CPU, CUDA, MPS and XPU have them)."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "fused": True}]
 
     def train(self, mode: bool = True) -> Self:
@@ -221,6 +226,15 @@ class Pi0Policy(PreTrainedPolicy):
         for frozen in self._frozen():
             frozen.eval()
         return self
+
+    def _validate_peft_config(self, peft_config: Any) -> None:
+        if self.config.base_checkpoint and not self.config.pretrained_path:
+            raise ValueError(
+                f"adapters over '{self.config.base_checkpoint}', whose layout is another, could not be "
+                "loaded again: train a checkpoint of this policy from it first (--steps=1 will do), and "
+                "give that as --policy.path"
+            )
+        super()._validate_peft_config(peft_config)
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Config and weights. Renamed when complete: our weights may be mapped from the file in its place."""

@@ -25,11 +25,10 @@ from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TO
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config
+from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config, Statistics
 
 logger = logging.getLogger(__name__)
 
-Statistics = dict[str, dict[str, Any]]
 # openpi adds this to every standard deviation and quantile range, which matters where a dimension hardly
 # moves.
 EPSILON = 1e-6
@@ -180,7 +179,7 @@ def make_lerobot_pi0_pre_post_processors(
     if config.base_checkpoint and (dataset_stats is None or config.statistics == "checkpoint"):
         from lerobot_pi0.statistics import check_statistics, read_statistics
 
-        dataset_stats = read_statistics(config.base_checkpoint, config.pretrained_revision)
+        dataset_stats = read_statistics(config.base_checkpoint, config.base_revision)
         check_statistics(config, dataset_stats, f"the checkpoint '{config.base_checkpoint}'")
     if dataset_stats is None:
         logger.warning(
@@ -204,7 +203,10 @@ def make_lerobot_pi0_pre_post_processors(
 
 
 def widen(statistics: Statistics) -> Statistics:
-    """Statistics with ranges EPSILON wider, as in openpi; deviations get theirs in the normaliser."""
+    """Statistics with ranges EPSILON wider, as in openpi; deviations get theirs in the normaliser.
+
+    Only a new policy's: when it goes on from its own checkpoint, LeRobot installs the dataset's as they are.
+    """
     return {
         key: {
             name: torch.as_tensor(value) + EPSILON if name in ("q99", "q90", "max") else value

@@ -2,7 +2,6 @@
 
 import json
 import logging
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +10,11 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors import safe_open
 from torch import Tensor
 
-from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.configuration_pi0 import Pi0Config, Statistics
 from lerobot_pi0.weights import WEIGHTS_FILE, CheckpointError, find_checkpoint
 
 logger = logging.getLogger(__name__)
 
-Statistics = dict[str, dict[str, Any]]
 # Below this standard deviation or range (in the dataset's units) a dimension hardly moves, and noise in it is
 # blown up.
 NEARLY_CONSTANT = 1e-4
@@ -43,8 +41,15 @@ def read_statistics(checkpoint: str, revision: str | None = None) -> Statistics:
                 with safe_open(folder / step["state_file"], framework="pt") as file:
                     names = file.keys()
                     return _nested({name: file.get_tensor(name) for name in names})
-    for path in sorted(folder.glob("assets/**/norm_stats.json")):
-        stats = json.loads(path.read_text())["norm_stats"]
+    assets = sorted(folder.glob("assets/**/norm_stats.json"))
+    if len(assets) > 1:
+        raise CheckpointError(
+            f"'{checkpoint}' carries statistics of several robots "
+            f"({', '.join(path.parent.name for path in assets)}): copy it and leave that of your robot in "
+            "assets/, or train with --policy.statistics=dataset"
+        )
+    if assets:
+        stats = json.loads(assets[0].read_text())["norm_stats"]
         keys = {"state": "observation.state", "actions": "action"}
         return {
             keys[name]: {k: torch.tensor(v) for k, v in of.items()}

@@ -28,6 +28,17 @@ from torch import Tensor, nn
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
+# What a checkpoint of any layout is made of. A repository may hold training states too, of many times its
+# size.
+_CHECKPOINT_FILES = [
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX,
+    "model-*.safetensors",
+    "config.json",
+    "policy_p*processor*",
+    "assets/*norm_stats.json",
+]
+
 _VLM = "paligemma_with_expert.paligemma.model."
 _VISION = _VLM + "vision_tower.vision_model."
 _LANGUAGE = _VLM + "language_model."
@@ -129,7 +140,8 @@ def to_openpi(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_openpi_jax(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     """Tensors of an openpi JAX checkpoint (leaves by '/'-joined path, layers stacked), by the names of `Pi0`.
 
-    Raises CheckpointError for a leaf it does not know, LoRA leaves among them: merge those first.
+    Raises CheckpointError for a leaf it does not know, LoRA leaves among them: merge those first. The golden
+    tests read openpi's values through it; the reading of its orbax files is not part of the package yet.
     """
     leaves = {path.removeprefix("params/").removesuffix("/value"): leaf for path, leaf in params.items()}
     _refuse_other_families(leaves)
@@ -145,7 +157,12 @@ def from_openpi_jax(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     return tensors
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> None:
+def load_weights(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    device: torch.device | str | None = None,
+) -> None:
     """Put tensors into a model built on the meta device, as its parameters, each in its dtype of `dtypes`.
 
     A tensor of the right dtype is taken as it is, without a copy, so a memory-mapped file stays one.
@@ -169,7 +186,8 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], dtypes: Mappin
             "come from the config (vision, vlm, expert, max_state_dim, max_action_dim): they must be the "
             "checkpoint's."
         )
-    model.load_state_dict({name: tensors[name].to(dtypes[name]) for name in wanted}, strict=True, assign=True)
+    placed = {name: tensors[name].to(device, dtypes[name]) for name in wanted}
+    model.load_state_dict(placed, strict=True, assign=True)
 
 
 def find_checkpoint(name: str | Path, **download: Any) -> Path:
@@ -184,7 +202,7 @@ def find_checkpoint(name: str | Path, **download: Any) -> Path:
     if folder.is_file():
         raise FileNotFoundError(f"{folder} is a file: give the folder that it stands in")
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.safetensors", "*.json"], **download))
+        return Path(snapshot_download(str(name), allow_patterns=_CHECKPOINT_FILES, **download))
     except HFValidationError as error:
         raise FileNotFoundError(
             f"there is no folder {folder}, and it is no name of a repository on the hub"

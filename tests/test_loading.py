@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects
 from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file, save_file
 from tiny_policy import batch, noise, raw_batch, statistics, tiny_config, tiny_policy
@@ -213,7 +214,19 @@ def test_download_arguments_reach_the_download(monkeypatch, saved, tmp_path):
     ((name, keywords),) = calls
     assert name == "me/pi0"
     assert given.items() <= keywords.items()
-    assert keywords["allow_patterns"] == ["*.safetensors", "*.json"]
+    there = [
+        *(
+            "config.json",
+            "model.safetensors",
+            "model-00001-of-00002.safetensors",
+            "model.safetensors.index.json",
+        ),
+        *("policy_preprocessor_step_4_normalizer_processor.safetensors", "assets/trossen/norm_stats.json"),
+        "checkpoints/000100/training_state/optimizer_state.safetensors",
+        "checkpoints/000100/pretrained_model/model.safetensors",
+    ]
+    wanted = filter_repo_objects(there, allow_patterns=keywords["allow_patterns"])
+    assert list(wanted) == there[:-2], "training states and older checkpoints stay on the hub"
 
 
 def test_config_comes_from_the_downloaded_folder_too(monkeypatch, saved):

@@ -319,6 +319,11 @@ def keys(*names: str) -> list[str]:
             {"base": "top", "left_wrist": "left_hand", "right_wrist": "right_hand"},
         ),
         (["gripper"], {"left_wrist": "gripper"}),
+        (
+            ["wrist_1", "wrist_2", "top"],
+            {"base": "top", "left_wrist": "wrist_1", "right_wrist": "wrist_2"},
+        ),
+        (["wrist", "left_wrist"], {"left_wrist": "left_wrist", "right_wrist": "wrist"}),
         (["front", "side"], {"base": "front", "left_wrist": "side"}),
         (["a", "b", "c", "d"], {"base": "a", "left_wrist": "b", "right_wrist": "c", "d": "d"}),
     ],

@@ -103,6 +103,10 @@ class Demo:
         )
         last = self.training / "checkpoints" / "last"
         if not last.exists():
+            if self.training.exists() and not self._log("train").exists():
+                raise FileExistsError(
+                    f"{self.training} is there, but not from this demo. Choose another --output_dir."
+                )
             # An earlier start that did not come as far as a checkpoint; lerobot-train wants no such folder.
             shutil.rmtree(self.training, ignore_errors=True)
             dtype = [] if bfloat16_pays() else ["--policy.dtype=float32"]

@@ -98,33 +98,27 @@ class DecoderLayer(nn.Module):
         self.up_proj = Linear(width, mlp_dim, bias=False)
         self.down_proj = Linear(mlp_dim, width, bias=False)
 
-    def heads(self, x: Float[Tensor, "b s hd"]) -> Float[Tensor, "b h s d"]:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def keys_values(self, x: Float[Tensor, "b s w"], by: Rotation, past: KeysValues | None) -> KeysValues:
-        """Keys and values after the past ones: all that the last layer of a stack has to give to a cache."""
-        return self._keys_values(self.attention_norm(x), by, past)
-
     def forward(
-        self, x: Float[Tensor, "b s w"], by: Rotation, past: KeysValues | None, mask: Bool[Tensor, "b t"]
+        self,
+        x: Float[Tensor, "b s w"],
+        by: Rotation,
+        past: KeysValues | None,
+        mask: Bool[Tensor, "b t"] | None,
     ) -> tuple[Float[Tensor, "b s w"], KeysValues]:
-        """One block: the tokens' new hidden states, and the keys and values that they saw."""
+        """One block: the tokens' new hidden states, and the keys and values that they saw, past ones first.
+
+        Without a mask only keys and values are computed, and `x` comes back as it was.
+        """
         h = self.attention_norm(x)
-        keys, values = self._keys_values(h, by, past)
+        keys, values = rotate(self._heads(self.k_proj(h)), by), self._heads(self.v_proj(h))
+        if past is not None:
+            keys, values = torch.cat((past[0], keys), 2), torch.cat((past[1], values), 2)
+        if mask is None:
+            return x, (keys, values)
         x = x + self.o_proj(attend(rotate(self._heads(self.q_proj(h)), by), keys, values, mask))
         h = self.mlp_norm(x)
-        return x + self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h)), (
-            keys,
-            values,
-        )
-
-    def _keys_values(self, h: Float[Tensor, "b s w"], by: Rotation, past: KeysValues | None) -> KeysValues:
-        keys, values = rotate(self._heads(self.k_proj(h)), by), self._heads(self.v_proj(h))
-        return (
-            (keys, values)
-            if past is None
-            else (torch.cat((past[0], keys), 2), torch.cat((past[1], values), 2))
-        )
+        x = x + self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h))
+        return x, (keys, values)
 
     def _heads(self, x: Float[Tensor, "b s hd"]) -> Float[Tensor, "b h s d"]:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -149,10 +143,8 @@ class Decoder(Stack):
         by, past, mask = self._place(mask, cache)
         extended = []
         for layer, seen in zip(self.layers, past, strict=True):
-            if layer is self.layers[-1]:
-                keys_values = self.call(DecoderLayer.keys_values, layer, x, by, seen)
-            else:
-                x, keys_values = self.call(layer, x, by, seen, mask)
+            is_last = layer is self.layers[-1]
+            x, keys_values = self.call(layer, x, by, seen, None if is_last else mask)
             extended.append(keys_values)
         return Cache(extended, mask)
 

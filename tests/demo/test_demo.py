@@ -110,9 +110,20 @@ def test_interrupted_training_goes_on_from_its_last_checkpoint(demo):
 
 def test_training_that_left_no_checkpoint_starts_anew(demo):
     (demo.training / "wandb").mkdir(parents=True)
+    demo._log("train").parent.mkdir(parents=True)
+    demo._log("train").touch()
     (job,) = demo.train()
     assert "--resume=true" not in job.command.arguments
     assert not demo.training.exists()  # lerobot-train refuses a folder that exists
+
+
+def test_a_folder_that_is_not_the_demos_is_left_alone(demo):
+    precious = demo.training / "thesis.tex"
+    precious.parent.mkdir(parents=True)
+    precious.touch()
+    with pytest.raises(FileExistsError, match="--output_dir"):
+        demo.train()
+    assert precious.exists()
 
 
 def test_an_evaluation_older_than_the_checkpoint_is_repeated(demo):
