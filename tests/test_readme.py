@@ -66,3 +66,7 @@ def test_links_into_the_repository_lead_somewhere():
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_no_figure_is_left_out():
+    assert re.findall(r"@\w+@", README) == []
