@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import torch
+from huggingface_hub import ModelCard
 from lerobot.configs import PolicyFeature, PreTrainedConfig
 from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.model.flow import sample_time
 from lerobot_pi0.model.observation import letterbox
@@ -226,6 +227,18 @@ class Pi0Policy(PreTrainedPolicy):
         for frozen in self._frozen():
             frozen.eval()
         return self
+
+    def generate_model_card(
+        self, dataset_repo_id: str, model_type: str, license: str | None, tags: list[str] | None, **given: Any
+    ) -> ModelCard:
+        """LeRobot's card, with the licence that PaliGemma's weights bring along, and what to install."""
+        license = license or ("apache-2.0" if self.config.tokenizer == SMALL_TOKENIZER else "gemma")
+        card = super().generate_model_card(dataset_repo_id, model_type, license, tags, **given)
+        card.text = (
+            "This policy needs the plugin: `pip install lerobot-policy-pi0`. LeRobot then finds it by itself.\n\n"
+            + card.text
+        )
+        return card
 
     def _validate_peft_config(self, peft_config: Any) -> None:
         if self.config.base_checkpoint and not self.config.pretrained_path:

@@ -33,6 +33,14 @@ from lerobot_pi0.weights import CheckpointError, to_openpi
 TRAINING: dict[str, Any] = {"dataset_meta": SimpleNamespace(), "dataset_stats": statistics()}
 
 
+def test_statistics_of_several_robots_are_not_chosen_from(tmp_path):
+    for robot in ("droid", "trossen"):
+        (tmp_path / "assets" / robot).mkdir(parents=True)
+        (tmp_path / "assets" / robot / "norm_stats.json").write_text('{"norm_stats": {}}')
+    with pytest.raises(CheckpointError, match=r"droid, trossen.*--policy\.statistics=dataset"):
+        read_statistics(str(tmp_path))
+
+
 @pytest.fixture
 def saved(tmp_path) -> Path:
     folder = tmp_path / "saved"

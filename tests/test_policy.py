@@ -298,6 +298,28 @@ def test_gradient_checkpointing_changes_memory_not_gradients():
     assert torch.equal(*gradients)
 
 
+# Cards and adapters.
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "given", "licence"),
+    [("small", None, "apache-2.0"), ("google/paligemma-3b-pt-224", None, "gemma"), ("small", "mit", "mit")],
+)
+def test_model_card_names_the_licence_and_the_plugin(policy, monkeypatch, tokenizer, given, licence):
+    monkeypatch.setattr("huggingface_hub.ModelCard.validate", lambda card: None)  # asks the hub
+    monkeypatch.setattr(policy.config, "tokenizer", tokenizer)
+    card = policy.generate_model_card("me/data", "lerobot_pi0", given, None, cfg=None, dataset_meta=None)
+    assert card.data.license == licence
+    assert "pip install lerobot-policy-pi0" in str(card)
+    assert "lerobot_pi0" in str(card)
+
+
+def test_adapters_over_a_foreign_checkpoint_are_refused_with_the_way_out(policy, monkeypatch):
+    monkeypatch.setattr(policy.config, "base_checkpoint", "lerobot/pi0_base")
+    with pytest.raises(ValueError, match=r"lerobot/pi0_base.*--policy\.path"):
+        policy._validate_peft_config(None)
+
+
 # Cameras.
 
 
