@@ -229,15 +229,19 @@ class Pi0Policy(PreTrainedPolicy):
         return self
 
     def generate_model_card(
-        self, dataset_repo_id: str, model_type: str, license: str | None, tags: list[str] | None, **given: Any
+        self,
+        dataset_repo_id: str,
+        model_type: str,
+        license: str | None,
+        tags: list[str] | None,
+        cfg: Any = None,
+        dataset_meta: Any = None,
     ) -> ModelCard:
         """LeRobot's card, with the licence that PaliGemma's weights bring along, and what to install."""
         license = license or ("apache-2.0" if self.config.tokenizer == SMALL_TOKENIZER else "gemma")
-        card = super().generate_model_card(dataset_repo_id, model_type, license, tags, **given)
-        card.text = (
-            "This policy needs the plugin: `pip install lerobot-policy-pi0`. LeRobot then finds it by itself.\n\n"
-            + card.text
-        )
+        card = super().generate_model_card(dataset_repo_id, model_type, license, tags, cfg, dataset_meta)
+        hint = "This policy needs the plugin, which LeRobot then finds: `pip install lerobot-policy-pi0`."
+        card.text = f"{hint}\n\n{card.text}"
         return card
 
     def _validate_peft_config(self, peft_config: Any) -> None:
