@@ -17,7 +17,7 @@ from typing import Literal
 
 from lerobot_pi0.demo.command import Command, Job, run
 from lerobot_pi0.demo.environment import OPPOSITES, parse_tasks, task_instructions
-from lerobot_pi0.demo.record import RecordConfig, is_recorded
+from lerobot_pi0.demo.record import SETTINGS_FILE, RecordConfig, is_recorded
 
 logger = logging.getLogger(__name__)
 
@@ -112,10 +112,18 @@ class Demo:
             dtype = [] if bfloat16_pays() else ["--policy.dtype=float32"]
             arguments = (f"--config_path={self.train_config}", *data, *dtype, *self.train_extras)
             return [self._job("train", Command("lerobot-train", arguments, TRAINING_ENVIRONMENT), "Training")]
+        saved_config = self.checkpoint / "train_config.json"
+        for cause in (self.train_config, self.recording.root / SETTINGS_FILE):
+            if cause.exists() and cause.stat().st_mtime > saved_config.stat().st_mtime:
+                logger.warning(
+                    "%s is newer than the training in %s, which is reused: to train anew, delete it or "
+                    "choose another --output_dir",
+                    cause,
+                    self.training,
+                )
         step = int(last.resolve().name)
         if step == self._train_settings()["steps"]:
             return []
-        saved_config = self.checkpoint / "train_config.json"
         arguments = (f"--config_path={saved_config}", "--resume=true", *data, *self.train_extras)
         return [
             self._job(

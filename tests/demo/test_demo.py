@@ -117,6 +117,17 @@ def test_training_that_left_no_checkpoint_starts_anew(demo):
     assert not demo.training.exists()  # lerobot-train refuses a folder that exists
 
 
+def test_a_training_older_than_its_settings_is_reused_with_a_warning(demo, tmp_path, caplog):
+    demo.train_config = tmp_path / "mine.yaml"
+    demo.train_config.touch()
+    finish_training(demo, step=30, of=30)
+    assert demo.train() == []
+    assert not caplog.records
+    os.utime(demo.train_config, (2**33, 2**33))
+    assert demo.train() == []
+    assert "mine.yaml is newer than the training" in caplog.text
+
+
 def test_a_folder_that_is_not_the_demos_is_left_alone(demo):
     precious = demo.training / "thesis.tex"
     precious.parent.mkdir(parents=True)
