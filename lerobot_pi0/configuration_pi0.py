@@ -52,8 +52,7 @@ class Pi0Config(PreTrainedConfig):
     # A repository on the hub, a folder, or "small" (in the package, for small models from scratch).
     # A checkpoint of this policy carries its tokenizer and maximum length, and keeps them (--policy.path).
     tokenizer: str = "google/paligemma-3b-pt-224"
-    # Prompt tokens, with the beginning of sequence and the closing newline; longer prompts are cut with a
-    # warning.
+    # Prompt tokens, from beginning of sequence to closing newline; a longer prompt is cut, with a warning.
     tokenizer_max_length: int = 48
 
     normalization_mapping: dict[str, NormalizationMode] = field(

@@ -29,8 +29,7 @@ from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config, Statistics
 
 logger = logging.getLogger(__name__)
 
-# openpi adds this to every standard deviation and quantile range, which matters where a dimension hardly
-# moves.
+# openpi adds this to each standard deviation and quantile range; it matters where a dimension hardly moves.
 EPSILON = 1e-6
 
 

@@ -28,8 +28,7 @@ from torch import Tensor, nn
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
-# What a checkpoint of any layout is made of. A repository may hold training states too, of many times its
-# size.
+# What a checkpoint of any layout is made of. A repository may hold training states too, many times larger.
 _CHECKPOINT_FILES = [
     WEIGHTS_FILE,
     WEIGHTS_INDEX,

@@ -77,9 +77,8 @@ class Job:
 def run(*jobs: Job) -> None:
     """Run jobs side by side until all have succeeded.
 
-    When one fails, or at Ctrl-C, the others are ended at once: what a command leaves behind counts only when
-    it is
-    complete.
+    When one fails, or at Ctrl-C, the others are ended at once: what a command leaves behind counts only
+    when it is complete.
 
     Raises:
         RuntimeError: when one fails, with the last lines of its output and the path of its log.

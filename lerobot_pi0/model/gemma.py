@@ -47,7 +47,7 @@ class ExpertConfig:
             raise ValueError(f"expert.width ({self.width}) must be even: half sines, half cosines of time")
 
 
-# as long as the mask that goes with them
+# "_" and not "t": a layer is given past keys alone, which are fewer than its mask has places.
 type KeysValues = tuple[Float[Tensor, "b k _ d"], Float[Tensor, "b k _ d"]]
 
 
