@@ -168,10 +168,12 @@ class Pi0Policy(PreTrainedPolicy):
         actions = self._pad(batch[ACTION], self.config.max_action_dim, ACTION, self.config.action_feature)
         noise, time = self._draw(batch, actions)
         # Precision has one owner, the model: an autocast around it would round what it keeps in float32.
+        observation, prefix = self.observation(batch), None
         with torch.autocast(actions.device.type, enabled=False):
-            losses = self.model.loss(
-                self.observation(batch), actions, noise, time, freeze_vlm=self.config.freeze == "vlm"
-            )
+            if self.config.freeze == "vlm":
+                with torch.no_grad():
+                    prefix = self.model.prefix(observation)
+            losses = self.model.loss(observation, actions, noise, time, prefix)
         losses = losses.mean(-1).unflatten(0, (len(actions), -1)).mean(1)
         valid = torch.ones_like(losses)
         if self.config.mask_padded_actions and "action_is_pad" in batch:

@@ -101,16 +101,14 @@ class Pi0(nn.Module):
         actions: Float[Tensor, "b a e"],
         noise: Float[Tensor, "n a e"],
         time: Float[Tensor, " n"],
-        freeze_vlm: bool = False,
+        prefix: Cache | None = None,
     ) -> Float[Tensor, "n a e"]:
         """Squared error of the velocity, unreduced; n = k·b draws k (noise, time) pairs per observation.
 
-        `freeze_vlm`: no graph through the prefix, which does not change the gradients of the expert.
+        A `prefix` that was computed before, without a graph, leaves the gradients of the expert as they are.
         """
         draws = noise.shape[0] // actions.shape[0]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_vlm):
-            prefix = self.prefix(observation)
-        context = self.with_state(prefix, observation.state).repeat(draws)
+        context = self.with_state(prefix or self.prefix(observation), observation.state).repeat(draws)
         x, velocity = interpolate(actions.repeat_interleave(draws, 0), noise, time)
         return (self.velocity(context, x, time) - velocity).square()
 

@@ -195,7 +195,7 @@ def test_actions_are_padded_with_zeros(golden, monkeypatch):
     stored = golden("transforms.npz")
     policy, seen = Pi0Policy(config(action_dim=7)), []
 
-    def loss(observation, actions, noise, time, **_):
+    def loss(observation, actions, noise, time, prefix):
         seen.append(actions)
         return torch.zeros_like(noise)
 
