@@ -70,6 +70,10 @@ class Pi0Config(PreTrainedConfig):
     # What the network computes in. Trained parameters are held in float32 all the same; frozen ones and those
     # of a deployed policy in this.
     dtype: Dtype = "bfloat16"
+    # Running a policy on a CPU: multiply in 8-bit integers, a third faster. Nothing of it is saved.
+    int8: bool = False
+    # Running a policy on a GPU: the whole of sampling as one graph. The first chunk compiles it.
+    compile: bool = False
 
     # What stays as it is in training. With "vlm" no gradient runs through the prefix: half the work, the same
     # gradients for the expert.

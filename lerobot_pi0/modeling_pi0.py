@@ -3,6 +3,7 @@
 import json
 import logging
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -15,18 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config
+from lerobot_pi0.inference import Context, Sampler
+from lerobot_pi0.linear import Form, Packed
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.model.flow import sample_time
 from lerobot_pi0.model.observation import letterbox
 from lerobot_pi0.statistics import check_statistics
-from lerobot_pi0.weights import (
-    WEIGHTS_FILE,
-    CheckpointError,
-    find_checkpoint,
-    from_published,
-    load_weights,
-    read_safetensors,
-)
+from lerobot_pi0.weights import WEIGHTS_FILE, Checkpoint, CheckpointError, find_checkpoint, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +49,8 @@ class Pi0Policy(PreTrainedPolicy):
         super().__init__(config)
         config.validate_features()
         trains = dataset_stats is not None or dataset_meta is not None
+        if trains and config.int8:
+            raise ValueError("--policy.int8 is for running a policy: train without it")
         if trains and config.statistics == "dataset":
             check_statistics(config, dataset_stats or {}, "the dataset")
         if not torch.empty(0).is_meta:
@@ -71,6 +69,9 @@ class Pi0Policy(PreTrainedPolicy):
             frozen.requires_grad_(False)
         for stack in (self.model.vision, self.model.vlm, self.model.expert):
             stack.gradient_checkpointing = config.gradient_checkpointing
+        # In lists, where torch's modules look for no parameters.
+        self._samplers: list[tuple[Any, Sampler]] = []
+        self._loaded: list[tuple[Any, Checkpoint]] = []
         self.reset()
 
     @classmethod
@@ -90,7 +91,8 @@ class Pi0Policy(PreTrainedPolicy):
         """A policy with a checkpoint's weights: one of ours, or of a published layout (then with a `config`).
 
         Built without initialisation and from memory-mapped files; loading is strict. Trained parameters are
-        held in float32 when LeRobot trains (it then passes `dataset_meta`), all others in `config.dtype`.
+        held in float32 when LeRobot trains (it then passes `dataset_meta`), all others in `config.dtype`; on
+        a CPU they stay as the file has them, because sampling has its own form of them.
         Raises FileNotFoundError or CheckpointError that says what is wrong; it never returns a policy without
         its weights.
         """
@@ -114,25 +116,27 @@ class Pi0Policy(PreTrainedPolicy):
             config = PreTrainedConfig.from_pretrained(folder)
         if not isinstance(config, Pi0Config):
             raise TypeError(f"config is a {type(config).__name__}, this policy takes a Pi0Config")
-        tensors = read_safetensors(folder)
-        foreign = "model.token_embedding.weight" not in tensors
+        checkpoint = Checkpoint(folder)
         with torch.device("meta"):
             policy = cls(config, dataset_stats, dataset_meta)
+        own_form = dataset_meta is None and policy._form() != "fused"
         dtypes = {
             name: torch.float32
             if dataset_meta is not None and parameter.requires_grad
             else policy.model.dtype
             for name, parameter in policy.model.named_parameters()
         }
-        load_weights(policy.model, from_published(tensors), dtypes, config.device)
-        if foreign:
+        load_weights(policy.model, checkpoint, None if own_form else dtypes, config.device)
+        if own_form:
+            policy._loaded = [(policy._version(), checkpoint)]
+        if not checkpoint.is_ours:
             # LeRobot builds processors after the policy, from the folder in `pretrained_path` if there is
             # one. Those of another policy are not ours (another prompt, a gated tokenizer): without the path
             # it asks our own factory, and a --rename_map of its finds no step to go to.
             config.base_checkpoint, config.base_revision = str(pretrained_name_or_path), revision
             config.pretrained_path = config.pretrained_revision = None
             logger.info("weights of another layout: the processors are new, and --rename_map has no effect")
-        logger.info("%d tensors from %s, all of them used", len(dtypes), folder)
+        logger.info("%d tensors from %s, all of them used", len(checkpoint), folder)
         return policy.eval()
 
     def observation(self, batch: Batch) -> Observation:
@@ -196,13 +200,29 @@ class Pi0Policy(PreTrainedPolicy):
         The last three keywords are LeRobot's for real-time chunking, which this policy says it does not
         support: they change nothing.
         """
-        observation = self.observation(batch)
-        if noise is None:
-            shape = (len(observation.state), self.config.chunk_size, self.config.max_action_dim)
-            noise = torch.randn(shape, device=observation.state.device)
+        observation, sampler = self.observation(batch), self._sampler()
+        noise = self._noise(len(observation.state)) if noise is None else noise
         with torch.autocast(noise.device.type, enabled=False):
-            actions = self.model.sample(observation, noise, self.config.num_inference_steps)
-        return actions[..., : cast(PolicyFeature, self.config.action_feature).shape[0]]
+            actions = sampler.sample(observation, noise, self.config.num_inference_steps)
+        return actions[..., : self._action_size]
+
+    def encode(self, batch: Batch) -> Context:
+        """What all chunks from an observation share. `plan` after it is `predict_action_chunk`."""
+        observation, sampler = self.observation(batch), self._sampler()
+        with torch.autocast(observation.state.device.type, enabled=False):
+            return sampler.context(observation, self.config.chunk_size)
+
+    def plan(self, context: Context, noise: Tensor | None = None, num_samples: int = 1) -> Tensor:
+        """Actions (B · num_samples, chunk, action size) from what was encoded, as often as you like.
+
+        The samples of an observation stand in a row; `noise` is of their number. The same noise gives what
+        `predict_action_chunk` gives, bit for bit, for the price of the denoising steps.
+        """
+        context = context.repeat(num_samples)
+        noise = self._noise(context.batch_size) if noise is None else noise
+        with torch.autocast(noise.device.type, enabled=False):
+            actions = self._sampler().actions(context, noise, self.config.num_inference_steps)
+        return actions[..., : self._action_size]
 
     @torch.no_grad()
     def select_action(  # pyrefly: ignore[bad-override]  # as above
@@ -224,8 +244,10 @@ class Pi0Policy(PreTrainedPolicy):
         return [{"params": [p for p in self.parameters() if p.requires_grad], "fused": True}]
 
     def train(self, mode: bool = True) -> Self:
-        """Frozen parts stay in eval mode."""
+        """Frozen parts stay in eval mode. What sampling keeps of the weights is given back for training."""
         super().train(mode)
+        if mode:
+            self._samplers, self._loaded = [], []
         for frozen in self._frozen():
             frozen.eval()
         return self
@@ -257,11 +279,42 @@ class Pi0Policy(PreTrainedPolicy):
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Config and weights. Renamed when complete: our weights may be mapped from the file in its place."""
-        self.config._save_pretrained(save_directory)
+        # How this process runs the policy is no property of it.
+        replace(self.config, int8=False, compile=False)._save_pretrained(save_directory)
         tensors = {name: tensor.contiguous() for name, tensor in (state_dict or self.state_dict()).items()}
         unfinished = save_directory / f"{WEIGHTS_FILE}.unfinished"
         save_file(tensors, unfinished, metadata={"format": "pt"})
         unfinished.replace(save_directory / WEIGHTS_FILE)
+
+    def _sampler(self) -> Sampler:
+        """The network in the form that is fastest here, made anew when its parameters have changed."""
+        version = self._version()
+        if not self._samplers or self._samplers[0][0] != version:
+            self._samplers = []  # before the next one takes its memory
+            loaded = next((checkpoint for of, checkpoint in self._loaded if of == version), None)
+            sampler = Sampler(self.model, self._form(), loaded, self.config.compile)
+            self._samplers = [(self._version(), sampler)]
+        return self._samplers[0][1]
+
+    def _form(self) -> Form:
+        on_cpu = self.config.device == "cpu"
+        if self.config.int8 and not on_cpu:
+            raise ValueError(f"--policy.int8 is for CPUs, and this policy runs on '{self.config.device}'")
+        if not on_cpu or self.config.compile or not Packed.runs(self.model.dtype):
+            return "fused"
+        return "int8" if self.config.int8 else "packed"
+
+    def _version(self) -> list[tuple[int, int]]:
+        """Changes with the parameters, unless someone writes to their `.data`."""
+        return [(parameter.data_ptr(), parameter._version) for parameter in self.model.parameters()]
+
+    def _noise(self, batch_size: int) -> Tensor:
+        shape = (batch_size, self.config.chunk_size, self.config.max_action_dim)
+        return torch.randn(shape, device=self.model.action_out_proj.weight.device)
+
+    @property
+    def _action_size(self) -> int:
+        return cast(PolicyFeature, self.config.action_feature).shape[0]
 
     def _frozen(self) -> list[torch.nn.Module]:
         vlm: list[torch.nn.Module] = [self.model.vision, self.model.token_embedding, self.model.vlm]

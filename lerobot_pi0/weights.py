@@ -7,7 +7,7 @@ another shape is an error with names.
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be taken as π0 weights. The message says why and what to do."""
 
 
-def from_published(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_published[T](state_dict: Mapping[str, T]) -> dict[str, T]:
     """Tensors of a published π0 checkpoint under the names of `Pi0`; a file of ours passes through.
 
     Layouts: ours; openpi PyTorch; LeRobot in-tree 0.6 (with or without `model.`); LeRobot up to 0.3;
@@ -159,20 +159,22 @@ def from_openpi_jax(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 def load_weights(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
-    dtypes: Mapping[str, torch.dtype],
+    dtypes: Mapping[str, torch.dtype] | None = None,
     device: torch.device | str | None = None,
 ) -> None:
     """Put tensors into a model built on the meta device, as its parameters, each in its dtype of `dtypes`.
 
-    A tensor of the right dtype is taken as it is, without a copy, so a memory-mapped file stays one.
+    Without `dtypes` each stays in its own. A tensor of the right dtype is taken as it is, without a copy, so
+    a memory-mapped file stays one.
     Raises CheckpointError with counts and first names when anything is missing, left over or mis-shaped.
     """
     wanted = model.state_dict()
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    found = {name: tensors[name] for name in wanted if name in tensors}
     misshaped = [
-        f"{name} is {tuple(tensors[name].shape)}, the config says {tuple(wanted[name].shape)}"
-        for name in sorted(wanted.keys() & tensors.keys())
-        if tensors[name].shape != wanted[name].shape
+        f"{name} is {tuple(tensor.shape)}, the config says {tuple(wanted[name].shape)}"
+        for name, tensor in sorted(found.items())
+        if tensor.shape != wanted[name].shape
     ]
     problems = [
         f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
@@ -185,7 +187,7 @@ def load_weights(
             "come from the config (vision, vlm, expert, max_state_dim, max_action_dim): they must be the "
             "checkpoint's."
         )
-    placed = {name: tensors[name].to(device, dtypes[name]) for name in wanted}
+    placed = {name: found.pop(name).to(device, dtypes[name] if dtypes else None) for name in wanted}
     model.load_state_dict(placed, strict=True, assign=True)
 
 
@@ -224,39 +226,55 @@ def find_checkpoint(name: str | Path, **download: Any) -> Path:
         raise FileNotFoundError(f"the checkpoint '{name}' cannot be had: {why}") from error
 
 
-def read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder, memory-mapped: one `model.safetensors`, or shards with an index.
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a checkpoint folder by our names: one `model.safetensors`, or shards with an index.
 
-    Raises FileNotFoundError when there is none, CheckpointError for a damaged file or a missing shard.
+    Each access maps its tensor into memory anew: what was read of it is given back when it is dropped.
+    Raises FileNotFoundError when there is none, CheckpointError for a damaged file, a missing shard or
+    another family of models.
     """
-    index = folder / WEIGHTS_INDEX
-    if (folder / WEIGHTS_FILE).is_file():
-        names: Iterable[str] = (WEIGHTS_FILE,)
-    elif index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{index} is damaged ({error!r}): copy or download it again") from error
-    else:
-        raise FileNotFoundError(
-            f"{folder} holds no {WEIGHTS_FILE} and no {WEIGHTS_INDEX}. Point at the folder that a checkpoint "
-            "was saved in (lerobot-train: outputs/…/checkpoints/last/pretrained_model), or at a repository "
-            "on the hub."
-        )
-    tensors = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{index} names the shard {name}, which is missing: copy or download it again"
+
+    def __init__(self, folder: Path):
+        index = folder / WEIGHTS_INDEX
+        if (folder / WEIGHTS_FILE).is_file():
+            names: Iterable[str] = (WEIGHTS_FILE,)
+        elif index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(f"{index} is damaged ({error!r}): copy or download it again") from error
+        else:
+            raise FileNotFoundError(
+                f"{folder} holds no {WEIGHTS_FILE} and no {WEIGHTS_INDEX}. Point at the folder that a "
+                "checkpoint was saved in (lerobot-train: outputs/…/checkpoints/last/pretrained_model), or at "
+                "a repository on the hub."
             )
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{folder / name} is damaged or cut off ({error}): copy or download it again"
-            ) from error
-    return tensors
+        places: dict[str, tuple[Path, str]] = {}
+        for file in (folder / name for name in names):
+            if not file.is_file():
+                raise CheckpointError(
+                    f"{index} names the shard {file.name}, which is missing: copy or download it again"
+                )
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    places |= {name: (file, name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{file} is damaged or cut off ({error}): copy or download it again"
+                ) from error
+        self.is_ours = "model.token_embedding.weight" in places
+        self._places = from_published(places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        file, theirs = self._places[name]
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(theirs)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def _to_openpi(name: str) -> str:

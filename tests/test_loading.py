@@ -26,6 +26,7 @@ from tiny_policy import batch, noise, raw_batch, statistics, tiny_config, tiny_p
 from torch import Tensor
 
 from lerobot_pi0 import modeling_pi0, weights
+from lerobot_pi0.linear import Packed
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.statistics import read_statistics
 from lerobot_pi0.weights import CheckpointError, to_openpi
@@ -356,10 +357,20 @@ def test_trained_parameters_are_float32_and_frozen_ones_are_not(request, source)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_deployed_policy_is_all_in_the_configs_dtype(saved, dtype):
+def test_policy_deployed_on_a_cpu_leaves_its_parameters_in_the_file_and_samples_in_the_configs_dtype(
+    saved, dtype
+):
+    policy = Pi0Policy.from_pretrained(saved, config=tiny_config(dtype=dtype))
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    assert {tensor.dtype for tensor in policy.encode(batch()).keys} == {getattr(torch, dtype)}
+    assert not policy.training
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_policy_deployed_elsewhere_is_all_in_the_configs_dtype(saved, dtype, monkeypatch):
+    monkeypatch.setattr(Packed, "runs", staticmethod(lambda dtype: False))
     policy = Pi0Policy.from_pretrained(saved, config=tiny_config(dtype=dtype))
     assert {parameter.dtype for parameter in policy.parameters()} == {getattr(torch, dtype)}
-    assert not policy.training
 
 
 def test_adamw_steps_on_float32_under_bfloat16_compute(saved):

@@ -27,7 +27,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # named here is a tool, above them all. "" stands for `from lerobot_pi0 import ...`.
 LAYERS = (
     {"model"},
-    {"weights", "configuration_pi0", "statistics", "tokenizers"},
+    {"weights", "configuration_pi0", "statistics", "tokenizers", "inference", "linear", "prefix_cache"},
     {"processor_pi0", "modeling_pi0", ""},
 )
 

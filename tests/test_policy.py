@@ -28,14 +28,20 @@ def policy() -> Pi0Policy:
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, policy: Pi0Policy) -> dict[str, int]:
+    """Passes over images and prompt, evaluations of the velocity, looks at a batch."""
     calls = dict.fromkeys(("prefix", "velocity", "observation"), 0)
-    for owner, name in ((policy.model, "prefix"), (policy.model, "velocity"), (policy, "observation")):
+    for owner, method, name in ((policy.model, "join", "prefix"), (policy, "observation", "observation")):
 
-        def counted(*args: Any, _original=getattr(owner, name), _name=name) -> Any:  # noqa: B008
+        def counted(*args: Any, _original=getattr(owner, method), _name=name) -> Any:  # noqa: B008
             calls[_name] += 1
             return _original(*args)
 
-        monkeypatch.setattr(owner, name, counted)
+        monkeypatch.setattr(owner, method, counted)
+
+    def count_velocity(*_: Any) -> None:
+        calls["velocity"] += 1
+
+    policy.model.expert.norm.register_forward_hook(count_velocity)
     return calls
 
 
@@ -195,9 +201,9 @@ def test_reset_forgets_the_queue(policy):
     assert torch.equal(found, policy.predict_action_chunk(batch(seed=1), noise=noise())[:, 0])
 
 
-def test_queue_is_the_only_state(policy):
+def test_queue_and_the_samplers_form_of_the_weights_are_the_only_state(policy):
     def attributes() -> dict[str, Any]:
-        return {name: value for name, value in vars(policy).items() if name != "_action_queue"}
+        return {name: v for name, v in vars(policy).items() if name not in ("_action_queue", "_samplers")}
 
     def of_modules() -> dict[str, set[str]]:
         return {name: set(vars(module)) for name, module in policy.named_modules()}
@@ -402,8 +408,8 @@ def test_views_stand_in_slot_order_whatever_the_datasets_order():
 
 def test_slot_without_a_camera_costs_nothing(monkeypatch):
     policy, seen = tiny_policy(), []
-    original = policy.model.vision.forward
-    monkeypatch.setattr(policy.model.vision, "forward", lambda i, d: seen.append(len(i)) or original(i, d))
+    original = policy.model.vision.embed
+    monkeypatch.setattr(policy.model.vision, "embed", lambda i, d: seen.append(len(i)) or original(i, d))
     policy.predict_action_chunk(batch(2))
     assert seen == [2]
 

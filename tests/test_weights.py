@@ -15,11 +15,11 @@ from transformers import PI0ForConditionalGeneration
 
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
 from lerobot_pi0.weights import (
+    Checkpoint,
     CheckpointError,
     from_openpi_jax,
     from_published,
     load_weights,
-    read_safetensors,
     to_openpi,
 )
 
@@ -230,7 +230,7 @@ def test_transformers_native_fills_our_network(native):
 def test_what_transformers_native_writes_to_disk_reads_the_same(native, tmp_path, largest_shard):
     native.save_pretrained(tmp_path, max_shard_size=largest_shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) == 1) == (largest_shard == "5GB")
-    assert_same(from_published(read_safetensors(tmp_path)), from_published(native.state_dict()))
+    assert_same(dict(Checkpoint(tmp_path)), from_published(native.state_dict()))
 
 
 def random_jax_leaves() -> dict[str, np.ndarray]:

@@ -75,11 +75,11 @@ def attend(
     mask = None if key_mask is None else key_mask[:, None, None, :]
     q = q.reshape(batch, kv_heads, -1, dim)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # As openpi has it, logits in float32; the fused kernel's backward takes ten times as long here.
-        logits = q.float() @ k.float().mT * dim**-0.5
+        # torch's fused kernel takes three times as long here, and its backward ten times.
+        logits = (q * dim**-0.5) @ k.mT
         if mask is not None:
             logits = logits.masked_fill(~mask, -2.3819763e38)
-        out = logits.softmax(-1).to(v.dtype) @ v
+        out = logits.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.reshape(batch, heads, length, dim).transpose(1, 2).reshape(batch, length, heads * dim)

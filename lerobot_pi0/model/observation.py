@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,6 +22,20 @@ class Observation:
     tokens: Int[Tensor, "b l"]
     token_mask: Bool[Tensor, "b l"]
     state: Float[Tensor, "b e"]  # normalised, padded with zeros
+
+    def trimmed(self) -> Observation:
+        """Without the cameras and the ends of prompts that nobody in the batch has (waits for a GPU)."""
+        seen = self.image_mask.any(0)
+        length = int(
+            (self.token_mask * torch.arange(1, self.tokens.shape[1] + 1, device=self.tokens.device)).max()
+        )
+        return Observation(
+            images=self.images if seen.all() else self.images[:, seen],
+            image_mask=self.image_mask[:, seen],
+            tokens=self.tokens[:, :length],
+            token_mask=self.token_mask[:, :length],
+            state=self.state,
+        )
 
 
 def letterbox(images: Float[Tensor, "n c h w"], size: int) -> Float[Tensor, "n c size size"]:

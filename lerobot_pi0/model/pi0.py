@@ -26,7 +26,7 @@ from lerobot_pi0.model.observation import Observation
 from lerobot_pi0.model.siglip import Siglip, SiglipConfig
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 
 class Pi0(nn.Module):
@@ -69,17 +69,20 @@ class Pi0(nn.Module):
 
     def prefix(self, observation: Observation) -> Cache:
         """Keys and values of images and prompt: all that depends on the vision-language model."""
+        images = self.vision(observation.images.flatten(0, 1), self.dtype)
+        return self.vlm.extend(*self.join(observation, images))
+
+    def join(
+        self, observation: Observation, images: Float[Tensor, "bv t w"]
+    ) -> tuple[Float[Tensor, "b p w"], Bool[Tensor, "b p"]]:
+        """The language model's input, encoded images and then the prompt, and which of it is real."""
         batch, views = observation.images.shape[:2]
-        images = (
-            self.vision(observation.images.flatten(0, 1), self.dtype)
-            .unflatten(0, (batch, views))
-            .flatten(1, 2)
-        )
+        images = images.unflatten(0, (batch, views)).flatten(1, 2)
         # The prompt is on the scale √width, as Gemma was trained; the images are not scaled.
         prompt = self.token_embedding(observation.tokens) * self.token_embedding.embedding_dim**0.5
         image_mask = observation.image_mask.repeat_interleave(images.shape[1] // views, 1)
         mask = torch.cat((image_mask, observation.token_mask), 1)
-        return self.vlm.extend(torch.cat((images, prompt.to(self.dtype)), 1), mask)
+        return torch.cat((images, prompt.to(self.dtype)), 1), mask
 
     def with_state(self, prefix: Cache, state: Float[Tensor, "b e"]) -> Cache:
         """The prefix with the state token appended: all that actions attend to besides themselves."""

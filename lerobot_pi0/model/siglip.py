@@ -78,11 +78,15 @@ class Siglip(Stack):
         self.projector = Linear(config.width, output_dim)
 
     def forward(self, images: Float[Tensor, "n 3 h w"], dtype: torch.dtype) -> Float[Tensor, "n t o"]:
-        """Tokens of images in [-1, 1]; patches and positions are float32, what follows is `dtype`."""
-        embed = self.patch_embedding
-        bias = None if embed.bias is None else embed.bias.float()
-        patches = F.conv2d(images, embed.weight.float(), bias, stride=embed.stride)
-        x = (patches.flatten(2).transpose(1, 2) + self.position_embedding.float()).to(dtype)
+        """Tokens of images in [-1, 1]."""
+        x = self.embed(images, dtype)
         for layer in self.layers:
             x = self.call(layer, x)
         return self.projector(self.norm(x))
+
+    def embed(self, images: Float[Tensor, "n 3 h w"], dtype: torch.dtype) -> Float[Tensor, "n t c"]:
+        """Patches with their positions: computed in float32, what follows is `dtype`."""
+        embed = self.patch_embedding
+        bias = None if embed.bias is None else embed.bias.float()
+        patches = F.conv2d(images, embed.weight.float(), bias, stride=embed.stride)
+        return (patches.flatten(2).transpose(1, 2) + self.position_embedding.float()).to(dtype)

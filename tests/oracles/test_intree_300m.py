@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, SiglipConfig
-from lerobot_pi0.weights import from_published, load_weights, read_safetensors
+from lerobot_pi0.weights import Checkpoint, load_weights
 
 STEPS = 10
 
@@ -76,7 +76,7 @@ def test_loss_gradients_and_actions(folder, record_property):
     vlm = GemmaConfig(width=1024, mlp_dim=4096)
     with torch.device("meta"):
         ours = Pi0(SiglipConfig(), vlm, ExpertConfig(), 32, 32, torch.float32)
-    weights = from_published(read_safetensors(folder))
+    weights = Checkpoint(folder)
     load_weights(ours, weights, dict.fromkeys(weights, torch.float32))
 
     observation, (actions, noise, time) = batch()

@@ -1,0 +1,250 @@
+"""Sampling from a trained π0 without wasted work: the same actions as `Pi0.sample`, to rounding.
+
+A `Sampler` takes the network as an argument and keeps the weights of its linear layers in a form of its own
+(`lerobot_pi0.linear`). What depends on the observation alone is computed once per observation: keys and
+values go into one buffer with room for the actions, which every denoising step reads in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lerobot_pi0.linear import FORMS, Form, Product
+from lerobot_pi0.model import Observation, Pi0
+from lerobot_pi0.model.flow import embed_time, step_times
+from lerobot_pi0.model.gemma import DecoderLayer, Rotation, rotate, rotation
+from lerobot_pi0.model.layers import attend
+from lerobot_pi0.model.siglip import VisionLayer
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that an observation costs once. Sampling writes behind the prefix and the state, never over them.
+
+    It may be sampled from any number of times, one after the other.
+    """
+
+    keys: tuple[Float[Tensor, "b k t d"], ...]  # of each layer: prefix, state, room for the actions
+    values: tuple[Float[Tensor, "b k t d"], ...]
+    mask: Bool[Tensor, "b t"] | None  # None: all of them are valid
+    by: Rotation
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.keys[0])
+
+    def repeat(self, times: int) -> Context:
+        """The context of a batch in which every observation stands `times` times in a row."""
+        if times == 1:
+            return self
+        cos, sin = (x.repeat_interleave(times, 0) for x in self.by)
+        return Context(
+            keys=tuple(x.repeat_interleave(times, 0) for x in self.keys),
+            values=tuple(x.repeat_interleave(times, 0) for x in self.values),
+            mask=None if self.mask is None else self.mask.repeat_interleave(times, 0),
+            by=(cos, sin),
+        )
+
+
+class Sampler:
+    """Samples chunks of actions from a network, its linear layers in another form.
+
+    It reads the weights when it is made: make a new one when they have changed. `tensors` may give them in
+    the network's stead, under its names: then of the network's own large parameters nothing is touched but
+    the rows of the embedding that a prompt needs.
+
+    "fused" has static shapes, for `torch.compile`: pad prompts to a few lengths. The others run on a CPU and
+    drop what nobody in the batch has: absent cameras, the padding of prompts.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: Pi0, form: Form, tensors: Mapping[str, Tensor] | None = None, compiled: bool = False
+    ):
+        """`compiled`: `sample` runs as one graph, which the first call of each shape compiles."""
+        self.model, self.trims = model, form != "fused"
+        read = _Reader(model, form, tensors, model.dtype)
+        self.vision = [_Vision(model, read, f"vision.layers.{i}") for i in range(len(model.vision.layers))]
+        self.projector = read("vision.projector")
+        last = len(model.vlm.layers) - 1
+        # Of the language model's last layer nobody reads more than keys and values.
+        self.vlm = [_Decoder(model, read, f"vlm.layers.{i}", i == last) for i in range(last + 1)]
+        self.expert = [_Decoder(model, read, f"expert.layers.{i}") for i in range(last + 1)]
+        # Embedding the actions is linear up to the first activation, and time enters it as a sum: one product
+        # with (actions' size, width), and a bias for each time. In float32, as in the network.
+        read = _Reader(model, "packed" if self.trims else form, tensors, torch.float32)
+        over_action, self._over_time = read.tensor("action_time_mlp_in.weight").float().chunk(2, dim=1)
+        self._action_in = over_action @ read.tensor("action_in_proj.weight").float()
+        self._bias = read.tensor("action_time_mlp_in.bias").float()
+        self._bias = self._bias + over_action @ read.tensor("action_in_proj.bias").float()
+        self._action_mid, self._action_out = read("action_time_mlp_out"), read("action_out_proj")
+        self._biases: dict[int, Tensor] = {}
+        mode = "reduce-overhead" if self._bias.is_cuda else None
+        self._graph = torch.compile(self._sample, fullgraph=True, mode=mode) if compiled else self._sample
+
+    @torch.no_grad()
+    def context(self, observation: Observation, num_actions: int) -> Context:
+        """What all chunks from an observation share."""
+        return self._context(observation.trimmed() if self.trims else observation, num_actions)
+
+    @torch.no_grad()
+    def actions(
+        self, context: Context, noise: Float[Tensor, "b a e"], num_steps: int
+    ) -> Float[Tensor, "b a e"]:
+        """A chunk of normalised actions, by Euler steps from noise."""
+        return self._actions(context, noise, self._step_biases(num_steps))
+
+    @torch.no_grad()
+    def sample(
+        self, observation: Observation, noise: Float[Tensor, "b a e"], num_steps: int
+    ) -> Float[Tensor, "b a e"]:
+        """A chunk of normalised actions for each observation."""
+        observation = observation.trimmed() if self.trims else observation
+        chunk = self._graph(observation, noise, self._step_biases(num_steps))
+        return chunk if self._graph == self._sample else chunk.clone()  # a graph writes over its own memory
+
+    def _sample(
+        self, observation: Observation, noise: Float[Tensor, "b a e"], biases: Float[Tensor, "n w"]
+    ) -> Float[Tensor, "b a e"]:
+        return self._actions(self._context(observation, noise.shape[1]), noise, biases)
+
+    def _step_biases(self, num_steps: int) -> Float[Tensor, "n w"]:
+        """What the time of each step adds to the embedding of the actions."""
+        if num_steps not in self._biases:
+            embedding = embed_time(self._bias.new_tensor(step_times(num_steps)), self._over_time.shape[1])
+            self._biases[num_steps] = embedding @ self._over_time.T + self._bias
+        return self._biases[num_steps]
+
+    def _context(self, observation: Observation, num_actions: int) -> Context:
+        model = self.model
+        x = model.vision.embed(observation.images.flatten(0, 1), model.dtype)
+        for layer in self.vision:
+            x = layer(x)
+        x, mask = model.join(observation, self.projector(model.vision.norm(x)))
+        (batch, length), size = x.shape[:2], self.vlm[0]
+        valid = torch.cat((mask, mask.new_ones(batch, 1 + num_actions)), 1)
+        shape = (len(self.vlm), batch, size.kv_heads, valid.shape[1], size.head_dim)
+        context = Context(
+            keys=x.new_empty(shape).unbind(),
+            values=x.new_empty(shape).unbind(),
+            mask=None if self.trims and valid.all() else valid,
+            by=rotation(valid.cumsum(1) - 1, size.head_dim),
+        )
+        self._run(self.vlm, x, context, 0)
+        state = model.state_proj(observation.state.float())[:, None].to(model.dtype)
+        self._run(self.expert, state, context, length)
+        return context
+
+    def _run(self, layers: list[_Decoder], x: Tensor, context: Context, start: int) -> Tensor:
+        """Tokens through a stack: they stand at `start` and see what stands there up to their own end."""
+        end = start + x.shape[1]
+        mask = None if context.mask is None else context.mask[:, :end]
+        cos, sin = (part[:, :, start:end] for part in context.by)
+        for layer, keys, values in zip(layers, context.keys, context.values, strict=True):
+            x = layer(x, (cos, sin), keys, values, start, mask)
+        return x
+
+    def _actions(
+        self, context: Context, noise: Float[Tensor, "b a e"], biases: Float[Tensor, "n w"]
+    ) -> Float[Tensor, "b a e"]:
+        x, start = noise.float(), context.keys[0].shape[2] - noise.shape[1]
+        for bias in biases.unbind():
+            h = self._action_mid(F.silu(F.linear(x, self._action_in, bias))).to(self.model.dtype)
+            h = self.model.expert.norm(self._run(self.expert, h, context, start))
+            x = torch.sub(x, self._action_out(h.float()), alpha=1 / len(biases))
+        return x
+
+
+class _Reader:
+    """Linear layers of the network in another form, by their names there."""
+
+    def __init__(self, model: Pi0, form: Form, tensors: Mapping[str, Tensor] | None, dtype: torch.dtype):
+        self.model, self.make, self.tensors, self.dtype = model, FORMS[form], tensors, dtype
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter as the network computes with it: PEFT's adapters are part of it."""
+        if self.tensors is not None:
+            return self.tensors[name]
+        module_name, _, leaf = name.rpartition(".")
+        module: Any = self.model.get_submodule(module_name)
+        tensor = getattr(module, leaf)
+        if leaf == "weight" and hasattr(module, "get_delta_weight") and not module.merged:
+            tensor = tensor + sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
+        return tensor
+
+    def __call__(self, *names: str) -> Product:
+        """One layer, or several with the same input as one."""
+        with_bias = [name for name in names if self.model.get_submodule(name).bias is not None]
+        biases = [self.tensor(f"{name}.bias").to(self.dtype) for name in with_bias]
+        return self.make(self._joined(*names), torch.cat(biases) if biases else None)
+
+    def gated(self, gate: str, up: str) -> Callable[[Tensor], Tensor]:
+        """The hidden layer of a gated MLP."""
+        return self.make.gated(self._joined(gate, up))
+
+    def _joined(self, *names: str) -> Tensor:
+        read = [self.tensor(f"{name}.weight") for name in names]
+        if len(names) == 1:
+            return read[0].to(self.dtype)
+        joined = torch.cat([weight.to(self.dtype) for weight in read])
+        if self.make is FORMS["fused"] and self.tensors is None:
+            # The network's parameters become parts of it, so that a GPU holds nothing twice.
+            for weight, part in zip(read, joined.split([len(weight) for weight in read]), strict=True):
+                if weight.dtype == self.dtype:
+                    weight.data = part
+        return joined
+
+
+class _Vision:
+    """A layer of the vision tower."""
+
+    def __init__(self, model: Pi0, read: _Reader, name: str):
+        self.layer = cast(VisionLayer, model.get_submodule(name))
+        self.qkv = read(*(f"{name}.{part}_proj" for part in "qkv"))
+        self.o, self.up, self.down = (read(f"{name}.{part}_proj") for part in ("o", "up", "down"))
+
+    def __call__(self, x: Float[Tensor, "n t w"]) -> Float[Tensor, "n t w"]:
+        qkv = self.qkv(self.layer.attention_norm(x)).unflatten(-1, (3, self.layer.num_heads, -1))
+        x = self.o.plus(attend(*qkv.permute(2, 0, 3, 1, 4)), x)
+        return self.down.plus(self.up.gelu(self.layer.mlp_norm(x)), x)
+
+
+class _Decoder:
+    """A layer of the language model or the expert."""
+
+    def __init__(self, model: Pi0, read: _Reader, name: str, keys_values_only: bool = False):
+        self.layer = cast(DecoderLayer, model.get_submodule(name))
+        self.head_dim, self.keys_values_only = self.layer.head_dim, keys_values_only
+        self.kv_heads = self.layer.k_proj.out_features // self.head_dim
+        self.qkv = read(*(f"{name}.{part}_proj" for part in ("kv" if keys_values_only else "qkv")))
+        if not keys_values_only:
+            self.o, self.down = read(f"{name}.o_proj"), read(f"{name}.down_proj")
+            self.hidden = read.gated(f"{name}.gate_proj", f"{name}.up_proj")
+
+    def __call__(
+        self,
+        x: Float[Tensor, "b s w"],
+        by: Rotation,
+        keys: Float[Tensor, "b k t d"],
+        values: Float[Tensor, "b k t d"],
+        start: int,
+        mask: Bool[Tensor, "b _"] | None,
+    ) -> Float[Tensor, "b s w"]:
+        """Write the tokens' keys and values at `start`; they see what stands there up to their own end."""
+        qkv = self.qkv(self.layer.attention_norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        qk, v = qkv[:, : -self.kv_heads], qkv[:, -self.kv_heads :]
+        qk, end = rotate(qk, by), start + x.shape[1]
+        keys[:, :, start:end], values[:, :, start:end] = qk[:, -self.kv_heads :], v
+        if self.keys_values_only:
+            return x
+        x = self.o.plus(attend(qk[:, : -self.kv_heads], keys[:, :, :end], values[:, :, :end], mask), x)
+        return self.down.plus(self.hidden(self.layer.mlp_norm(x)), x)

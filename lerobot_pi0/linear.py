@@ -1,0 +1,166 @@
+"""Forms that a sampler can give the weights of a linear layer: fused, packed or int8.
+
+Every form computes x·Wᵀ + b and offers what surrounds it in a transformer as part of the product where it
+can: adding it to the residual stream, GELU, and the gate of a gated MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+type Form = Literal["fused", "packed", "int8"]
+
+
+class Product(Protocol):
+    """A linear layer in some form; `weight` (out, in) and `bias` (out) are given in the dtype of `x`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None): ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(..., in) → (..., out)."""
+        ...
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Its output added to `residual`."""
+        ...
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU (the tanh approximation) of its output."""
+        ...
+
+    @classmethod
+    def gated(cls, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        """The hidden layer of a gated MLP, x ↦ gelu(gate x) · (up x); `weight` is gate above up."""
+        ...
+
+
+class Fused:
+    """torch's own product over weights side by side: what `torch.compile` and a GPU want."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self(x)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return F.gelu(self(x), approximate="tanh")
+
+    @classmethod
+    def gated(cls, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        both = cls(weight)
+
+        def hidden(x: Tensor) -> Tensor:
+            gated, upper = both(x).chunk(2, dim=-1)
+            return F.gelu(gated, approximate="tanh") * upper
+
+        return hidden
+
+
+class Packed:
+    """oneDNN's product over a weight reordered for this processor once, instead of in every call.
+
+    These are the operators that `torch.compile` itself calls on a CPU.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
+
+    @classmethod
+    def gated(cls, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        gate_proj, up_proj = (cls(half) for half in weight.chunk(2))
+
+        def hidden(x: Tensor) -> Tensor:
+            gated = gate_proj.gelu(x)
+            return torch.ops.mkldnn._linear_pointwise.binary(x, gated, up_proj.weight, None, "mul")
+
+        return hidden
+
+    @staticmethod
+    def runs(dtype: torch.dtype) -> bool:
+        """Whether this processor and this build of torch have it."""
+        if not torch.backends.mkldnn.is_available():
+            return False
+        return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class Int8:
+    """oneDNN's product of 8-bit integers: a scale for each output of the weight, one for each row of `x`.
+
+    Rows are scaled by their largest element when they come. Activations are unsigned around 128: that is what
+    the processor's instructions multiply with signed weights.
+    """
+
+    ZERO = 128
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
+        integers = (weight.float() / scale[:, None]).round().to(torch.int8)
+        self.weight = torch.ops.onednn.qlinear_prepack(integers, None)
+        self.scale, self.zeros = scale, torch.zeros(len(scale), dtype=torch.int32)
+        self.bias = bias
+
+    @classmethod
+    def quantise(cls, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (..., in) as unsigned integers, and the scale (..., 1) of each row."""
+        # 126 and not 127: in bfloat16 the quotient of the largest element may be rounded up by one.
+        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 126
+        return (x * scale.reciprocal()).round_().add_(cls.ZERO).to(torch.uint8), scale
+
+    def multiply(self, integers: Tensor, scale: Tensor) -> Tensor:
+        """The product with quantised rows, in the dtype of their scale."""
+        product = torch.ops.onednn.qlinear_pointwise(
+            integers,
+            1.0,
+            self.ZERO,
+            self.weight,
+            self.scale,
+            self.zeros,
+            None,
+            1.0,
+            0,
+            scale.dtype,
+            "none",
+            [],
+            "",
+        ).mul_(scale)
+        return product if self.bias is None else product.add_(self.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.multiply(*self.quantise(x))
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self(x).add_(residual)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return F.gelu(self(x), approximate="tanh")
+
+    @classmethod
+    def gated(cls, weight: Tensor) -> Callable[[Tensor], Tensor]:
+        gate_proj, up_proj = (cls(half) for half in weight.chunk(2))
+
+        def hidden(x: Tensor) -> Tensor:
+            rows = cls.quantise(x)
+            return F.gelu(gate_proj.multiply(*rows), approximate="tanh").mul_(up_proj.multiply(*rows))
+
+        return hidden
+
+
+FORMS: dict[Form, type[Product]] = {"fused": Fused, "packed": Packed, "int8": Int8}
