@@ -15,8 +15,12 @@ from typing import NoReturn, get_type_hints
 
 PROGRAM = "lerobot-pi0"
 
+# Beside the package in a checkout, within it in a wheel.
+BENCHMARKS = "lerobot_pi0.benchmarks" if Path(__file__).with_name("benchmarks").is_dir() else "benchmarks"
+
 # Name: (module:function, what it does).
 SUBCOMMANDS = {
+    "bench": (f"{BENCHMARKS}.bench:main", "measure this π0 beside LeRobot's in-tree one, on this machine"),
     "demo": ("lerobot_pi0.demo.demo:main", "record, train and evaluate a small π0 in Meta-World"),
     "record": ("lerobot_pi0.demo.record:main", "record scripted Meta-World experts as a LeRobotDataset"),
 }

@@ -122,7 +122,7 @@ class Int8:
         """x (..., in) as unsigned integers, and the scale (..., 1) of each row."""
         # 126 and not 127: in bfloat16 the quotient of the largest element may be rounded up by one.
         scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 126
-        return (x * scale.reciprocal()).round_().add_(cls.ZERO).to(torch.uint8), scale
+        return (x / scale).round_().add_(cls.ZERO).to(torch.uint8), scale
 
     def multiply(self, integers: Tensor, scale: Tensor) -> Tensor:
         """The product with quantised rows, in the dtype of their scale."""

@@ -169,6 +169,8 @@ class Pi0Policy(PreTrainedPolicy):
         steps. In eval mode noise and time are a function of the batch's first index, so that a held-out loss
         can be compared between steps.
         """
+        if torch.is_grad_enabled():
+            self._samplers, self._loaded = [], []  # an optimizer is about to change the weights
         actions = self._pad(batch[ACTION], self.config.max_action_dim, ACTION, self.config.action_feature)
         noise, time = self._draw(batch, actions)
         # Precision has one owner, the model: an autocast around it would round what it keeps in float32.
@@ -305,7 +307,7 @@ class Pi0Policy(PreTrainedPolicy):
         return "int8" if self.config.int8 else "packed"
 
     def _version(self) -> list[tuple[int, int]]:
-        """Changes with the parameters, unless someone writes to their `.data`."""
+        """Changes with the parameters, unless one writes to their `.data` or by a fused optimizer."""
         return [(parameter.data_ptr(), parameter._version) for parameter in self.model.parameters()]
 
     def _noise(self, batch_size: int) -> Tensor:

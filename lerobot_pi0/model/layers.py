@@ -74,7 +74,7 @@ def attend(
     (batch, heads, length, dim), kv_heads = q.shape, k.shape[1]
     mask = None if key_mask is None else key_mask[:, None, None, :]
     q = q.reshape(batch, kv_heads, -1, dim)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
         # torch's fused kernel takes three times as long here, and its backward ten times.
         logits = (q * dim**-0.5) @ k.mT
         if mask is not None:
