@@ -20,7 +20,9 @@ from lerobot_pi0.inference import Context, Sampler
 from lerobot_pi0.linear import Form, Packed
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.model.flow import sample_time
+from lerobot_pi0.model.gemma import Cache
 from lerobot_pi0.model.observation import letterbox
+from lerobot_pi0.prefix_cache import PrefixCache, open_prefix_cache
 from lerobot_pi0.statistics import check_statistics
 from lerobot_pi0.weights import WEIGHTS_FILE, Checkpoint, CheckpointError, find_checkpoint, load_weights
 
@@ -69,6 +71,8 @@ class Pi0Policy(PreTrainedPolicy):
             frozen.requires_grad_(False)
         for stack in (self.model.vision, self.model.vlm, self.model.expert):
             stack.gradient_checkpointing = config.gradient_checkpointing
+        self._dataset_meta = dataset_meta
+        self._prefix_cache: PrefixCache | None = None
         # In lists, where torch's modules look for no parameters.
         self._samplers: list[tuple[Any, Sampler]] = []
         self._loaded: list[tuple[Any, Checkpoint]] = []
@@ -177,8 +181,7 @@ class Pi0Policy(PreTrainedPolicy):
         observation, prefix = self.observation(batch), None
         with torch.autocast(actions.device.type, enabled=False):
             if self.config.freeze == "vlm":
-                with torch.no_grad():
-                    prefix = self.model.prefix(observation)
+                prefix = self._prefix(batch, observation)
             losses = self.model.loss(observation, actions, noise, time, prefix)
         losses = losses.mean(-1).unflatten(0, (len(actions), -1)).mean(1)
         valid = torch.ones_like(losses)
@@ -202,17 +205,17 @@ class Pi0Policy(PreTrainedPolicy):
         The last three keywords are LeRobot's for real-time chunking, which this policy says it does not
         support: they change nothing.
         """
-        observation, sampler = self.observation(batch), self._sampler()
+        observation = self.observation(batch)
         noise = self._noise(len(observation.state)) if noise is None else noise
         with torch.autocast(noise.device.type, enabled=False):
-            actions = sampler.sample(observation, noise, self.config.num_inference_steps)
+            actions = self._sampler().sample(observation, noise, self.config.num_inference_steps)
         return actions[..., : self._action_size]
 
     def encode(self, batch: Batch) -> Context:
         """What all chunks from an observation share. `plan` after it is `predict_action_chunk`."""
-        observation, sampler = self.observation(batch), self._sampler()
+        observation = self.observation(batch)
         with torch.autocast(observation.state.device.type, enabled=False):
-            return sampler.context(observation, self.config.chunk_size)
+            return self._sampler().context(observation, self.config.chunk_size)
 
     def plan(self, context: Context, noise: Tensor | None = None, num_samples: int = 1) -> Tensor:
         """Actions (B · num_samples, chunk, action size) from what was encoded, as often as you like.
@@ -287,6 +290,15 @@ class Pi0Policy(PreTrainedPolicy):
         unfinished = save_directory / f"{WEIGHTS_FILE}.unfinished"
         save_file(tensors, unfinished, metadata={"format": "pt"})
         unfinished.replace(save_directory / WEIGHTS_FILE)
+
+    def _prefix(self, batch: Batch, observation: Observation) -> Cache:
+        """The frozen model's prefix, without a graph: from the cache beside the dataset, or computed."""
+        if self.config.cache_prefix and self._dataset_meta is not None:
+            if self._prefix_cache is None:
+                self._prefix_cache = open_prefix_cache(self.config, self.model, self._dataset_meta)
+            return self._prefix_cache.lookup(observation, batch["index"], self.model.prefix)
+        with torch.no_grad():
+            return self.model.prefix(observation)
 
     def _sampler(self) -> Sampler:
         """The network in the form that is fastest here, made anew when its parameters have changed."""

@@ -234,3 +234,65 @@ def test_policy_trained_from_an_in_tree_folder_is_evaluated_offline(ran):
     info = json.loads((ran / "evaluation" / "eval_info.json").read_text())
     assert info["overall"]["n_episodes"] == 2
     assert "pc_success" in info["overall"]
+
+
+@pytest.fixture(scope="module")
+def cached(dataset, in_tree_folder, tmp_path_factory) -> Path:
+    """Two epochs without a prefix cache, the same filling one, the same reading it; then augmented images."""
+    folder = tmp_path_factory.mktemp("cached")
+    expert_only = [
+        "lerobot-train",
+        f"--dataset.repo_id={dataset.repo_id}",
+        f"--dataset.root={dataset.root}",
+        "--policy.type=lerobot_pi0",
+        *SIZES,
+        "--policy.tokenizer=small",
+        f"--policy.pretrained_path={in_tree_folder}",
+        "--policy.freeze=vlm",
+        "--policy.device=cpu",
+        "--policy.push_to_hub=false",
+        "--batch_size=2",
+        "--num_workers=0",
+        "--steps=20",
+        "--log_freq=1",
+        "--env_eval_freq=0",
+    ]
+    runs = {
+        "without": ["--policy.cache_prefix=false"],
+        "filling": ["--policy.cache_prefix=true"],
+        "reading": ["--policy.cache_prefix=true"],
+        "augmented": ["--policy.cache_prefix=true", "--dataset.image_transforms.enable=true"],
+    }
+    (folder / "commands.json").write_text(
+        json.dumps([[*expert_only, *flags, f"--output_dir={folder / run}"] for run, flags in runs.items()])
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(folder / "commands.json")],
+        cwd=folder,
+        env=os.environ
+        | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_LEROBOT_HOME": str(folder / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (folder / "log.txt").write_text(done.stdout + done.stderr)
+    return folder
+
+
+def test_expert_only_training_on_cached_prefixes_gives_the_same_weights(cached, dataset):
+    runs = ("without", "filling", "reading")
+    without, filling, reading = (load_file(checkpoint(cached, run) / "model.safetensors") for run in runs)
+    for name, tensor in without.items():
+        torch.testing.assert_close(filling[name], tensor, rtol=0, atol=1e-6)
+        assert torch.equal(reading[name], filling[name])
+    log = (cached / "log.txt").read_text()
+    assert "(20 frames, " in log
+    assert log.index("0 frames are there") < log.index("20 frames are there")
+    # Nothing of the cache stands in the checkpoint but the flag.
+    assert set(without) == set(reading)
+
+
+def test_training_on_cached_prefixes_with_augmented_images_is_refused(cached):
+    log = (cached / "log.txt").read_text()
+    assert "image augmentation is on: set --dataset.image_transforms.enable=false" in log
+    assert not (cached / "augmented" / "checkpoints").exists()

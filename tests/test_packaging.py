@@ -125,6 +125,7 @@ def test_wheel_holds_the_alias_the_whole_package_and_the_configs(wheel):
         if path.is_file() and "__pycache__" not in path.parts
     }
     expected |= {f"lerobot_pi0/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    expected |= {f"lerobot_pi0/benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.*")}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == expected
