@@ -1,0 +1,147 @@
+"""What both sides are given: sizes, one seeded observation, and a checkpoint of seeded values on disk.
+
+Nothing here depends on a side, except how far its processor pads the prompt.
+"""
+
+import json
+import struct
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor
+
+from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
+from lerobot_pi0.weights import WEIGHTS_FILE, to_openpi
+
+from .worker import Setup
+
+NUM_STEPS = 10
+PROMPT_TOKENS = 12
+PADDED_DIM = 32  # of state and action; the features fill it, so that a comparison leaves nothing out
+
+_EXPERT_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
+
+
+def sizes(setup: Setup) -> tuple[SiglipConfig, GemmaConfig, ExpertConfig]:
+    """Vision tower, language model, expert. Eight query heads everywhere: the in-tree code has them fixed."""
+    if setup.size == "full":
+        small = setup.language_model == "gemma_300m"
+        return (
+            SiglipConfig(),
+            GemmaConfig(width=1024, mlp_dim=4096) if small else GemmaConfig(),
+            ExpertConfig(),
+        )
+    vision_depth, depth = (27, 18) if setup.size == "narrow" else (2, 3)
+    expert = ExpertConfig(width=32, mlp_dim=48)
+    width, mlp_dim = (expert.width, expert.mlp_dim) if setup.language_model == "gemma_300m" else (64, 96)
+    return (
+        SiglipConfig(image_size=28, patch_size=14, width=32, depth=vision_depth, mlp_dim=48, num_heads=2),
+        GemmaConfig(width=width, depth=depth, mlp_dim=mlp_dim, head_dim=16, vocab_size=128),
+        expert,
+    )
+
+
+def chunk_size(setup: Setup) -> int:
+    """Actions in a chunk."""
+    return 50 if setup.size == "full" else 10
+
+
+def camera(number: int) -> str:
+    """The key of a camera in a batch."""
+    return f"observation.images.camera{number}"
+
+
+def features(setup: Setup) -> dict[str, Any]:
+    """`input_features` and `output_features` of a policy's config, absent cameras included."""
+    image_size = sizes(setup)[0].image_size
+    cameras = {
+        camera(number): PolicyFeature(FeatureType.VISUAL, (3, image_size, image_size))
+        for number in range(setup.cameras + setup.absent_cameras)
+    }
+    return {
+        "input_features": cameras | {OBS_STATE: PolicyFeature(FeatureType.STATE, (PADDED_DIM,))},
+        "output_features": {ACTION: PolicyFeature(FeatureType.ACTION, (PADDED_DIM,))},
+    }
+
+
+def batch(setup: Setup, max_length: int | None = None) -> dict[str, Any]:
+    """A processed batch of one, images in [0, 1]: as LeRobot's pipelines hand it to a policy.
+
+    The prompt is padded to `max_length` tokens, as in-tree's processor does it, or as ours, to a multiple
+    of 8.
+    """
+    vision, vlm, _ = sizes(setup)
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(setup.cameras, 1, 3, vision.image_size, vision.image_size, generator=generator)
+    length = max_length or 8 * ceil(PROMPT_TOKENS / 8)
+    tokens = torch.zeros(1, length, dtype=torch.long)
+    tokens[:, :PROMPT_TOKENS] = torch.randint(1, vlm.vocab_size, (1, PROMPT_TOKENS), generator=generator)
+    return {
+        **{camera(number): image for number, image in enumerate(images)},
+        OBS_STATE: torch.randn(1, PADDED_DIM, generator=generator),
+        OBS_LANGUAGE_TOKENS: tokens,
+        OBS_LANGUAGE_ATTENTION_MASK: torch.arange(length)[None] < PROMPT_TOKENS,
+    }
+
+
+def noise(setup: Setup) -> Tensor:
+    """Where sampling starts, (1, chunk, padded size)."""
+    return torch.randn(1, chunk_size(setup), PADDED_DIM, generator=torch.Generator().manual_seed(2))
+
+
+def actions(setup: Setup) -> Tensor:
+    """What training aims at, (1, chunk, padded size)."""
+    return torch.randn(1, chunk_size(setup), PADDED_DIM, generator=torch.Generator().manual_seed(3))
+
+
+def write_checkpoint(setup: Setup) -> None:
+    """`setup.checkpoint` with bfloat16 values under openpi's names, which both sides read; once.
+
+    Matrices have the spread fan_in^-0.5, vectors 0.1. The values are one random block over and over, of a
+    length that is odd: no two rows are alike. The expert's unused text head is there because the in-tree
+    loader is strict.
+    """
+    file = setup.checkpoint / WEIGHTS_FILE
+    if file.is_file():
+        return
+    vision, vlm, expert = sizes(setup)
+    with torch.device("meta"):
+        model = Pi0(vision, vlm, expert, PADDED_DIM, PADDED_DIM, torch.bfloat16)
+        head = torch.empty(vlm.vocab_size, expert.width)
+    tensors = to_openpi(model.state_dict()) | {_EXPERT_HEAD: head}
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    block = torch.randn((1 << 22) + 15, generator=torch.Generator().manual_seed(0))
+    setup.checkpoint.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    with unfinished.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        start = 0
+        for tensor in tensors.values():
+            spread = (tensor.numel() / len(tensor)) ** -0.5 if tensor.ndim > 1 else 0.1
+            values = (block * spread).bfloat16().view(torch.int16).numpy()
+            left = tensor.numel()
+            while left:
+                piece = values[start : start + left]
+                out.write(piece.tobytes())
+                left -= len(piece)
+                start = (start + len(piece)) % len(values)
+    unfinished.replace(file)
+
+
+def read_through(folder: Path) -> None:
+    """Read a checkpoint's file once, so that it is in the page cache."""
+    with (folder / WEIGHTS_FILE).open("rb", buffering=0) as file:
+        buffer = bytearray(1 << 24)
+        while file.readinto(buffer):
+            pass

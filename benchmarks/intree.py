@@ -1,0 +1,157 @@
+"""LeRobot's in-tree π0: built without its slow random initialisation, and the tasks that measure it.
+
+What it computes is its own code throughout. Only sizes that this code has written into it (the vision tower,
+the vocabulary, the width to which images are projected) are changed where a row is not about the published.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+from unittest.mock import patch
+
+import torch
+from accelerate import init_empty_weights
+from lerobot.policies.pi0 import PI0Config, PI0Policy, modeling_pi0
+from safetensors import safe_open
+from torch import nn
+
+from lerobot_pi0.weights import WEIGHTS_FILE
+
+from .inputs import NUM_STEPS, batch, chunk_size, features, noise, read_through, sizes
+from .worker import Measure, Measurement, Setup, time_pops, timed
+
+_HEADS = (
+    "model.paligemma_with_expert.paligemma.lm_head.weight",
+    "model.paligemma_with_expert.gemma_expert.lm_head.weight",
+)
+_EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+
+
+def build(setup: Setup, complete: bool = False, **settings: Any) -> PI0Policy:
+    """The policy with the checkpoint's weights, each in the dtype that its own code gives it.
+
+    Its two text heads, which nothing reads, stay unmaterialised unless it is to be `complete`.
+    """
+    policy = skeleton(setup, **settings)
+    with safe_open(setup.checkpoint / WEIGHTS_FILE, framework="pt") as file:
+        for name, parameter in list(policy.named_parameters()):
+            if name in _HEADS and not complete:
+                # Memory that nobody touches costs nothing.
+                values = torch.empty(parameter.shape, dtype=parameter.dtype)
+            else:
+                stored = file.get_tensor((_HEADS[0] if name == _EMBEDDING else name).removeprefix("model."))
+                # A copy, as its own loading makes one: mapped pages of a file may be slower to compute with.
+                values = stored.to(parameter.dtype, copy=True)
+            owner, _, leaf = name.rpartition(".")
+            setattr(policy.get_submodule(owner), leaf, nn.Parameter(values, parameter.requires_grad))
+    return policy.eval()
+
+
+def chunk(setup: Setup) -> Measure:
+    """From a processed batch to actions."""
+    policy, given, start = build(setup), batch(setup, policy_prompt_length(setup)), noise(setup)
+    return lambda: timed(lambda: predict(policy, given, start))
+
+
+def predict(policy: PI0Policy, given: dict[str, Any], start: torch.Tensor) -> torch.Tensor:
+    """A chunk from given noise, which its signature does not name, but hands on."""
+    return cast(Any, policy).predict_action_chunk(given, noise=start)
+
+
+def load(setup: Setup) -> Measure:
+    """From the call of `from_pretrained` to the first chunk, complete, the file in the page cache."""
+    read_through(setup.checkpoint)
+    given, start = batch(setup, policy_prompt_length(setup)), noise(setup)
+
+    def first_chunk() -> torch.Tensor:
+        with _sizes(setup):
+            policy = PI0Policy.from_pretrained(setup.checkpoint, config=config(setup))
+        return predict(policy, given, start)
+
+    # Of all that it holds, in the dtype that it has by default.
+    weights = 4.0 * sum(parameter.numel() for parameter in skeleton(setup).parameters())
+
+    def measure() -> Measurement:
+        done = timed(first_chunk)
+        return replace(done, figures=done.figures | {"float32_weight_bytes": weights})
+
+    return measure
+
+
+def queue_pop(setup: Setup) -> Measure:
+    """Median tick of `select_action` that only takes the next action from the queue; needs no weights."""
+    policy, given = skeleton(setup), batch(setup, policy_prompt_length(setup))
+    return lambda: time_pops(policy, given, chunk_size(setup))
+
+
+def config(setup: Setup, **settings: Any) -> PI0Config:
+    """Its config for the sizes, dtype and cameras of a row."""
+    image_size = sizes(setup)[0].image_size
+    return PI0Config(
+        paligemma_variant=setup.language_model,
+        dtype=setup.dtype,
+        device="cpu",
+        chunk_size=chunk_size(setup),
+        n_action_steps=chunk_size(setup),
+        num_inference_steps=NUM_STEPS,
+        image_resolution=(image_size, image_size),
+        **features(setup),
+        **settings,
+    )
+
+
+def policy_prompt_length(setup: Setup) -> int:
+    """To how many tokens its processor pads every prompt."""
+    return config(setup).tokenizer_max_length
+
+
+def skeleton(setup: Setup, **settings: Any) -> PI0Policy:
+    """The policy with its parameters on the meta device, in the dtypes of its own code, and real buffers."""
+    with (
+        _sizes(setup),
+        init_empty_weights(include_buffers=False),
+        patch.object(modeling_pi0.PI0Pytorch, "to", lambda network, _: network),
+    ):
+        return PI0Policy(config(setup, **settings))
+
+
+@contextmanager
+def _sizes(setup: Setup) -> Iterator[None]:
+    """Makes its constructors build other sizes than the published."""
+    if setup.size == "full" and setup.language_model == "gemma_2b":
+        yield
+        return
+    vision, vlm, expert = sizes(setup)
+    paligemma, gemma = (
+        modeling_pi0.PaliGemmaForConditionalGenerationWithPiGemma,
+        modeling_pi0.PiGemmaForCausalLM,
+    )
+
+    def make_paligemma(config: Any) -> nn.Module:
+        text, tower = config.text_config, config.vision_config
+        text.vocab_size = vlm.vocab_size
+        tower.hidden_size, tower.intermediate_size = vision.width, vision.mlp_dim
+        tower.num_hidden_layers, tower.num_attention_heads = vision.depth, vision.num_heads
+        tower.projection_dim = vlm.width  # fixed at 2048 in its code, whatever the language model's width
+        return paligemma(config)
+
+    def make_gemma(config: Any) -> nn.Module:
+        config.vocab_size = vlm.vocab_size
+        return gemma(config)
+
+    # It asks for the language model first, then for the expert; the variants may be the same.
+    widths = iter([(vlm.width, vlm.mlp_dim), (expert.width, expert.mlp_dim)])
+
+    def make_sizes(_: str) -> modeling_pi0.GemmaConfig:
+        width, mlp_dim = next(widths)
+        return modeling_pi0.GemmaConfig(
+            width, vlm.depth, mlp_dim, vlm.num_heads, vlm.num_kv_heads, vlm.head_dim
+        )
+
+    with (
+        patch.object(modeling_pi0, "PaliGemmaForConditionalGenerationWithPiGemma", make_paligemma),
+        patch.object(modeling_pi0, "PiGemmaForCausalLM", make_gemma),
+        patch.object(modeling_pi0, "get_gemma_config", make_sizes),
+    ):
+        yield

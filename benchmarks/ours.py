@@ -1,0 +1,119 @@
+"""This package's π0: the tasks that measure it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lerobot.configs import PreTrainedConfig
+
+from lerobot_pi0 import Pi0Config, Pi0Policy
+
+from .inputs import NUM_STEPS, batch, chunk_size, features, noise, read_through, sizes
+from .worker import Measure, Measurement, Setup, time_pops, timed
+
+DEMO_FRAMES = 32
+
+
+def build(setup: Setup, **settings: Any) -> Pi0Policy:
+    """The policy with the checkpoint's weights; `settings` go to its config."""
+    return Pi0Policy.from_pretrained(setup.checkpoint, config=config(setup, **settings))
+
+
+def skeleton(setup: Setup) -> Pi0Policy:
+    """The policy with its parameters on the meta device."""
+    with torch.device("meta"):
+        return Pi0Policy(config(setup)).eval()
+
+
+def chunk(setup: Setup) -> Measure:
+    """From a processed batch to actions."""
+    policy, given, start = build(setup), batch(setup), noise(setup)
+    return lambda: timed(lambda: policy.predict_action_chunk(given, noise=start))
+
+
+def replan(setup: Setup) -> Measure:
+    """Another chunk from an observation that was encoded before, and whether it is that of a full run."""
+    policy, given, start = build(setup), batch(setup), noise(setup)
+    whole, context = policy.predict_action_chunk(given, noise=start), policy.encode(given)
+
+    def measure() -> Measurement:
+        done = timed(lambda: policy.plan(context, noise=start))
+        assert done.actions is not None
+        return replace(done, figures=done.figures | {"identical": float(torch.equal(done.actions, whole[0]))})
+
+    return measure
+
+
+def load(setup: Setup) -> Measure:
+    """From the call of `from_pretrained` to the first chunk, the file in the page cache."""
+    read_through(setup.checkpoint)
+    given, start = batch(setup), noise(setup)
+    return lambda: timed(lambda: build(setup).predict_action_chunk(given, noise=start))
+
+
+def queue_pop(setup: Setup) -> Measure:
+    """Median tick of `select_action` that only takes the next action from the queue; needs no weights."""
+    policy, given = skeleton(setup), batch(setup)
+    return lambda: time_pops(policy, given, chunk_size(setup))
+
+
+def int8_on_demo(setup: Setup) -> Measure:
+    """Cosines between int8 and float32 actions of the demo's trained policy, on frames of its training.
+
+    `setup.demo` is the folder of `lerobot-pi0 demo`.
+    """
+    from lerobot.datasets import LeRobotDataset  # both are slow to import, and no other task needs them
+    from lerobot.policies import make_pre_post_processors
+
+    checkpoint = setup.demo / "training" / "checkpoints" / "last" / "pretrained_model"
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(
+            f"there is no {checkpoint}: run `lerobot-pi0 demo` first, or give --demo=FOLDER"
+        )
+    exact, quantised = (_demo_policy(checkpoint, int8) for int8 in (False, True))
+    preprocess, _ = make_pre_post_processors(exact.config, pretrained_path=str(checkpoint))
+    training = json.loads((checkpoint / "train_config.json").read_text())["dataset"]
+    frames = LeRobotDataset(training["repo_id"], root=setup.demo / "demonstrations")
+
+    def measure() -> Measurement:
+        cosines = []
+        for number in range(DEMO_FRAMES):
+            frame = preprocess(frames[number * len(frames) // DEMO_FRAMES])  # pyrefly: ignore[bad-argument-type]
+            start = torch.randn(
+                1, exact.config.chunk_size, exact.config.max_action_dim,
+                generator=torch.Generator().manual_seed(number),
+            )  # fmt: skip
+            chunks = [policy.predict_action_chunk(frame, noise=start) for policy in (exact, quantised)]
+            cosines.append(F.cosine_similarity(*(chunk.flatten().double() for chunk in chunks), dim=0).item())
+        return Measurement({"cosine_min": min(cosines), "cosine_mean": sum(cosines) / len(cosines)})
+
+    return measure
+
+
+def config(setup: Setup, **settings: Any) -> Pi0Config:
+    """The config for the sizes, dtype and cameras of a row. A camera that is absent has no slot."""
+    vision, vlm, expert = sizes(setup)
+    return Pi0Config(
+        vision=vision,
+        vlm=vlm,
+        expert=expert,
+        tokenizer="small",  # the batches are tokenized already
+        dtype=setup.dtype,
+        int8=setup.int8,
+        device="cpu",
+        chunk_size=chunk_size(setup),
+        n_action_steps=chunk_size(setup),
+        num_inference_steps=NUM_STEPS,
+        **features(replace(setup, absent_cameras=0)),
+        **settings,
+    )
+
+
+def _demo_policy(checkpoint: Path, int8: bool) -> Pi0Policy:
+    config = PreTrainedConfig.from_pretrained(checkpoint)
+    assert isinstance(config, Pi0Config)
+    config.device, config.dtype, config.int8 = "cpu", "float32", int8
+    return Pi0Policy.from_pretrained(checkpoint, config=config)
