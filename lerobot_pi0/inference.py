@@ -140,8 +140,7 @@ class Sampler:
             by=rotation(valid.cumsum(1) - 1, size.head_dim),
         )
         self._run(self.vlm, x, context, 0)
-        state = model.state_proj(observation.state.float())[:, None].to(model.dtype)
-        self._run(self.expert, state, context, length)
+        self._run(self.expert, model.embed_state(observation.state), context, length)
         return context
 
     def _run(self, layers: list[_Decoder], x: Tensor, context: Context, start: int) -> Tensor:

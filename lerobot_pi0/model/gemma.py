@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -104,10 +105,12 @@ class DecoderLayer(nn.Module):
         by: Rotation,
         past: KeysValues | None,
         mask: Bool[Tensor, "b t"] | None,
+        blocks: Sequence[int] | None = None,
     ) -> tuple[Float[Tensor, "b s w"], KeysValues]:
         """One block: the tokens' new hidden states, and the keys and values that they saw, past ones first.
 
-        Without a mask only keys and values are computed, and `x` comes back as it was.
+        Tokens in several `blocks`, of so many each, do not see the later ones. Without a mask only keys and
+        values are computed, and `x` comes back as it was.
         """
         h = self.attention_norm(x)
         keys, values = rotate(self._heads(self.k_proj(h)), by), self._heads(self.v_proj(h))
@@ -115,7 +118,12 @@ class DecoderLayer(nn.Module):
             keys, values = torch.cat((past[0], keys), 2), torch.cat((past[1], values), 2)
         if mask is None:
             return x, (keys, values)
-        x = x + self.o_proj(attend(rotate(self._heads(self.q_proj(h)), by), keys, values, mask))
+        queries = rotate(self._heads(self.q_proj(h)), by).split(blocks or x.shape[1], 2)
+        seen, attended = keys.shape[2] - x.shape[1], []
+        for block in queries:
+            seen += block.shape[2]
+            attended.append(attend(block, keys[:, :, :seen], values[:, :, :seen], mask[:, :seen]))
+        x = x + self.o_proj(torch.cat(attended, 1))
         h = self.mlp_norm(x)
         x = x + self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h))
         return x, (keys, values)
@@ -148,11 +156,13 @@ class Decoder(Stack):
             extended.append(keys_values)
         return Cache(extended, mask)
 
-    def read(self, x: Float[Tensor, "b s w"], cache: Cache) -> Float[Tensor, "b s w"]:
-        """Normed output of tokens, all of them real, that see the cache and one another."""
+    def read(
+        self, x: Float[Tensor, "b s w"], cache: Cache, blocks: Sequence[int] | None = None
+    ) -> Float[Tensor, "b s w"]:
+        """Normed output of tokens, all of them real, that see the cache and one another (or earlier blocks)."""
         by, past, mask = self._place(cache.mask.new_ones(x.shape[:2]), cache)
         for layer, seen in zip(self.layers, past, strict=True):
-            x, _ = self.call(layer, x, by, seen, mask)
+            x, _ = self.call(layer, x, by, seen, mask, blocks)
         return self.norm(x)
 
     def _place(

@@ -24,7 +24,25 @@ class Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*s i"]) -> Float[Tensor, "*s o"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.weight.dtype != x.dtype and self.weight.requires_grad and torch.is_grad_enabled():
+            y = _CastingProduct.apply(x, self.weight)
+            return y if bias is None else y + bias
         return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class _CastingProduct(torch.autograd.Function):
+    """x·Wᵀ in the dtype of x. Backward casts W again instead of keeping a copy of every weight until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor]:  # pyrefly: ignore[bad-override]
+        x, weight = ctx.saved_tensors
+        of_x = grad @ weight.to(grad.dtype) if ctx.needs_input_grad[0] else None
+        return of_x, (grad.flatten(0, -2).mT @ x.flatten(0, -2)).to(weight.dtype)
 
 
 class LayerNorm(nn.LayerNorm):

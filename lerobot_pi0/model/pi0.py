@@ -8,7 +8,7 @@ integrate a velocity field from noise to actions (Black et al., 2024,
  actions         ✓     ✓    |   ✓   |    ✓       expert, once per denoising step
 
 Nothing ever attends to what stands to its right, so each row is a pass over the cache that the rows
-above left, and the only mask is the one of valid keys. Loss and sampling call the same functions.
+above left, and the only mask is the one of valid keys. The loss takes the last two rows in one pass.
 """
 
 from __future__ import annotations
@@ -86,17 +86,28 @@ class Pi0(nn.Module):
 
     def with_state(self, prefix: Cache, state: Float[Tensor, "b e"]) -> Cache:
         """The prefix with the state token appended: all that actions attend to besides themselves."""
-        token = self.state_proj(state.float())[:, None].to(self.dtype)
+        token = self.embed_state(state)
         return self.expert.extend(token, prefix.mask.new_ones(token.shape[:2]), prefix)
 
     def velocity(
         self, context: Cache, actions: Float[Tensor, "b a e"], time: Float[Tensor, "b ..."]
     ) -> Float[Tensor, "b a e"]:
         """Velocity of noisy actions at `time`, one per sample or one per action, given prefix and state."""
+        x = self.expert.read(self.embed_actions(actions, time), context)
+        return self.action_out_proj(x.float())
+
+    def embed_state(self, state: Float[Tensor, "b e"]) -> Float[Tensor, "b 1 w"]:
+        """The state's token in the expert."""
+        return self.state_proj(state.float())[:, None].to(self.dtype)
+
+    def embed_actions(
+        self, actions: Float[Tensor, "b a e"], time: Float[Tensor, "b ..."]
+    ) -> Float[Tensor, "b a w"]:
+        """Tokens of noisy actions, which know their time."""
         action = self.action_in_proj(actions.float())
         embedding = embed_time(time if time.ndim == 2 else time[:, None], self.expert_width).expand_as(action)
-        x = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(torch.cat((action, embedding), -1))))
-        return self.action_out_proj(self.expert.read(x.to(self.dtype), context).float())
+        x = F.silu(self.action_time_mlp_in(torch.cat((action, embedding), -1)))
+        return self.action_time_mlp_out(x).to(self.dtype)
 
     def loss(
         self,
@@ -109,11 +120,15 @@ class Pi0(nn.Module):
         """Squared error of the velocity, unreduced; n = k·b draws k (noise, time) pairs per observation.
 
         A `prefix` that was computed before, without a graph, leaves the gradients of the expert as they are.
+        State and actions go through the expert together, so that its weights have one gradient to write.
         """
         draws = noise.shape[0] // actions.shape[0]
-        context = self.with_state(prefix or self.prefix(observation), observation.state).repeat(draws)
+        prefix = (prefix or self.prefix(observation)).repeat(draws)
         x, velocity = interpolate(actions.repeat_interleave(draws, 0), noise, time)
-        return (self.velocity(context, x, time) - velocity).square()
+        state = self.embed_state(observation.state).repeat_interleave(draws, 0)
+        tokens = torch.cat((state, self.embed_actions(x, time)), 1)
+        x = self.expert.read(tokens, prefix, blocks=(1, x.shape[1]))[:, 1:]
+        return (self.action_out_proj(x.float()) - velocity).square()
 
     @torch.no_grad()
     def sample(
