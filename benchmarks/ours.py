@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lerobot.configs import PreTrainedConfig
 
 from lerobot_pi0 import Pi0Config, Pi0Policy
+from lerobot_pi0.configuration_pi0 import Dtype
 
 from .inputs import NUM_STEPS, batch, chunk_size, features, noise, read_through, sizes
 from .worker import Measure, Measurement, Setup, time_pops, timed
@@ -61,7 +62,7 @@ def queue_pop(setup: Setup) -> Measure:
 
 
 def int8_on_demo(setup: Setup) -> Measure:
-    """Cosines between int8 and float32 actions of the demo's trained policy, on frames of its training.
+    """Cosines of int8 (and bfloat16) actions with float32's: the demo's policy on frames of its training.
 
     `setup.demo` is the folder of `lerobot-pi0 demo`.
     """
@@ -73,22 +74,29 @@ def int8_on_demo(setup: Setup) -> Measure:
         raise FileNotFoundError(
             f"there is no {checkpoint}: run `lerobot-pi0 demo` first, or give --demo=FOLDER"
         )
-    exact, quantised = (_demo_policy(checkpoint, int8) for int8 in (False, True))
+    exact = _demo_policy(checkpoint, "float32")
+    others = {
+        "": _demo_policy(checkpoint, "float32", int8=True),
+        "bfloat16_": _demo_policy(checkpoint, "bfloat16"),  # what a frame that is hard to round does to this
+    }
     preprocess, _ = make_pre_post_processors(exact.config, pretrained_path=str(checkpoint))
     training = json.loads((checkpoint / "train_config.json").read_text())["dataset"]
     frames = LeRobotDataset(training["repo_id"], root=setup.demo / "demonstrations")
+    shape = (1, exact.config.chunk_size, exact.config.max_action_dim)
 
     def measure() -> Measurement:
-        cosines = []
+        cosines: dict[str, list[float]] = {name: [] for name in others}
         for number in range(DEMO_FRAMES):
             frame = preprocess(frames[number * len(frames) // DEMO_FRAMES])  # pyrefly: ignore[bad-argument-type]
-            start = torch.randn(
-                1, exact.config.chunk_size, exact.config.max_action_dim,
-                generator=torch.Generator().manual_seed(number),
-            )  # fmt: skip
-            chunks = [policy.predict_action_chunk(frame, noise=start) for policy in (exact, quantised)]
-            cosines.append(F.cosine_similarity(*(chunk.flatten().double() for chunk in chunks), dim=0).item())
-        return Measurement({"cosine_min": min(cosines), "cosine_mean": sum(cosines) / len(cosines)})
+            start = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+            expected = exact.predict_action_chunk(frame, noise=start).flatten()
+            for name, policy in others.items():
+                actions = policy.predict_action_chunk(frame, noise=start).flatten()
+                cosines[name].append(F.cosine_similarity(expected, actions, dim=0).item())
+        figures = {f"{name}cosine_min": min(values) for name, values in cosines.items()}
+        return Measurement(
+            figures | {f"{name}cosine_mean": sum(values) / len(values) for name, values in cosines.items()}
+        )
 
     return measure
 
@@ -112,8 +120,8 @@ def config(setup: Setup, **settings: Any) -> Pi0Config:
     )
 
 
-def _demo_policy(checkpoint: Path, int8: bool) -> Pi0Policy:
+def _demo_policy(checkpoint: Path, dtype: Dtype, int8: bool = False) -> Pi0Policy:
     config = PreTrainedConfig.from_pretrained(checkpoint)
     assert isinstance(config, Pi0Config)
-    config.device, config.dtype, config.int8 = "cpu", "float32", int8
+    config.device, config.dtype, config.int8 = "cpu", dtype, int8
     return Pi0Policy.from_pretrained(checkpoint, config=config)

@@ -159,7 +159,7 @@ class Decoder(Stack):
     def read(
         self, x: Float[Tensor, "b s w"], cache: Cache, blocks: Sequence[int] | None = None
     ) -> Float[Tensor, "b s w"]:
-        """Normed output of tokens, all of them real, that see the cache and one another (or earlier blocks)."""
+        """Normed output of tokens, all real, that see the cache and one another (or earlier blocks)."""
         by, past, mask = self._place(cache.mask.new_ones(x.shape[:2]), cache)
         for layer, seen in zip(self.layers, past, strict=True):
             x, _ = self.call(layer, x, by, seen, mask, blocks)
