@@ -95,8 +95,11 @@ def usage() -> str:
 def is_message(error: BaseException) -> bool:
     """Whether our own code raised the error, for a person to read; anything else needs its traceback."""
     origin = traceback.extract_tb(error.__traceback__)[-1]
-    ours = Path(origin.filename).is_relative_to(Path(__file__).parent)
-    return ours and (origin.line or "").startswith("raise")
+    package = Path(__file__).parent
+    ours = (package, package.parent / "benchmarks")
+    return (origin.line or "").startswith("raise") and any(
+        Path(origin.filename).is_relative_to(folder) for folder in ours
+    )
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -67,20 +67,21 @@ class Cache:
         return Cache(layers, self.mask.repeat_interleave(times, 0))
 
 
-type Rotation = tuple[Float[Tensor, "b 1 s c"], Float[Tensor, "b 1 s c"]]
+type Rotation = tuple[Float[Tensor, "b 1 s d"], Float[Tensor, "b 1 s d"]]
 
 
 def rotation(positions: Int[Tensor, "b s"], head_dim: int) -> Rotation:
-    """Cosine and sine of the rotary angles, always float32: in bfloat16 they are off by up to 1 rad."""
+    """Cosine and signed sine of the rotary angles, in float32: in bfloat16 they are off by up to 1 rad."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions[:, None, :, None] / 10_000.0**exponents
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Float[Tensor, "b h s d"], by: Rotation) -> Float[Tensor, "b h s d"]:
     """Rotary positions: element i turns with element i + d/2, in float32."""
-    (cos, sin), (a, b) = by, x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    (cos, sin), turned = by, x.float()
+    return torch.addcmul(turned * cos, turned.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class DecoderLayer(nn.Module):

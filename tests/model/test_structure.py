@@ -380,8 +380,9 @@ def test_rotary_angles_are_float32_when_the_model_computes_in_bfloat16(
     for positions, cos, sin in rotations:
         angle = positions.double()[:, None, :, None] / 10_000 ** (torch.arange(8).double() / 8)
         assert (cos.dtype, sin.dtype) == (torch.float32, torch.float32)
-        torch.testing.assert_close(cos.double(), angle.cos(), rtol=0, atol=1e-5)
-        torch.testing.assert_close(sin.double(), angle.sin(), rtol=0, atol=1e-5)
+        wanted_cos, wanted_sin = angle.cos().repeat(1, 1, 1, 2), torch.cat((-angle.sin(), angle.sin()), -1)
+        torch.testing.assert_close(cos.double(), wanted_cos, rtol=0, atol=1e-5)
+        torch.testing.assert_close(sin.double(), wanted_sin, rtol=0, atol=1e-5)
 
 
 UNUSED = ("q_proj", "o_proj", "mlp_norm", "gate_proj", "up_proj", "down_proj")
