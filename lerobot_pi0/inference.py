@@ -183,24 +183,17 @@ class _Reader:
     def __call__(self, *names: str) -> Product:
         """One layer, or several with the same input as one."""
         with_bias = [name for name in names if self.model.get_submodule(name).bias is not None]
-        biases = [self.tensor(f"{name}.bias").to(self.dtype) for name in with_bias]
-        return self.make(self._joined(*names), torch.cat(biases) if biases else None)
+        return self.make([self._weight(name) for name in names], [self._bias(name) for name in with_bias])
 
     def gated(self, gate: str, up: str) -> Callable[[Tensor], Tensor]:
         """The hidden layer of a gated MLP."""
-        return self.make.gated(self._joined(gate, up))
+        return self.make.gated(self._weight(gate), self._weight(up))
 
-    def _joined(self, *names: str) -> Tensor:
-        read = [self.tensor(f"{name}.weight") for name in names]
-        if len(names) == 1:
-            return read[0].to(self.dtype)
-        joined = torch.cat([weight.to(self.dtype) for weight in read])
-        if self.make is FORMS["fused"] and self.tensors is None:
-            # The network's parameters become parts of it, so that a GPU holds nothing twice.
-            for weight, part in zip(read, joined.split([len(weight) for weight in read]), strict=True):
-                if weight.dtype == self.dtype:
-                    weight.data = part
-        return joined
+    def _weight(self, name: str) -> Tensor:
+        return self.tensor(f"{name}.weight").to(self.dtype)
+
+    def _bias(self, name: str) -> Tensor:
+        return self.tensor(f"{name}.bias").to(self.dtype)
 
 
 class _Vision:

@@ -6,7 +6,7 @@ can: adding it to the residual stream, GELU, and the gate of a gated MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -17,9 +17,12 @@ type Form = Literal["fused", "packed", "int8"]
 
 
 class Product(Protocol):
-    """A linear layer in some form; `weight` (out, in) and `bias` (out) are given in the dtype of `x`."""
+    """Linear layers with one input, side by side: weights (out, in), all with biases (out) or none.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None): ...
+    They are given in the dtype of the `x` to come.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()): ...
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., in) → (..., out)."""
@@ -34,16 +37,23 @@ class Product(Protocol):
         ...
 
     @classmethod
-    def gated(cls, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        """The hidden layer of a gated MLP, x ↦ gelu(gate x) · (up x); `weight` is gate above up."""
+    def gated(cls, gate: Tensor, up: Tensor) -> Callable[[Tensor], Tensor]:
+        """The hidden layer of a gated MLP: x ↦ gelu(gate x) · (up x)."""
         ...
 
 
 class Fused:
-    """torch's own product over weights side by side: what `torch.compile` and a GPU want."""
+    """torch's own product over weights side by side: what `torch.compile` and a GPU want.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        self.weight, self.bias = weight, bias
+    The tensors that it is given become parts of it, so that a GPU holds nothing twice.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()):
+        self.weight, self.bias = _side_by_side(weights), _side_by_side(biases) if biases else None
+        if len(weights) > 1:
+            parts = self.weight.split([len(weight) for weight in weights])
+            for weight, part in zip(weights, parts, strict=True):
+                weight.data = part
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -55,8 +65,8 @@ class Fused:
         return F.gelu(self(x), approximate="tanh")
 
     @classmethod
-    def gated(cls, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        both = cls(weight)
+    def gated(cls, gate: Tensor, up: Tensor) -> Callable[[Tensor], Tensor]:
+        both = cls((gate, up))
 
         def hidden(x: Tensor) -> Tensor:
             gated, upper = both(x).chunk(2, dim=-1)
@@ -71,8 +81,9 @@ class Packed:
     These are the operators that `torch.compile` itself calls on a CPU.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()), bias
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()):
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(_side_by_side(weights).contiguous())
+        self.bias = _side_by_side(biases) if biases else None
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
@@ -84,8 +95,8 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
 
     @classmethod
-    def gated(cls, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        gate_proj, up_proj = (cls(half) for half in weight.chunk(2))
+    def gated(cls, gate: Tensor, up: Tensor) -> Callable[[Tensor], Tensor]:
+        gate_proj, up_proj = cls((gate,)), cls((up,))
 
         def hidden(x: Tensor) -> Tensor:
             gated = gate_proj.gelu(x)
@@ -110,12 +121,13 @@ class Int8:
 
     ZERO = 128
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None):
-        scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127
-        integers = (weight.float() / scale[:, None]).round().to(torch.int8)
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()):
+        weight = _side_by_side(weights).float()
+        scale = weight.abs().amax(1).clamp(min=1e-12) / 127
+        integers = (weight / scale[:, None]).round().to(torch.int8)
         self.weight = torch.ops.onednn.qlinear_prepack(integers, None)
         self.scale, self.zeros = scale, torch.zeros(len(scale), dtype=torch.int32)
-        self.bias = bias
+        self.bias = _side_by_side(biases) if biases else None
 
     @classmethod
     def quantise(cls, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,14 +165,18 @@ class Int8:
         return F.gelu(self(x), approximate="tanh")
 
     @classmethod
-    def gated(cls, weight: Tensor) -> Callable[[Tensor], Tensor]:
-        gate_proj, up_proj = (cls(half) for half in weight.chunk(2))
+    def gated(cls, gate: Tensor, up: Tensor) -> Callable[[Tensor], Tensor]:
+        gate_proj, up_proj = cls((gate,)), cls((up,))
 
         def hidden(x: Tensor) -> Tensor:
             rows = cls.quantise(x)
             return F.gelu(gate_proj.multiply(*rows), approximate="tanh").mul_(up_proj.multiply(*rows))
 
         return hidden
+
+
+def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 FORMS: dict[Form, type[Product]] = {"fused": Fused, "packed": Packed, "int8": Int8}

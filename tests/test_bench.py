@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import bench, inputs, roofline
 from benchmarks.bench import Bench, BenchConfig, Goal, Row, Side, main, select
-from benchmarks.operations import compiled_events, count, count_compiled
+from benchmarks.operations import compiled_events, count, count_compiled, sampler_operations
 from benchmarks.worker import Measurement, Setup, Worker, WorkerError
 from lerobot_pi0.weights import Checkpoint
 
@@ -192,6 +192,13 @@ def test_views_and_allocations_are_no_operations():
 def test_compiled_operations_are_kernels_after_fusion():
     x = torch.ones(8, 8)
     assert count_compiled(lambda x: ((x + 1).sin() * 2) @ x, x) == 2
+
+
+@pytest.mark.slow
+def test_compiled_chunk_of_the_published_depths_has_at_most_2500_operations_and_200_per_step():
+    whole, step = sampler_operations(setup(size="narrow"))
+    assert 100 < step <= 200
+    assert 10 * step < whole <= 2500
 
 
 def test_graph_breaks_recompilations_and_host_synchronisations_are_found():

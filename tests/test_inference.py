@@ -111,7 +111,7 @@ def test_int8_product_is_that_of_the_rounded_factors():
     integers, scale = Int8.quantise(x)
     weight_scale = weight.abs().amax(1, keepdim=True) / 127
     rounded = (weight / weight_scale).round() * weight_scale
-    torch.testing.assert_close(Int8(weight, bias)(x), (integers.float() - 128) * scale @ rounded.T + bias)
+    torch.testing.assert_close(Int8([weight], [bias])(x), (integers.float() - 128) * scale @ rounded.T + bias)
 
 
 # What one observation costs once.
