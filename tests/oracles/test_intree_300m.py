@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, SiglipConfig
-from lerobot_pi0.weights import Checkpoint, load_weights
+from lerobot_pi0.weights import Checkpoint, from_published, load_weights
 
 STEPS = 10
 
