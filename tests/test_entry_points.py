@@ -143,6 +143,13 @@ def ran(dataset, in_tree_folder, tmp_path_factory) -> Path:
             f"--output_dir={folder}/evaluation",
         ],
     ]
+    done = run(folder, commands)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return folder
+
+
+def run(folder: Path, commands: list[list[str]]) -> subprocess.CompletedProcess[str]:
+    """Run commands of LeRobot in a folder, and leave what they print in its log.txt."""
     (folder / "commands.json").write_text(json.dumps(commands))
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(folder / "commands.json")],
@@ -154,8 +161,7 @@ def ran(dataset, in_tree_folder, tmp_path_factory) -> Path:
         check=False,
     )
     (folder / "log.txt").write_text(done.stdout + done.stderr)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return folder
+    return done
 
 
 def checkpoint(ran: Path, run: str, step: str = "last") -> Path:
@@ -263,19 +269,7 @@ def cached(dataset, in_tree_folder, tmp_path_factory) -> Path:
         "reading": ["--policy.cache_prefix=true"],
         "augmented": ["--policy.cache_prefix=true", "--dataset.image_transforms.enable=true"],
     }
-    (folder / "commands.json").write_text(
-        json.dumps([[*expert_only, *flags, f"--output_dir={folder / run}"] for run, flags in runs.items()])
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(folder / "commands.json")],
-        cwd=folder,
-        env=os.environ
-        | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_LEROBOT_HOME": str(folder / "home")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    (folder / "log.txt").write_text(done.stdout + done.stderr)
+    run(folder, [[*expert_only, *flags, f"--output_dir={folder / name}"] for name, flags in runs.items()])
     return folder
 
 
