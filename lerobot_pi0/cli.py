@@ -6,6 +6,7 @@ them their help. Its module is imported when it is called.
 
 import difflib
 import logging
+import re
 import sys
 import traceback
 from dataclasses import fields
@@ -22,6 +23,8 @@ BENCHMARKS = "lerobot_pi0.benchmarks" if Path(__file__).with_name("benchmarks").
 SUBCOMMANDS = {
     "bench": (f"{BENCHMARKS}.bench:main", "measure this π0 beside LeRobot's in-tree one, on this machine"),
     "demo": ("lerobot_pi0.demo.demo:main", "record, train and evaluate a small π0 in Meta-World"),
+    "merge": ("lerobot_pi0.merge:main", "make one plain checkpoint of LoRA adapters and their base"),
+    "plan": ("lerobot_pi0.planning:main", "which fine-tuning fits a GPU, how long it takes, which command"),
     "record": ("lerobot_pi0.demo.record:main", "record scripted Meta-World experts as a LeRobotDataset"),
 }
 
@@ -60,6 +63,7 @@ def run(name: str, flags: list[str]) -> None:
     module, function_name = SUBCOMMANDS[name][0].split(":")
     function = getattr(import_module(module), function_name)
     (config_class,) = (hint for key, hint in get_type_hints(function).items() if key != "return")
+    flags = [re.sub(r"^--[^=]+", lambda name: f"--{name[0][2:].replace('-', '_')}", flag) for flag in flags]
     # LeRobot's flags take a value, also those that are true or false; "--quick" is short for "--quick=true".
     switches = {f"--{field.name}" for field in fields(config_class) if field.type is bool}
     flags = [

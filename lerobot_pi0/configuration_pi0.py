@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lerobot.configs import NormalizationMode, PreTrainedConfig
-from lerobot.optim import AdamWConfig, LRSchedulerConfig
+from lerobot.optim import LRSchedulerConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
+from lerobot_pi0.training import ResumableAdamWConfig
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,22 @@ Dtype = Literal["bfloat16", "float32"]
 Frozen = Literal["nothing", "vision", "vlm"]
 
 SMALL_TOKENIZER = "small"  # ships with the package
+ABSOLUTE_JOINTS = ("gripper",)  # openpi's π0 learns all others relative to the state
 CAMERA_SLOTS = ("base", "left_wrist", "right_wrist")  # the order in which openpi's π0 sees its cameras
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """How a chunk of relative actions becomes absolute, in normalised units.
+
+    To dimension `actions[i]` of each action is added: dimension `states[i]` of the observation's state
+    · `gain[i]` + `offset[i]`.
+    """
+
+    actions: list[int]
+    states: list[int]
+    gain: list[float]
+    offset: list[float]
 
 
 @PreTrainedConfig.register_subclass("lerobot_pi0")
@@ -62,10 +78,14 @@ class Pi0Config(PreTrainedConfig):
             "ACTION": NormalizationMode.MEAN_STD,
         }
     )
-    # Starting from weights of another layout (in-tree π0, openpi): normalise by the dataset's statistics, or
-    # by
-    # that checkpoint's. From a checkpoint of this policy (--policy.path) LeRobot always takes the dataset's.
+    # Normalise by the dataset's statistics, or by those of the checkpoint that training starts from.
     statistics: StatisticsSource = "dataset"
+
+    # Learn actions relative to the state of the observation that a chunk is predicted from, joint by joint as
+    # they are called. Their statistics are computed when training starts. What leaves the policy is absolute.
+    relative_actions: bool = False
+    # Joints that stay absolute all the same: those with one of these words in their name.
+    absolute_joints: list[str] = field(default_factory=lambda: list(ABSOLUTE_JOINTS))
 
     # What the network computes in. Trained parameters are held in float32 all the same; frozen ones and those
     # of a deployed policy in this.
@@ -85,8 +105,18 @@ class Pi0Config(PreTrainedConfig):
     gradient_checkpointing: bool = False
     # (noise, time) pairs drawn per observation and step, over one pass of the vision-language model.
     num_flow_samples: int = 1
+    # Training sees frames cropped by a twentieth, turned by up to 5° (not wrist cameras), in other colours.
+    augmentation: bool = True
+    # The share of training samples whose instruction is left out, so that the policy also acts without one.
+    prompt_dropout: float = 0.0
     # Leave actions beyond the end of an episode out of the loss. openpi trains on them (false).
     mask_padded_actions: bool = True
+
+    # Moving average of the trained weights, which is evaluated and saved as the policy's; openpi's decay.
+    # 0 is without. LoRA and DDP keep one as well; with FSDP it has to be 0.
+    ema_decay: float = 0.99
+    # Loss by joint and by part of the chunk, every so many steps (a divisor of --log_freq; 0 is never).
+    log_joints_every: int = 10
 
     optimizer_lr: float = 2.5e-5
     optimizer_betas: tuple[float, float] = (0.9, 0.95)
@@ -100,9 +130,13 @@ class Pi0Config(PreTrainedConfig):
     # Filled from the dataset: what each dimension of actions and state is called.
     action_feature_names: list[str] | None = None
     state_feature_names: list[str] | None = None
+    # Filled when training starts with relative actions: what makes them absolute.
+    anchor: Anchor | None = None
     # Filled when weights come from a checkpoint of another layout: where they came from.
     base_checkpoint: str | None = None
     base_revision: str | None = None
+    # Filled when adapters are made: what tells the weights that they are over from others.
+    base_fingerprint: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,6 +149,16 @@ class Pi0Config(PreTrainedConfig):
             raise ValueError(
                 "--policy.cache_prefix=true keeps what the frozen vision-language model gives, but "
                 f"--policy.freeze is '{self.freeze}': set --policy.freeze=vlm, or --policy.cache_prefix=false"
+            )
+        if self.cache_prefix and (self.augmentation or self.prompt_dropout):
+            raise ValueError(
+                "--policy.cache_prefix=true keeps the prefix of each frame as it is: it needs "
+                "--policy.augmentation=false and --policy.prompt_dropout=0"
+            )
+        if not 0 <= self.ema_decay < 1 or not 0 <= self.prompt_dropout < 1:
+            raise ValueError(
+                "--policy.ema_decay and --policy.prompt_dropout must be at least 0 and less than 1, got "
+                f"{self.ema_decay} and {self.prompt_dropout}"
             )
         for name in ("num_inference_steps", "num_flow_samples", "max_state_dim", "max_action_dim"):
             if getattr(self, name) < 1:
@@ -157,8 +201,8 @@ class Pi0Config(PreTrainedConfig):
         self.action_feature_names = _dimension_names(features.get(ACTION, {}))
         self.state_feature_names = _dimension_names(features.get(OBS_STATE, {}))
 
-    def get_optimizer_preset(self) -> AdamWConfig:
-        return AdamWConfig(
+    def get_optimizer_preset(self) -> ResumableAdamWConfig:
+        return ResumableAdamWConfig(
             lr=self.optimizer_lr,
             betas=self.optimizer_betas,
             eps=self.optimizer_eps,

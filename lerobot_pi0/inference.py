@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lerobot_pi0.adapters import fold
 from lerobot_pi0.linear import FORMS, Form, Product
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.model.flow import embed_time, step_times
@@ -37,6 +38,7 @@ class Context:
     values: tuple[Float[Tensor, "b k t d"], ...]
     mask: Bool[Tensor, "b t"] | None  # None: all of them are valid
     by: Rotation
+    anchor: Float[Tensor, "b d"] | None = None  # relative actions are made absolute by adding it
 
     @property
     def batch_size(self) -> int:
@@ -52,6 +54,7 @@ class Context:
             values=tuple(x.repeat_interleave(times, 0) for x in self.values),
             mask=None if self.mask is None else self.mask.repeat_interleave(times, 0),
             by=(cos, sin),
+            anchor=None if self.anchor is None else self.anchor.repeat_interleave(times, 0),
         )
 
 
@@ -173,12 +176,7 @@ class _Reader:
         """A parameter as the network computes with it: PEFT's adapters are part of it."""
         if self.tensors is not None:
             return self.tensors[name]
-        module_name, _, leaf = name.rpartition(".")
-        module: Any = self.model.get_submodule(module_name)
-        tensor = getattr(module, leaf)
-        if leaf == "weight" and hasattr(module, "get_delta_weight") and not module.merged:
-            tensor = tensor + sum(module.get_delta_weight(adapter) for adapter in module.active_adapters)
-        return tensor
+        return fold(self.model, name)
 
     def __call__(self, *names: str) -> Product:
         """One layer, or several with the same input as one."""

@@ -1,11 +1,12 @@
 """LeRobot's contract (queue, loss, loading) over the network: the only place that knows LeRobot's keys."""
 
+import itertools
 import json
 import logging
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from huggingface_hub import ModelCard
@@ -14,21 +15,32 @@ from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from safetensors.torch import save_file
 from torch import Tensor
+from torch import distributed as dist
 
-from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config
+from lerobot_pi0 import adapters
+from lerobot_pi0.augmentation import augment, drop_prompts
+from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.inference import Context, Sampler
 from lerobot_pi0.linear import Form, Packed
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.model.flow import sample_time
 from lerobot_pi0.model.gemma import Cache
+from lerobot_pi0.model.layers import Layer
 from lerobot_pi0.model.observation import letterbox
+from lerobot_pi0.model_card import make_model_card
 from lerobot_pi0.prefix_cache import PrefixCache, open_prefix_cache
-from lerobot_pi0.statistics import check_statistics
-from lerobot_pi0.weights import WEIGHTS_FILE, Checkpoint, CheckpointError, find_checkpoint, load_weights
+from lerobot_pi0.randomness import normal, sample_keys, uniform
+from lerobot_pi0.sharding import whole_state
+from lerobot_pi0.statistics import Prepared, check_first_batch, make_anchor, prepare_statistics
+from lerobot_pi0.training import ParameterGroups, TrainedWeights
+from lerobot_pi0.weights import WEIGHTS_FILE, Checkpoint, CheckpointError, load_weights
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
+
+# Streams of random numbers (see `augmentation` for the others).
+NOISE, TIME = 0, 1
 
 
 class Pi0Policy(PreTrainedPolicy):
@@ -43,18 +55,40 @@ class Pi0Policy(PreTrainedPolicy):
     config_class = Pi0Config  # pyrefly: ignore[bad-assignment]
     name = "lerobot_pi0"  # pyrefly: ignore[bad-assignment]
     config: Pi0Config  # pyrefly: ignore[bad-override-mutable-attribute]
+    # What FSDP shards and gathers as one: modules that are only ever used by calling them.
+    _fsdp_wrap_modules: ClassVar[list[str]] = ["DecoderLayer", "VisionLayer", "Embedding"]
 
     def __init__(
-        self, config: Pi0Config, dataset_stats: dict | None = None, dataset_meta: Any = None, **_: Any
+        self,
+        config: Pi0Config,
+        dataset_stats: dict | None = None,
+        dataset_meta: Any = None,
+        checkpoint: str | Path | None = None,
+        **_: Any,
     ):
-        """LeRobot gives `dataset_stats` and `dataset_meta` when it trains; what else it gives is not used."""
+        """LeRobot gives `dataset_stats` and `dataset_meta` when it trains; what else it gives is not used.
+
+        In `dataset_meta.stats`, where LeRobot looks next, it then finds the statistics to normalise by.
+        `checkpoint`: where training starts, for its statistics on request.
+        """
         super().__init__(config)
         config.validate_features()
         trains = dataset_stats is not None or dataset_meta is not None
         if trains and config.int8:
             raise ValueError("--policy.int8 is for running a policy: train without it")
-        if trains and config.statistics == "dataset":
-            check_statistics(config, dataset_stats or {}, "the dataset")
+        self._statistics: Prepared | None = None
+        if trains:
+            self._statistics = prepare_statistics(
+                config, dataset_stats, dataset_meta, checkpoint, config.pretrained_revision
+            )
+            config.anchor = make_anchor(config, self._statistics)
+            if dataset_meta is not None:
+                dataset_meta.stats = self._statistics
+        elif config.relative_actions != (config.anchor is not None):
+            raise ValueError(
+                f"--policy.relative_actions={str(config.relative_actions).lower()}, but the policy was not "
+                "trained so: leave the flag out to run a checkpoint, or give a dataset to train"
+            )
         if not torch.empty(0).is_meta:
             logger.warning(
                 "random weights. To start from published ones: --policy.pretrained_path=lerobot/pi0_base"
@@ -69,10 +103,14 @@ class Pi0Policy(PreTrainedPolicy):
         )
         for frozen in self._frozen():
             frozen.requires_grad_(False)
-        for stack in (self.model.vision, self.model.vlm, self.model.expert):
-            stack.gradient_checkpointing = config.gradient_checkpointing
+        for module in self.model.modules():
+            if isinstance(module, Layer):
+                module.gradient_checkpointing = config.gradient_checkpointing
         self._dataset_meta = dataset_meta
         self._prefix_cache: PrefixCache | None = None
+        self._trained = TrainedWeights(config.ema_decay)
+        self.register_state_dict_post_hook(_averaged)
+        self._base: adapters.Base | None = None
         # In lists, where torch's modules look for no parameters.
         self._samplers: list[tuple[Any, Sampler]] = []
         self._loaded: list[tuple[Any, Checkpoint]] = []
@@ -94,14 +132,15 @@ class Pi0Policy(PreTrainedPolicy):
     ) -> Self:
         """A policy with a checkpoint's weights: one of ours, or of a published layout (then with a `config`).
 
-        Built without initialisation and from memory-mapped files; loading is strict. Trained parameters are
-        held in float32 when LeRobot trains (it then passes `dataset_meta`), all others in `config.dtype`; on
-        a CPU they stay as the file has them, because sampling has its own form of them.
+        Built without initialisation and from memory-mapped files; loading is strict. Parameters are held in
+        `config.dtype`. Those that train (LeRobot then passes `dataset_meta`) stay as the file has them until
+        `get_optim_params` makes them float32, and on a CPU all do, because sampling has its own form of them.
         Raises FileNotFoundError or CheckpointError that says what is wrong; it never returns a policy without
         its weights.
         """
-        folder = find_checkpoint(
+        folder = adapters.find_base(
             pretrained_name_or_path,
+            config,
             force_download=force_download,
             token=token,
             cache_dir=cache_dir,
@@ -121,23 +160,34 @@ class Pi0Policy(PreTrainedPolicy):
         if not isinstance(config, Pi0Config):
             raise TypeError(f"config is a {type(config).__name__}, this policy takes a Pi0Config")
         checkpoint = Checkpoint(folder)
+        base = adapters.Base.of(pretrained_name_or_path, revision, folder, checkpoint)
+        below_adapters = adapters.loads_adapters(config)
+        if below_adapters:
+            adapters.check_base(config, base)
         with torch.device("meta"):
-            policy = cls(config, dataset_stats, dataset_meta)
+            # An adapter's own folder has its statistics, not the one of the weights that it is for.
+            source = config.pretrained_path if below_adapters else folder
+            policy = cls(config, dataset_stats, dataset_meta, source)
         own_form = dataset_meta is None and policy._form() != "fused"
         dtypes = {
-            name: torch.float32
-            if dataset_meta is not None and parameter.requires_grad
+            name: None
+            if own_form or (dataset_meta is not None and parameter.requires_grad)
             else policy.model.dtype
             for name, parameter in policy.model.named_parameters()
         }
-        load_weights(policy.model, checkpoint, None if own_form else dtypes, config.device)
+        if below_adapters:
+            dtypes |= adapters.dtypes_in_full(policy.model, config)
+        load_weights(policy.model, checkpoint, dtypes, config.device)
+        policy._base = base
         if own_form:
             policy._loaded = [(policy._version(), checkpoint)]
         if not checkpoint.is_ours:
+            config.base_checkpoint, config.base_revision = str(pretrained_name_or_path), base.revision
+        if not checkpoint.is_ours and not below_adapters:
             # LeRobot builds processors after the policy, from the folder in `pretrained_path` if there is
-            # one. Those of another policy are not ours (another prompt, a gated tokenizer): without the path
-            # it asks our own factory, and a --rename_map of its finds no step to go to.
-            config.base_checkpoint, config.base_revision = str(pretrained_name_or_path), revision
+            # one (that of adapters has ours). Those of another policy are not ours (another prompt, a gated
+            # tokenizer): without the path it asks our own factory, and a --rename_map of its finds no step
+            # to go to.
             config.pretrained_path = config.pretrained_revision = None
             logger.info("weights of another layout: the processors are new, and --rename_map has no effect")
         logger.info("%d tensors from %s, all of them used", len(checkpoint), folder)
@@ -167,28 +217,40 @@ class Pi0Policy(PreTrainedPolicy):
     def forward(
         self, batch: Batch, reduction: Literal["mean", "none"] = "mean"
     ) -> tuple[Tensor, dict[str, float]]:
-        """Flow-matching loss of a processed batch: a scalar, or with "none" one per sample, whose mean it is.
+        """Flow-matching loss of a processed batch: a scalar, or with "none" one per sample, whose mean it is;
+        and figures to log, on some of the training batches.
 
         A sample's loss is the mean over the padded action's dimensions, as in openpi, and over its valid
-        steps. In eval mode noise and time are a function of the batch's first index, so that a held-out loss
-        can be compared between steps.
+        steps. Noise, time and augmentation are a function of the seed, the number of the training batch and
+        the frame's index in the dataset; in eval mode, without augmentation, of the index alone, so that
+        a held-out loss can be compared between steps.
         """
         if torch.is_grad_enabled():
             self._samplers, self._loaded = [], []  # an optimizer is about to change the weights
-        actions = self._pad(batch[ACTION], self.config.max_action_dim, ACTION, self.config.action_feature)
-        noise, time = self._draw(batch, actions)
-        # Precision has one owner, the model: an autocast around it would round what it keeps in float32.
+        if self.training and self._statistics is not None:
+            check_first_batch(self.config, self._statistics, self._dataset_meta, batch)
+            self._statistics = None
+        actions, anchor = batch[ACTION].float(), self._anchor(batch)
+        if anchor is not None:
+            actions = actions - anchor[:, None]
+        actions = self._pad(actions, self.config.max_action_dim, ACTION, self.config.action_feature)
+        keys = self._keys(batch, len(actions))
+        noise = normal(keys, tuple(actions.shape[1:]), NOISE)
+        time = sample_time(uniform(keys, (), TIME))
         observation, prefix = self.observation(batch), None
+        if self.training:
+            observation = self._augmented(observation, keys[:: self.config.num_flow_samples])
+        # Precision has one owner, the model: an autocast around it would round what it keeps in float32.
         with torch.autocast(actions.device.type, enabled=False):
             if self.config.freeze == "vlm":
                 prefix = self._prefix(batch, observation)
             losses = self.model.loss(observation, actions, noise, time, prefix)
-        losses = losses.mean(-1).unflatten(0, (len(actions), -1)).mean(1)
-        valid = torch.ones_like(losses)
+        losses = losses.unflatten(0, (len(actions), -1)).mean(1)
+        valid = torch.ones_like(losses[..., 0])
         if self.config.mask_padded_actions and "action_is_pad" in batch:
             valid = (~batch["action_is_pad"]).to(losses.dtype)
-        per_sample = (losses * valid).sum(1) / valid.sum(1).clamp(min=1)
-        return (per_sample if reduction == "none" else per_sample.mean()), {}
+        per_sample = (losses.mean(-1) * valid).sum(1) / valid.sum(1).clamp(min=1)
+        return (per_sample if reduction == "none" else per_sample.mean()), self._figures(losses, valid)
 
     @torch.no_grad()
     def predict_action_chunk(  # pyrefly: ignore[bad-override]  # the base hides its keywords in **kwargs
@@ -209,13 +271,14 @@ class Pi0Policy(PreTrainedPolicy):
         noise = self._noise(len(observation.state)) if noise is None else noise
         with torch.autocast(noise.device.type, enabled=False):
             actions = self._sampler().sample(observation, noise, self.config.num_inference_steps)
-        return actions[..., : self._action_size]
+        return _absolute(actions[..., : self._action_size], self._anchor(batch))
 
     def encode(self, batch: Batch) -> Context:
         """What all chunks from an observation share. `plan` after it is `predict_action_chunk`."""
         observation = self.observation(batch)
         with torch.autocast(observation.state.device.type, enabled=False):
-            return self._sampler().context(observation, self.config.chunk_size)
+            context = self._sampler().context(observation, self.config.chunk_size)
+        return replace(context, anchor=self._anchor(batch))
 
     def plan(self, context: Context, noise: Tensor | None = None, num_samples: int = 1) -> Tensor:
         """Actions (B · num_samples, chunk, action size) from what was encoded, as often as you like.
@@ -227,7 +290,7 @@ class Pi0Policy(PreTrainedPolicy):
         noise = self._noise(context.batch_size) if noise is None else noise
         with torch.autocast(noise.device.type, enabled=False):
             actions = self._sampler().actions(context, noise, self.config.num_inference_steps)
-        return actions[..., : self._action_size]
+        return _absolute(actions[..., : self._action_size], context.anchor)
 
     @torch.no_grad()
     def select_action(  # pyrefly: ignore[bad-override]  # as above
@@ -244,15 +307,34 @@ class Pi0Policy(PreTrainedPolicy):
         self._action_queue: deque[Tensor] = deque()
 
     # The base says dict, LeRobot's optimizers take what torch's do.
-    def get_optim_params(self) -> list[dict[str, Any]]:  # pyrefly: ignore[bad-override]
-        """What trains, as one group, updated by torch's fused kernels (CPU, CUDA, MPS and XPU have them)."""
-        return [{"params": [p for p in self.parameters() if p.requires_grad], "fused": True}]
+    def get_optim_params(self) -> ParameterGroups:  # pyrefly: ignore[bad-override]
+        """What trains from now on, in float32, for `ResumableAdamW` or any optimizer of torch.
+
+        LeRobot calls this once per run: after adapters were put in, before an optimizer is restored.
+        """
+        adapters.compute_as_given(self.model)
+        return self._trained.take(self, self.model.dtype)
+
+    def update(self) -> None:
+        """Called by LeRobot after each step of the optimizer: moves the average."""
+        if self.config.ema_decay and not self._trained.parameters:
+            raise ValueError(
+                "the moving average of the weights needs this policy's own optimizer: leave "
+                "--use_policy_training_preset=true, or train with --policy.ema_decay=0"
+            )
+        self._trained.update()
 
     def train(self, mode: bool = True) -> Self:
-        """Frozen parts stay in eval mode. What sampling keeps of the weights is given back for training."""
+        """To train, the weights; to evaluate, their average, if there is one. Frozen parts stay in eval mode.
+
+        What sampling keeps of the weights is given back for training.
+        """
         super().train(mode)
         if mode:
             self._samplers, self._loaded = [], []
+            if self._dataset_meta is not None:
+                self._trained.check(self)
+        self._trained.show(average=not mode)
         for frozen in self._frozen():
             frozen.eval()
         return self
@@ -266,27 +348,50 @@ class Pi0Policy(PreTrainedPolicy):
         cfg: Any = None,
         dataset_meta: Any = None,
     ) -> ModelCard:
-        """LeRobot's card, with the licence that PaliGemma's weights bring along, and what to install."""
-        license = license or ("apache-2.0" if self.config.tokenizer == SMALL_TOKENIZER else "gemma")
-        card = super().generate_model_card(dataset_repo_id, model_type, license, tags, cfg, dataset_meta)
-        hint = "This policy needs the plugin, which LeRobot then finds: `pip install lerobot-policy-pi0`."
-        card.text = f"{hint}\n\n{card.text}"
-        return card
+        """Our own card, not LeRobot's: see `model_card`."""
+        return make_model_card(
+            self.config,
+            dataset_repo_id,
+            base=self._base,
+            licence=license,
+            tags=tags,
+            train=cfg,
+            dataset=dataset_meta,
+        )
+
+    def wrap_with_peft(self, peft_config: Any = None, peft_cli_overrides: dict | None = None) -> Any:
+        """The policy with new LoRA adapters, which train in its stead; `adapters` says where they go."""
+        wrapped = super().wrap_with_peft(peft_config, peft_cli_overrides)
+        assert self._base is not None
+        adapters.name_base(wrapped, self.config, self._base)
+        logger.info(adapters.summary(self.model))
+        return wrapped
+
+    def _get_default_peft_targets(self) -> dict[str, Any]:
+        return adapters.default_targets()
+
+    def _build_peft_config(self, cli_overrides: dict) -> Any:
+        return super()._build_peft_config(adapters.lora_settings(self.config, cli_overrides))
 
     def _validate_peft_config(self, peft_config: Any) -> None:
-        if self.config.base_checkpoint and not self.config.pretrained_path:
+        if self._base is None:
             raise ValueError(
-                f"adapters over '{self.config.base_checkpoint}', whose layout is another, could not be "
-                "loaded again: train a checkpoint of this policy from it first (--steps=1 will do), and "
-                "give that as --policy.path"
+                "adapters over random weights are of no use: start from a checkpoint (--policy.path=... or "
+                "--policy.pretrained_path=lerobot/pi0_base), or train without --peft"
             )
-        super()._validate_peft_config(peft_config)
+        adapters.check_settings(peft_config)
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Config and weights. Renamed when complete: our weights may be mapped from the file in its place."""
+        """Config and weights, written by the first process; under FSDP all must call this.
+
+        Renamed when complete: our weights may be mapped from the file in its place.
+        """
+        state_dict = whole_state(self) if state_dict is None else state_dict
+        if dist.is_available() and dist.is_initialized() and dist.get_rank():
+            return
         # How this process runs the policy is no property of it.
         replace(self.config, int8=False, compile=False)._save_pretrained(save_directory)
-        tensors = {name: tensor.contiguous() for name, tensor in (state_dict or self.state_dict()).items()}
+        tensors = {name: tensor.contiguous() for name, tensor in state_dict.items()}
         unfinished = save_directory / f"{WEIGHTS_FILE}.unfinished"
         save_file(tensors, unfinished, metadata={"format": "pt"})
         unfinished.replace(save_directory / WEIGHTS_FILE)
@@ -299,6 +404,19 @@ class Pi0Policy(PreTrainedPolicy):
             return self._prefix_cache.lookup(observation, batch["index"], self.model.prefix)
         with torch.no_grad():
             return self.model.prefix(observation)
+
+    def _anchor(self, batch: Batch) -> Tensor | None:
+        """What relative actions are relative to: float32 (B, action size), normalised, zero where they are
+        absolute. None if all are."""
+        anchor = self.config.anchor
+        if anchor is None:
+            return None
+        state = batch[OBS_STATE].float()
+        at = state.new_zeros(len(state), self._action_size)
+        at[:, anchor.actions] = state[:, anchor.states] * state.new_tensor(anchor.gain) + state.new_tensor(
+            anchor.offset
+        )
+        return at
 
     def _sampler(self) -> Sampler:
         """The network in the form that is fastest here, made anew when its parameters have changed."""
@@ -334,13 +452,42 @@ class Pi0Policy(PreTrainedPolicy):
         vlm: list[torch.nn.Module] = [self.model.vision, self.model.token_embedding, self.model.vlm]
         return vlm[: {"nothing": 0, "vision": 1, "vlm": 3}[self.config.freeze]]
 
-    def _draw(self, batch: Batch, actions: Tensor) -> tuple[Tensor, Tensor]:
-        num, device, generator = len(actions) * self.config.num_flow_samples, actions.device, None
-        if not self.training:
-            index = batch.get("index")
-            generator = torch.Generator(device).manual_seed(0 if index is None else int(index.flatten()[0]))
-        noise = torch.randn((num, *actions.shape[1:]), device=device, generator=generator)
-        return noise, sample_time(num, device, generator)
+    def _keys(self, batch: Batch, batch_size: int) -> Tensor:
+        """A key for the random numbers of each (sample, flow sample)."""
+        index = batch.get("index")
+        if index is None:
+            index = torch.arange(batch_size, device=batch[ACTION].device)
+        seed, step = 0, 0
+        if self.training:
+            seed, step = self._trained.seed, self._trained.num_draws
+            self._trained.num_draws += 1
+        return sample_keys(seed, step, index.flatten(), self.config.num_flow_samples)
+
+    def _augmented(self, observation: Observation, keys: Tensor) -> Observation:
+        if self.config.augmentation:
+            geometric = ["wrist" not in slot for slot in self.config.cameras]
+            observation = replace(observation, images=augment(observation.images, keys, geometric))
+        if self.config.prompt_dropout:
+            mask = drop_prompts(observation.token_mask, keys, self.config.prompt_dropout)
+            observation = replace(observation, token_mask=mask)
+        return observation
+
+    def _figures(self, losses: Tensor, valid: Tensor) -> dict[str, float]:
+        """Loss by joint and by part of the chunk, as numbers: the one place where training waits for them."""
+        every = self.config.log_joints_every
+        if not (self.training and every and self._trained.num_draws % every == 0):
+            return {}
+        names = self.config.action_feature_names or [str(i) for i in range(self._action_size)]
+        losses = losses.detach()[..., : self._action_size]
+        sums, counts = (losses * valid[..., None]).sum(0), valid.sum(0)[:, None]
+        joints = sums.sum(0) / counts.sum().clamp(min=1)
+        parts = list(zip(sums.chunk(5), counts.chunk(5), strict=True))
+        horizon = [part.mean(1).sum() / count.sum().clamp(min=1) for part, count in parts]
+        ends = torch.tensor([0, *(len(part) for part, _ in parts)]).cumsum(0).tolist()
+        names = [*names, *(f"steps_{a}-{b - 1}" for a, b in itertools.pairwise(ends))]
+        values = torch.cat((joints, torch.stack(horizon))).tolist()
+        figures = {f"loss/{name}": value for name, value in zip(names, values, strict=True)}
+        return figures | {"ema_decay": self.config.ema_decay}
 
     def _image(self, image: Tensor, key: str) -> Tensor:
         if image.ndim != 4 or image.shape[1] != 3:
@@ -356,7 +503,18 @@ class Pi0Policy(PreTrainedPolicy):
         return torch.nn.functional.pad(vector.float(), (0, size - vector.shape[-1]))
 
 
+def _absolute(actions: Tensor, anchor: Tensor | None) -> Tensor:
+    """Actions (B, chunk, action size) that leave the policy, from those that the network gives."""
+    return actions if anchor is None else actions + anchor[:, None]
+
+
 def _policy_type(folder: Path) -> str | None:
     """What LeRobot calls the policy in a checkpoint; None where it is not LeRobot's."""
     file = folder / "config.json"
     return json.loads(file.read_text()).get("type") if file.is_file() else None
+
+
+def _averaged(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    """Whoever saves the policy, PEFT included, saves the average of what trained."""
+    for name, average in cast(Pi0Policy, module)._trained.averages().items():
+        state_dict[prefix + name] = average

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.model.gemma import Cache
+from lerobot_pi0.sharding import is_sharded
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -101,8 +102,14 @@ def fingerprint(model: Pi0) -> str:
 def open_prefix_cache(config: Pi0Config, model: Pi0, dataset: LeRobotDatasetMetadata) -> PrefixCache:
     """The cache of these weights and this dataset, in the dataset's folder; a new one if there is none.
 
-    Raises ValueError where weights that a prefix depends on are trained, and as `PrefixCache` does.
+    Raises ValueError where weights that a prefix depends on are trained or sharded, and as `PrefixCache`.
     """
+    if is_sharded(model):
+        raise ValueError(
+            "--policy.cache_prefix=true needs whole weights, to know which ones its prefixes were computed "
+            "from, and FSDP has cut them into shards: train without FSDP (one GPU, or DDP), or with "
+            "--policy.cache_prefix=false"
+        )
     for part in ("vision", "token_embedding", "vlm"):
         for name, parameter in getattr(model, part).named_parameters():
             if parameter.requires_grad:

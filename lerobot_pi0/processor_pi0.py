@@ -5,7 +5,7 @@ LeRobot's standard steps, and a tokenizer that travels with the checkpoint.
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,6 @@ from torch import Tensor
 from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config, Statistics
 
 logger = logging.getLogger(__name__)
-
-# openpi adds this to each standard deviation and quantile range; it matters where a dimension hardly moves.
-EPSILON = 1e-6
 
 
 @ProcessorStepRegistry.register("lerobot_pi0_tokenizer")
@@ -175,18 +172,26 @@ def make_lerobot_pi0_pre_post_processors(
 
     Without statistics from a dataset, those of the checkpoint that the weights came from are taken.
     """
-    if config.base_checkpoint and (dataset_stats is None or config.statistics == "checkpoint"):
-        from lerobot_pi0.statistics import check_statistics, read_statistics
+    from lerobot_pi0.statistics import Prepared, prepare_statistics
 
-        dataset_stats = read_statistics(config.base_checkpoint, config.base_revision)
-        check_statistics(config, dataset_stats, f"the checkpoint '{config.base_checkpoint}'")
-    if dataset_stats is None:
+    if not isinstance(dataset_stats, Prepared) and (dataset_stats or config.base_checkpoint):
+        if config.relative_actions:
+            raise ValueError(
+                "with --policy.relative_actions=true the statistics are computed when the policy is made: "
+                "make it first, Pi0Policy(config, dataset.meta.stats, dataset.meta), then these pipelines "
+                "with dataset.meta.stats"
+            )
+        source = config if dataset_stats else replace(config, statistics="checkpoint")
+        dataset_stats = prepare_statistics(
+            source, dataset_stats, None, config.base_checkpoint, config.base_revision
+        )
+    if not dataset_stats:
         logger.warning(
             "no statistics: state and actions pass as they are. That is right for a policy with random "
             "weights only; a trained one carries its statistics (--policy.path=...)"
         )
-    steps = make_default_policy_processor_steps(config, dataset_stats and widen(dataset_stats))
-    steps.normalize.eps = steps.unnormalize.eps = EPSILON
+    steps = make_default_policy_processor_steps(config, dataset_stats)
+    steps.normalize.eps = steps.unnormalize.eps = 0.0  # it is in the statistics
     tokenize = Pi0TokenizerStep(config.tokenizer, config.tokenizer_max_length, config.vlm.vocab_size)
     tokenize.state_dict()  # fetches the tokenizer: if it cannot be had, now is the time to say so
     return make_policy_processor_pipelines(
@@ -199,17 +204,3 @@ def make_lerobot_pi0_pre_post_processors(
         ],
         output_steps=[steps.unnormalize, steps.to_cpu],
     )
-
-
-def widen(statistics: Statistics) -> Statistics:
-    """Statistics with ranges EPSILON wider, as in openpi; deviations get theirs in the normaliser.
-
-    Only a new policy's: when it goes on from its own checkpoint, LeRobot installs the dataset's as they are.
-    """
-    return {
-        key: {
-            name: torch.as_tensor(value) + EPSILON if name in ("q99", "q90", "max") else value
-            for name, value in of.items()
-        }
-        for key, of in statistics.items()
-    }

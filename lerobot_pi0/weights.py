@@ -5,8 +5,10 @@ a JAX checkpoint, which stacks its layers, has another. Loading is strict: what 
 another shape is an error with names.
 """
 
+import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside adapters that stand alone
 
 # What a checkpoint of any layout is made of. A repository may hold training states too, many times larger.
 _CHECKPOINT_FILES = [
@@ -36,6 +39,8 @@ _CHECKPOINT_FILES = [
     "config.json",
     "policy_p*processor*",
     "assets/*norm_stats.json",
+    ADAPTER_CONFIG,
+    "adapter_model.safetensors",
 ]
 
 _VLM = "paligemma_with_expert.paligemma.model."
@@ -43,7 +48,7 @@ _VISION = _VLM + "vision_tower.vision_model."
 _LANGUAGE = _VLM + "language_model."
 _EXPERT = "paligemma_with_expert.gemma_expert.model."
 _VLM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
-_PROJECTIONS = (
+PROJECTIONS = (
     "state_proj",
     "action_in_proj",
     "action_time_mlp_in",
@@ -81,7 +86,7 @@ _MODULES = {
             "norm": "norm",
         }.items()
     },
-    **{name: name for name in _PROJECTIONS},
+    **{name: name for name in PROJECTIONS},
 }
 _PARAMETERS = {_VISION + "embeddings.position_embedding.weight": "vision.position_embedding"}
 
@@ -159,12 +164,12 @@ def from_openpi_jax(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 def load_weights(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
-    dtypes: Mapping[str, torch.dtype] | None = None,
+    dtypes: Mapping[str, torch.dtype | None] | None = None,
     device: torch.device | str | None = None,
 ) -> None:
     """Put tensors into a model built on the meta device, as its parameters, each in its dtype of `dtypes`.
 
-    Without `dtypes` each stays in its own. A tensor of the right dtype is taken as it is, without a copy, so
+    Without one it stays in its own. A tensor of the right dtype is taken as it is, without a copy, so
     a memory-mapped file stays one.
     Raises CheckpointError with counts and first names when anything is missing, left over or mis-shaped.
     """
@@ -230,8 +235,8 @@ class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a checkpoint folder by our names: one `model.safetensors`, or shards with an index.
 
     Each access maps its tensor into memory anew: what was read of it is given back when it is dropped.
-    Raises FileNotFoundError when there is none, CheckpointError for a damaged file, a missing shard or
-    another family of models.
+    Raises FileNotFoundError when there is none, CheckpointError for a damaged file, a missing shard,
+    adapters without a base or another family of models.
     """
 
     def __init__(self, folder: Path):
@@ -243,6 +248,13 @@ class Checkpoint(Mapping[str, Tensor]):
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             except (ValueError, KeyError) as error:
                 raise CheckpointError(f"{index} is damaged ({error!r}): copy or download it again") from error
+        elif (folder / ADAPTER_CONFIG).is_file():
+            base = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+            raise CheckpointError(
+                f"{folder} holds adapters over the weights of '{base}' and no weights of its own. LeRobot's "
+                "commands load both with --policy.path; for anything else, make one checkpoint of them: "
+                f"lerobot-pi0 merge --adapter={folder} --output=..."
+            )
         else:
             raise FileNotFoundError(
                 f"{folder} holds no {WEIGHTS_FILE} and no {WEIGHTS_INDEX}. Point at the folder that a "
@@ -275,6 +287,23 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def fingerprint(self) -> str:
+        """What tells these weights from others: names, shapes, dtypes and the first 4 KB of every tensor."""
+        by_file: dict[Path, list[tuple[str, str]]] = defaultdict(list)
+        for name, (file, theirs) in self._places.items():
+            by_file[file].append((name, theirs))
+        entries = {}
+        for file, names in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                for name, theirs in names:
+                    tensor = opened.get_tensor(theirs)
+                    head = tensor.flatten()[: 4096 // tensor.itemsize].view(torch.uint8).numpy().tobytes()
+                    entries[name] = f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + head
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(entries):
+            digest.update(entries[name])
+        return digest.hexdigest()
 
 
 def _to_openpi(name: str) -> str:
@@ -354,7 +383,7 @@ def _jax_leaves() -> dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]]:
         (block + "MlpBlock_0/Dense_0", "vision.layers.#.up_proj"),
         (block + "MlpBlock_0/Dense_1", "vision.layers.#.down_proj"),
         (image + "head", "vision.projector"),
-        *((name, name) for name in _PROJECTIONS),
+        *((name, name) for name in PROJECTIONS),
     ):
         leaves |= {f"{theirs}/kernel": {f"{ours}.weight": kernel}, f"{theirs}/bias": {f"{ours}.bias": same}}
     for theirs, ours in (

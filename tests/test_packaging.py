@@ -27,7 +27,21 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # named here is a tool, above them all. "" stands for `from lerobot_pi0 import ...`.
 LAYERS = (
     {"model"},
-    {"weights", "configuration_pi0", "statistics", "tokenizers", "inference", "linear", "prefix_cache"},
+    {
+        "adapters",
+        "augmentation",
+        "model_card",
+        "weights",
+        "configuration_pi0",
+        "statistics",
+        "tokenizers",
+        "inference",
+        "linear",
+        "prefix_cache",
+        "randomness",
+        "sharding",
+        "training",
+    },
     {"processor_pi0", "modeling_pi0", ""},
 )
 
@@ -46,6 +60,7 @@ DISCOVERED = {
     "lerobot_pi0.model.pi0",
     "lerobot_pi0.model.siglip",
     "lerobot_pi0.processor_pi0",
+    "lerobot_pi0.training",
 }
 
 LEROBOT_ALONE = """

@@ -136,7 +136,8 @@ def test_autocast_changes_nothing(dtype):
         assert torch.equal(policy.predict_action_chunk(batch(), noise=noise()), wanted_actions)
 
 
-def test_a_few_steps_bring_the_loss_down(policy):
+def test_a_few_steps_bring_the_loss_down():
+    policy = tiny_policy(ema_decay=0.8)  # for so few steps
     before, _ = policy(batch())
     policy.train()
     optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=3e-3)
@@ -145,6 +146,7 @@ def test_a_few_steps_bring_the_loss_down(policy):
         optimizer.zero_grad()
         policy(batch())[0].backward()
         optimizer.step()
+        policy.update()
     assert policy.eval()(batch())[0] < 0.7 * before
 
 
@@ -318,12 +320,6 @@ def test_model_card_names_the_licence_and_the_plugin(policy, monkeypatch, tokeni
     assert card.data.license == licence
     assert "pip install lerobot-policy-pi0" in str(card)
     assert "lerobot_pi0" in str(card)
-
-
-def test_adapters_over_a_foreign_checkpoint_are_refused_with_the_way_out(policy, monkeypatch):
-    monkeypatch.setattr(policy.config, "base_checkpoint", "lerobot/pi0_base")
-    with pytest.raises(ValueError, match=r"lerobot/pi0_base.*--policy\.path"):
-        policy._validate_peft_config(None)
 
 
 # Cameras.

@@ -23,6 +23,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 # Meta-World's control rate: MuJoCo steps of 2.5 ms, five per action.
 FPS = 80
 ACTION_NAMES = ("hand_dx", "hand_dy", "hand_dz", "gripper_effort")
+POSITION_NAMES = ("hand_x", "hand_y", "hand_z", "gripper_effort")
 STATE_NAMES = ("hand_x", "hand_y", "hand_z", "gripper_opening")
 
 # Tasks in the same scene that ask for opposite things.
@@ -78,6 +79,8 @@ class MetaworldFastEnvConfig(EnvConfig):
     # Draw the coloured dots that mark the goal. reach, push and pick-place cannot be solved without them;
     # elsewhere they would tell the policy which task it is, whatever the instruction says.
     show_goal: bool = False
+    # Take positions of the hand for actions, as most robots do, instead of displacements.
+    position_actions: bool = False
     # Hand out the instruction of the opposite task (faucet-open ↔ faucet-close, ...), to see whether it is
     # obeyed.
     swap_instructions: bool = False
@@ -110,6 +113,7 @@ class MetaworldFastEnvConfig(EnvConfig):
             "episode_length": self.episode_length,
             "image_size": self.image_size,
             "show_goal": self.show_goal,
+            "position_actions": self.position_actions,
         }
 
     def instruction(self, task: str) -> str:

@@ -21,6 +21,8 @@ from lerobot_pi0.demo.environment import ACTION_NAMES, FPS, STATE_NAMES
 
 Observation = dict[str, np.ndarray]
 
+# A displacement of 1 is a centimetre.
+PER_METRE = 100
 CAMERA = "corner2"
 # LeRobot's view of the table: nearer than Meta-World's own "corner2".
 CAMERA_POSITION = (0.75, 0.075, 0.7)
@@ -103,7 +105,8 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
 
     Observation: `pixels` (H, W, 3) uint8 and `agent_pos` (4,) float32: the hand's x, y, z in metres and the
     gripper's opening, 0 to 1. Action: (4,) in [-1, 1], clipped: the hand's displacement in centimetres, and
-    the gripper's effort. An episode ends at success or after `episode_length` steps. A seed passed to `reset`
+    the gripper's effort; with `position_actions` the hand's next position in metres, and effort. An episode
+    ends at success or after `episode_length` steps. A seed passed to `reset`
     fixes where the objects lie.
     """
 
@@ -118,19 +121,22 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
         episode_length: int = 200,
         image_size: int = 128,
         show_goal: bool = False,
+        position_actions: bool = False,
     ) -> None:
         self.task = task
         self.task_description = task_description
         self._max_episode_steps = episode_length  # the name under which lerobot-eval looks for it
         self._image_size = image_size
         self._show_goal = show_goal
+        self._position_actions = position_actions
         self.observation_space = spaces.Dict(
             {
                 "pixels": spaces.Box(0, 255, (image_size, image_size, 3), np.uint8),
                 "agent_pos": spaces.Box(-np.inf, np.inf, (len(STATE_NAMES),), np.float32),
             }
         )
-        self.action_space = spaces.Box(-1.0, 1.0, (len(ACTION_NAMES),), np.float32)
+        bound = np.inf if position_actions else 1.0
+        self.action_space = spaces.Box(-bound, bound, (len(ACTION_NAMES),), np.float32)
         self._simulation: Simulation | None = None
         self._renderer: mujoco.Renderer | None = None
         self._frame: np.ndarray | None = None
@@ -153,6 +159,8 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
         return self._observe(), {"is_success": False}
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        if self._position_actions:
+            action = np.append((action[:3] - self.simulation.state[:3]) * PER_METRE, action[3])
         reward, success = self.simulation.step(action)
         self._steps += 1
         truncated = not success and self._steps >= self._max_episode_steps

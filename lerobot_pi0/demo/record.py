@@ -18,7 +18,14 @@ import numpy as np
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from tqdm import tqdm
 
-from lerobot_pi0.demo.environment import ACTION_NAMES, FPS, STATE_NAMES, parse_tasks, task_instructions
+from lerobot_pi0.demo.environment import (
+    ACTION_NAMES,
+    FPS,
+    POSITION_NAMES,
+    STATE_NAMES,
+    parse_tasks,
+    task_instructions,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +59,9 @@ class RecordConfig:
     episode_length: int = 200
     # Draw the dots that mark the goal. reach, push and pick-place cannot be solved without them.
     show_goal: bool = False
+    # Write down where the hand is sent, in metres, instead of its displacement in centimetres. Evaluate with
+    # --env.position_actions=true.
+    position_actions: bool = False
 
     def __post_init__(self) -> None:
         parse_tasks(self.tasks)
@@ -98,6 +108,7 @@ def record(config: RecordConfig) -> Path:
     partial = config.root.with_name(config.root.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     size = (config.image_size, config.image_size, 3)
+    action_names = POSITION_NAMES if config.position_actions else ACTION_NAMES
     dataset = LeRobotDataset.create(
         repo_id=config.repo_id,
         root=partial,
@@ -109,7 +120,7 @@ def record(config: RecordConfig) -> Path:
             # images.
             OBS_IMAGE: {"dtype": "video", "shape": size, "names": ["height", "width", "channels"]},
             OBS_STATE: {"dtype": "float32", "shape": (len(STATE_NAMES),), "names": list(STATE_NAMES)},
-            ACTION: {"dtype": "float32", "shape": (len(ACTION_NAMES),), "names": list(ACTION_NAMES)},
+            ACTION: {"dtype": "float32", "shape": (len(action_names),), "names": list(action_names)},
         },
         streaming_encoding=True,
         # An episode arrives at once, and the encoder drops what does not fit into its queue.
@@ -148,7 +159,7 @@ def is_recorded(config: RecordConfig) -> bool:
     differing = [
         f"--{name}={recorded.get(name)}"
         for name, value in config.settings().items()
-        if recorded.get(name) != value
+        if recorded.get(name, getattr(RecordConfig, name)) != value
     ]
     if differing:
         raise FileExistsError(
@@ -160,7 +171,7 @@ def is_recorded(config: RecordConfig) -> bool:
 
 def demonstrations(task: str, config: RecordConfig) -> Iterator[list[Frame]]:
     """Yield `config.episodes_per_task` successful episodes of a task, as lists of frames for `add_frame`."""
-    from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv, scripted_expert
+    from lerobot_pi0.demo.metaworld_env import PER_METRE, MetaworldFastEnv, scripted_expert
 
     instruction = task_instructions()[task]
     env = MetaworldFastEnv(
@@ -181,11 +192,14 @@ def demonstrations(task: str, config: RecordConfig) -> Iterator[list[Frame]]:
             success = done = False
             while not done:
                 action = expert(env.simulation.state)
+                target = action
+                if config.position_actions:
+                    target = np.append(observation["agent_pos"][:3] + action[:3] / PER_METRE, action[3])
                 frames.append(
                     {
                         OBS_IMAGE: observation["pixels"],
                         OBS_STATE: observation["agent_pos"],
-                        ACTION: action,
+                        ACTION: target.astype(np.float32),
                         "task": instruction,
                     }
                 )

@@ -13,11 +13,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def sample_time(
-    num: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
-) -> Float[Tensor, " n"]:
-    """Training times in (0.001, 1]: Beta(1.5, 1) · 0.999 + 0.001, near noise mostly (π0, appendix B)."""
-    uniform = torch.rand(num, device=device, generator=generator)
+def sample_time(uniform: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """Training times in (0.001, 1] of uniform random numbers: Beta(1.5, 1) · 0.999 + 0.001, near noise mostly
+    (π0, appendix B)."""
     return uniform ** (1 / 1.5) * 0.999 + 0.001  # the inverse of Beta(1.5, 1)'s distribution function
 
 

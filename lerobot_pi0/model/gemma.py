@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lerobot_pi0.model.layers import Linear, RMSNorm, Stack, attend
+from lerobot_pi0.model.layers import Layer, Linear, RMSNorm, attend, recomputable
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -84,7 +84,7 @@ def rotate(x: Float[Tensor, "b h s d"], by: Rotation) -> Float[Tensor, "b h s d"
     return torch.addcmul(turned * cos, turned.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Layer):
     """Pre-norm block: multi-query attention over cache and own tokens, then a gated MLP; no biases."""
 
     def __init__(self, width: int, mlp_dim: int, num_heads: int, num_kv_heads: int, head_dim: int):
@@ -100,6 +100,7 @@ class DecoderLayer(nn.Module):
         self.up_proj = Linear(width, mlp_dim, bias=False)
         self.down_proj = Linear(mlp_dim, width, bias=False)
 
+    @recomputable
     def forward(
         self,
         x: Float[Tensor, "b s w"],
@@ -133,7 +134,7 @@ class DecoderLayer(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
 
-class Decoder(Stack):
+class Decoder(nn.Module):
     """A stack of layers in which new tokens see all valid tokens of a cache and one another."""
 
     def __init__(self, width: int, mlp_dim: int, heads: GemmaConfig):
@@ -153,7 +154,7 @@ class Decoder(Stack):
         extended = []
         for layer, seen in zip(self.layers, past, strict=True):
             is_last = layer is self.layers[-1]
-            x, keys_values = self.call(layer, x, by, seen, None if is_last else mask)
+            x, keys_values = layer(x, by, seen, None if is_last else mask)
             extended.append(keys_values)
         return Cache(extended, mask)
 
@@ -163,7 +164,7 @@ class Decoder(Stack):
         """Normed output of tokens, all real, that see the cache and one another (or earlier blocks)."""
         by, past, mask = self._place(cache.mask.new_ones(x.shape[:2]), cache)
         for layer, seen in zip(self.layers, past, strict=True):
-            x, _ = self.call(layer, x, by, seen, mask, blocks)
+            x, _ = layer(x, by, seen, mask, blocks)
         return self.norm(x)
 
     def _place(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -67,15 +68,26 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), eps=1e-6).to(x.dtype)
 
 
-class Stack(nn.Module):
-    """Layers that may recompute their activations in the backward pass instead of keeping them."""
+class Layer(nn.Module):
+    """A layer that may recompute its activations in the backward pass instead of keeping them."""
 
     gradient_checkpointing = False
 
-    def call(self, layer: Callable[..., Any], *args: object) -> Any:
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(layer, *args, use_reentrant=False)
-        return layer(*args)
+
+def recomputable[Forward: Callable[..., Any]](forward: Forward) -> Forward:
+    """A `Layer`'s forward, run again in the backward pass if the layer says so.
+
+    Within the layer's call, not around it: FSDP casts inputs and gathers weights when a layer is called, and
+    does the former only once.
+    """
+
+    @functools.wraps(forward)
+    def checkpointed(layer: Layer, *args: object) -> Any:
+        if layer.gradient_checkpointing and layer.training:
+            return checkpoint(forward, layer, *args, use_reentrant=False)
+        return forward(layer, *args)
+
+    return cast(Forward, checkpointed)
 
 
 def attend(

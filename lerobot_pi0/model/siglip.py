@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lerobot_pi0.model.layers import LayerNorm, Linear, Stack, attend
+from lerobot_pi0.model.layers import Layer, LayerNorm, Linear, attend, recomputable
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -39,7 +39,7 @@ class SiglipConfig:
         return (self.image_size // self.patch_size) ** 2
 
 
-class VisionLayer(nn.Module):
+class VisionLayer(Layer):
     """Pre-norm transformer block with full attention over the patches of one image."""
 
     def __init__(self, config: SiglipConfig):
@@ -54,6 +54,7 @@ class VisionLayer(nn.Module):
         self.up_proj = Linear(config.width, config.mlp_dim)
         self.down_proj = Linear(config.mlp_dim, config.width)
 
+    @recomputable
     def forward(self, x: Float[Tensor, "n t w"]) -> Float[Tensor, "n t w"]:
         h = self.attention_norm(x)
         q, k, v = (
@@ -64,7 +65,7 @@ class VisionLayer(nn.Module):
         return x + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x)), approximate="tanh"))
 
 
-class Siglip(Stack):
+class Siglip(nn.Module):
     """Patches plus learned positions, transformer, norm, and the projection to the language model's width."""
 
     def __init__(self, config: SiglipConfig, output_dim: int):
@@ -81,7 +82,7 @@ class Siglip(Stack):
         """Tokens of images in [-1, 1]."""
         x = self.embed(images, dtype)
         for layer in self.layers:
-            x = self.call(layer, x)
+            x = layer(x)
         return self.projector(self.norm(x))
 
     def embed(self, images: Float[Tensor, "n 3 h w"], dtype: torch.dtype) -> Float[Tensor, "n t c"]:

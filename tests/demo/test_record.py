@@ -130,3 +130,21 @@ def test_replaying_a_demonstration_in_its_own_scene_solves_it_and_standing_still
     scene = range(calm.seed, calm.seed + 1)
     assert blind_success(TASK, demonstration, scene, 200) == 1
     assert blind_success(TASK, np.zeros((1, 4)), scene, 50) == 0
+
+
+def test_positions_say_where_the_displacements_lead(root, tmp_path):
+    positions = record(RecordConfig(root=tmp_path / "door", position_actions=True, **SETTINGS))
+    one, other = read(root), read(positions)
+    assert other.meta.features["action"]["names"] == ["hand_x", "hand_y", "hand_z", "gripper_effort"]
+    env = MetaworldFastEnv(TASK, "", image_size=64, position_actions=True)
+    env.reset(seed=RecordConfig.seed)
+    success = False
+    for step in range(one.meta.episodes[0]["length"]):
+        displacement, position = one[step], other[step]
+        moved = (position["action"] - position["observation.state"])[:3] * 100
+        np.testing.assert_allclose(moved, displacement["action"][:3], atol=1e-3)
+        assert position["action"][3] == displacement["action"][3]
+        _, _, done, _, _ = env.step(position["action"].numpy())
+        success |= done
+    env.close()
+    assert success

@@ -465,7 +465,8 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradients_bit_for_
 
     def run(checkpointing: bool) -> tuple[dict[str, Tensor], dict[str, int]]:
         for stack in (model.vision, model.vlm, model.expert):
-            stack.gradient_checkpointing = checkpointing
+            for layer in stack.layers:
+                layer.gradient_checkpointing = checkpointing
         model.train().zero_grad()
         for inputs in calls.values():
             inputs.clear()
@@ -494,7 +495,7 @@ def test_a_time_for_each_action_equals_one_for_all_when_constant(model, observat
 
 
 def test_sampling_time_follows_its_distribution():
-    time = flow.sample_time(20_000, generator=torch.Generator().manual_seed(0))
+    time = flow.sample_time(torch.rand(20_000, generator=torch.Generator().manual_seed(0)))
     assert time.min() > 0.001
     assert time.max() <= 1
     # Beta(1.5, 1) has mean 0.6 and variance 12/175.
