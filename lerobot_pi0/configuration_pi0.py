@@ -61,8 +61,8 @@ class Pi0Config(PreTrainedConfig):
     # Euler steps from noise to actions.
     num_inference_steps: int = 10
 
-    # Which camera fills which slot, for example '{base: front, left_wrist: wrist}'. Empty: assigned by name,
-    # logged and saved. A slot without a camera costs nothing: it is neither encoded nor attended to.
+    # Which camera fills which slot, for example '{"base": "front", "left_wrist": "wrist"}'. Empty: assigned
+    # by name, logged and saved. A slot without a camera costs nothing: it is neither encoded nor attended to.
     cameras: dict[str, str] = field(default_factory=dict)
 
     # A repository on the hub, a folder, or "small" (in the package, for small models from scratch).

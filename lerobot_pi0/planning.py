@@ -82,7 +82,7 @@ class PlanConfig:
     gpu_memory: float
     # Plan for this one; without it, for the first of full, lora and expert that fits with a good batch size.
     recipe: Recipe | None = None
-    # Settings of the policy that differ from the recipes', for example --policy.cameras='{base: front}'.
+    # Settings of the policy that differ from the recipes', for example --policy.cameras='{"base": "front"}'.
     policy: Pi0Config = field(default_factory=lambda: Pi0Config(device="cpu"))
 
     def __post_init__(self) -> None:
