@@ -168,6 +168,7 @@ def without_average(name: str) -> Path:
         source = checkpoint(name)
         policy = Pi0Policy.from_pretrained(source)
         optimizer = policy.config.get_optimizer_preset().build(policy.get_optim_params())
+        policy.config.get_scheduler_preset().build(optimizer, ACTION_STEPS)  # leaves its mark in the groups
         load_optimizer_state(optimizer, source.parent / "training_state")
         tensors = load_file(source / "model.safetensors")
         tensors |= {key: parameter.data for key, parameter in policy._trained.parameters.items()}

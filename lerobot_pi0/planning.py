@@ -28,13 +28,13 @@ GIGABYTE = 10**9  # cards sold as 24 GB have from 23.6e9 (with error correction)
 
 # What a step takes beyond its tensors. On a GPU the CUDA context, kernels and the workspaces of cuBLAS, 0.5
 # to 1 GB; and a tenth of what comes and goes in a step, for blocks that torch's allocator cannot fill.
-# Neither was measured here, for want of a GPU. On a CPU the interpreter with torch and LeRobot, and more than
-# half of a step again, in holes of the C library's heap and buffers of oneDNN: 53 % for the expert, 81 % for
-# LoRA, measured at half the depth under Linux.
+# Neither was measured here, for want of a GPU. On a CPU the interpreter with torch and LeRobot, and a
+# quarter of a step for holes of the C library's heap and buffers of oneDNN, if MALLOC_MMAP_THRESHOLD_=1048576
+# is set (see benchmarks/memory.py); without it the holes were as large as the step itself.
 CONTEXT = 1.0 * GIGABYTE
 FRAGMENTATION = 0.1
 PROCESS = 0.8 * GIGABYTE
-HEAP = 0.7
+HEAP = 0.25
 
 # openpi fine-tunes π0 on 30,000 batches of 32; LeRobot's guides say 5 to 10 epochs, and 3,000 batches of 32
 # in their example for π0. So: ten epochs, within these two.

@@ -255,6 +255,7 @@ def cached(dataset, in_tree_folder, tmp_path_factory) -> Path:
         "--policy.tokenizer=small",
         f"--policy.pretrained_path={in_tree_folder}",
         "--policy.freeze=vlm",
+        "--policy.augmentation=false",
         "--policy.device=cpu",
         "--policy.push_to_hub=false",
         "--batch_size=2",
