@@ -27,7 +27,7 @@ def commit(
     revision: str = "main",
     allow_patterns: list[str] | None = None,
 ) -> str:
-    """Put a folder's files into a repository, on top of what the revision holds. Returns the commit's hash."""
+    """Put a folder's files into a repository, on top of what the revision holds; the commit's hash."""
     repository = cache / f"{repo_type}s--{repo_id.replace('/', '--')}"
     head = repository / "refs" / revision
     before = head.read_text() if head.is_file() else ""

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -181,7 +181,7 @@ def history(ran: Path) -> dict[str, list[float]]:
     store, told = DataStore(), {}
     store.open_for_scan(str(path))
     while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
+        record = cast(Any, wandb_internal_pb2).Record()
         record.ParseFromString(data)
         for item in record.history.item:
             key = item.key or "/".join(item.nested_key)
