@@ -6,10 +6,12 @@ import logging
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import PolicyFeature, PreTrainedConfig
 from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
@@ -384,13 +386,16 @@ class Pi0Policy(PreTrainedPolicy):
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Config and weights, written by the first process; under FSDP all must call this.
 
-        Renamed when complete: our weights may be mapped from the file in its place.
+        Renamed when complete, lest a killed process leave half a file, and because our own weights may be
+        mapped from the one in its place.
         """
         state_dict = whole_state(self) if state_dict is None else state_dict
         if dist.is_available() and dist.is_initialized() and dist.get_rank():
             return
-        # How this process runs the policy is no property of it.
-        replace(self.config, int8=False, compile=False)._save_pretrained(save_directory)
+        with TemporaryDirectory(dir=save_directory) as folder:
+            # How this process runs the policy is no property of it.
+            replace(self.config, int8=False, compile=False)._save_pretrained(Path(folder))
+            Path(folder, CONFIG_NAME).replace(save_directory / CONFIG_NAME)
         tensors = {name: tensor.contiguous() for name, tensor in state_dict.items()}
         unfinished = save_directory / f"{WEIGHTS_FILE}.unfinished"
         save_file(tensors, unfinished, metadata={"format": "pt"})
