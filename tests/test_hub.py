@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from hub_stand_in import files
+from hub_stand_in import commit, files
 from huggingface_hub import ModelCard
 from lerobot.datasets import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
@@ -80,6 +80,8 @@ def ran(tmp_path_factory) -> Path:
         ]
 
     new = ["--policy.type=lerobot_pi0", *SIZES, "--policy.tokenizer=small", "--policy.log_joints_every=1"]
+    # The only revision that the hub has of it: a run that asked for another would find nothing.
+    commit(folder / "home" / "hub", "me/data", Path(dataset.root), repo_type="dataset", revision="monday")
     # A stream has as many shards as there are workers: LeRobot 0.6.1 reads nothing without one.
     one_worker = ["--num_workers=1", "--dataloader_multiprocessing_context=fork"]
     commands = [
@@ -116,6 +118,8 @@ def ran(tmp_path_factory) -> Path:
             *one_worker,
         ),
     ]
+    pinned = train("pinned", *new, "--policy.push_to_hub=false", "--dataset.revision=monday", "--steps=1")
+    commands.append([argument for argument in pinned if "--dataset.root" not in argument])
     (folder / "commands.json").write_text(json.dumps(commands))
     cache = folder / "cache"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
@@ -173,6 +177,11 @@ def test_run_starts_from_the_repository_and_another_resumes_it(ran):
 
 def test_a_stream_trains_like_a_dataset_on_disk(ran):
     assert (ran / "streamed" / "checkpoints" / "000002" / "pretrained_model" / "model.safetensors").is_file()
+
+
+def test_the_revision_of_the_dataset_is_the_one_that_was_asked_for(ran):
+    folder = ran / "pinned" / "checkpoints" / "000001" / "pretrained_model"
+    assert json.loads((folder / "train_config.json").read_text())["dataset"]["revision"] == "monday"
 
 
 def history(ran: Path) -> dict[str, list[float]]:
