@@ -30,6 +30,15 @@ for command, *arguments in json.load(open(sys.argv[1])):
     importlib.import_module("lerobot.scripts." + command.replace("-", "_")).main()
 """
 TASKS = ("open the faucet", "close the faucet")
+ENVIRONMENT = [
+    "--env.type=metaworld_fast",
+    "--env.task=faucet-open-v3",
+    "--env.episode_length=8",
+    "--env.image_size=64",
+    "--eval.n_episodes=2",
+    "--eval.batch_size=1",
+]
+WANDB = ["--wandb.enable=true", "--wandb.mode=offline", "--wandb.disable_artifact=true"]
 
 
 @pytest.fixture(scope="module")
@@ -130,16 +139,12 @@ def ran(dataset, in_tree_folder, tmp_path_factory) -> Path:
         train("from_ours", f"--policy.path={folder}/new/checkpoints/last/pretrained_model", "--steps=1"),
         train("from_in_tree", *in_tree, "--steps=1", "--policy.freeze=vlm"),
         train("with_its_statistics", *in_tree, "--steps=1", "--policy.statistics=checkpoint"),
+        train("watched", *from_scratch, "--steps=1", "--env_eval_freq=1", *ENVIRONMENT, *WANDB),
         [
             "lerobot-eval",
             f"--policy.path={folder}/from_in_tree/checkpoints/last/pretrained_model",
             "--policy.device=cpu",
-            "--env.type=metaworld_fast",
-            "--env.task=faucet-open-v3",
-            "--env.episode_length=8",
-            "--env.image_size=64",
-            "--eval.n_episodes=2",
-            "--eval.batch_size=1",
+            *ENVIRONMENT,
             f"--output_dir={folder}/evaluation",
         ],
     ]
@@ -234,6 +239,11 @@ def test_run_from_an_in_tree_folder_takes_its_weights_and_our_processors(ran, da
 
 def test_statistics_come_from_the_checkpoint_on_request(ran):
     torch.testing.assert_close(action_mean(checkpoint(ran, "with_its_statistics")), torch.full((4,), 5.0))
+
+
+def test_evaluation_while_training_logs_a_video(ran):
+    (video,) = (ran / "watched" / "wandb").glob("offline-run-*/files/media/videos/eval/*.mp4")
+    assert video.stat().st_size > 1000
 
 
 def test_policy_trained_from_an_in_tree_folder_is_evaluated_offline(ran):
