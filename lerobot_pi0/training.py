@@ -31,6 +31,7 @@ class TrainedWeights:
         self._hidden: list[Tensor] = []  # averages, or the weights where averages are shown
         self._shows_average = False
         self._is_current = True  # the average, with the weights
+        self._is_checked = False
 
     def take(self, module: nn.Module, frozen_dtype: torch.dtype) -> "ParameterGroups":
         """What trains in a module from now on, as groups for an optimizer; the average starts with it.
@@ -89,7 +90,12 @@ class TrainedWeights:
                 self._is_current = True
 
     def check(self, module: nn.Module) -> None:
-        """Raises ValueError for weights that no optimizer should step on, or that there is no average of."""
+        """Raises ValueError for weights that no optimizer should step on, or that there is no average of.
+
+        Called before each step; looks once.
+        """
+        if self._is_checked:
+            return
         # Costs a second, and this module is imported whenever LeRobot looks for plugins.
         from lerobot_pi0.sharding import is_sharded
 
@@ -106,6 +112,7 @@ class TrainedWeights:
                 "the weights are sharded (FSDP), and their moving average is kept of whole ones (one GPU, or "
                 "DDP): train with --policy.ema_decay=0, or without FSDP"
             )
+        self._is_checked = True
 
     def _check_current(self) -> None:
         """Raises ValueError when an optimizer has stepped and the average was never told."""
