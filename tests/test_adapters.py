@@ -15,7 +15,7 @@ from lerobot.configs.default import PeftConfig
 from lerobot.rollout.context import _load_pretrained_policy
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from test_entry_points import checkpoint, dataset, in_tree_folder, run
+from test_entry_points import checkpoint, dataset, in_tree_folder, run, train_command
 from tiny_policy import SIZES, VLM, batch, noise, statistics, tiny_config, tiny_policy
 
 from lerobot_pi0 import adapters, cli, merge
@@ -414,18 +414,7 @@ def ran(dataset, in_tree_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
 
     def train(name: str, *arguments: str) -> list[str]:
-        return [
-            "lerobot-train",
-            f"--dataset.repo_id={dataset.repo_id}",
-            f"--dataset.root={dataset.root}",
-            f"--output_dir={folder / name}",
-            "--policy.device=cpu",
-            "--policy.push_to_hub=false",
-            "--batch_size=2",
-            "--num_workers=0",
-            "--env_eval_freq=0",
-            *arguments,
-        ]
+        return train_command(dataset, folder / name, *arguments)
 
     def evaluate(name: str) -> list[str]:
         return [

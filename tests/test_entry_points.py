@@ -111,19 +111,7 @@ def ran(dataset, in_tree_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
 
     def train(name: str, *arguments: str) -> list[str]:
-        return [
-            "lerobot-train",
-            f"--dataset.repo_id={dataset.repo_id}",
-            f"--dataset.root={dataset.root}",
-            f"--output_dir={folder / name}",
-            "--policy.device=cpu",
-            "--policy.push_to_hub=false",
-            "--batch_size=2",
-            "--num_workers=0",
-            "--log_freq=1",
-            "--env_eval_freq=0",
-            *arguments,
-        ]
+        return train_command(dataset, folder / name, *arguments)
 
     from_scratch = ["--policy.type=lerobot_pi0", *SIZES, "--policy.tokenizer=small"]
     in_tree = [*from_scratch, f"--policy.pretrained_path={in_tree_folder}"]
@@ -151,6 +139,23 @@ def ran(dataset, in_tree_folder, tmp_path_factory) -> Path:
     done = run(folder, commands)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return folder
+
+
+def train_command(dataset: LeRobotDataset, output_dir: Path, *arguments: str) -> list[str]:
+    """Training on a CPU, two frames at a time, in this process alone, every step logged."""
+    return [
+        "lerobot-train",
+        f"--dataset.repo_id={dataset.repo_id}",
+        f"--dataset.root={dataset.root}",
+        f"--output_dir={output_dir}",
+        "--policy.device=cpu",
+        "--policy.push_to_hub=false",
+        "--batch_size=2",
+        "--num_workers=0",
+        "--log_freq=1",
+        "--env_eval_freq=0",
+        *arguments,
+    ]
 
 
 def run(folder: Path, commands: list[list[str]]) -> subprocess.CompletedProcess[str]:
@@ -257,22 +262,13 @@ def cached(dataset, in_tree_folder, tmp_path_factory) -> Path:
     """Two epochs without a prefix cache, the same filling one, the same reading it; then augmented images."""
     folder = tmp_path_factory.mktemp("cached")
     expert_only = [
-        "lerobot-train",
-        f"--dataset.repo_id={dataset.repo_id}",
-        f"--dataset.root={dataset.root}",
         "--policy.type=lerobot_pi0",
         *SIZES,
         "--policy.tokenizer=small",
         f"--policy.pretrained_path={in_tree_folder}",
         "--policy.freeze=vlm",
         "--policy.augmentation=false",
-        "--policy.device=cpu",
-        "--policy.push_to_hub=false",
-        "--batch_size=2",
-        "--num_workers=0",
         "--steps=20",
-        "--log_freq=1",
-        "--env_eval_freq=0",
     ]
     runs = {
         "without": ["--policy.cache_prefix=false"],
@@ -280,7 +276,7 @@ def cached(dataset, in_tree_folder, tmp_path_factory) -> Path:
         "reading": ["--policy.cache_prefix=true"],
         "augmented": ["--policy.cache_prefix=true", "--dataset.image_transforms.enable=true"],
     }
-    run(folder, [[*expert_only, *flags, f"--output_dir={folder / name}"] for name, flags in runs.items()])
+    run(folder, [train_command(dataset, folder / name, *expert_only, *flags) for name, flags in runs.items()])
     return folder
 
 

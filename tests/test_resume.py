@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_entry_points import DRIVER, dataset, run
+from test_entry_points import DRIVER, dataset, run, train_command
 from tiny_policy import SIZES
 
 pytestmark = pytest.mark.slow
@@ -24,21 +24,7 @@ __all__ = ["dataset"]  # a fixture
 
 
 def train(dataset, folder: Path, name: str, *arguments: str) -> list[str]:
-    return [
-        "lerobot-train",
-        f"--dataset.repo_id={dataset.repo_id}",
-        f"--dataset.root={dataset.root}",
-        f"--output_dir={folder / name}",
-        "--policy.device=cpu",
-        "--policy.push_to_hub=false",
-        "--batch_size=2",
-        "--num_workers=0",
-        "--log_freq=1",
-        "--env_eval_freq=0",
-        "--steps=8",
-        "--save_freq=4",
-        *arguments,
-    ]
+    return train_command(dataset, folder / name, "--steps=8", "--save_freq=4", *arguments)
 
 
 NEW = ["--policy.type=lerobot_pi0", *SIZES, "--policy.tokenizer=small", "--policy.dtype=float32"]
