@@ -1,0 +1,130 @@
+"""The policy and the dataset that a tool's flags name, opened in one way for all of them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from lerobot.configs import PreTrainedConfig
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.import_utils import require_package
+
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.modeling_pi0 import Pi0Policy
+from lerobot_pi0.weights import ADAPTER_CONFIG, CheckpointError, find_checkpoint
+
+
+@dataclass
+class PolicyFlags:
+    """`--policy.*` of a tool."""
+
+    # Checkpoint of this policy: a folder or a repository on the hub; adapters are loaded over their base.
+    path: str = ""
+    # Branch, tag or commit on the hub.
+    revision: str | None = None
+    # Where the policy runs. Default: where its checkpoint says, or what this machine has.
+    device: str | None = None
+
+
+@dataclass
+class DatasetFlags:
+    """`--dataset.*` of a tool, as lerobot-train has them."""
+
+    # Name of the dataset, on the hub or in --dataset.root.
+    repo_id: str = ""
+    # Folder of the dataset. Default: LeRobot's own place for it.
+    root: Path | None = None
+    # Branch, tag or commit on the hub.
+    revision: str | None = None
+    # Which episodes, for example '[0, 7]'. Default: the tool's choice.
+    episodes: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A policy in eval mode with its processors."""
+
+    policy: Pi0Policy
+    preprocess: PolicyProcessorPipeline[dict[str, Any], dict[str, Any]]
+    postprocess: PolicyProcessorPipeline[Any, Any]
+
+    @property
+    def config(self) -> Pi0Config:
+        return self.policy.config
+
+
+def read_config(flags: PolicyFlags) -> tuple[Pi0Config, Path]:
+    """The config of a checkpoint of ours, and the folder that it was found in.
+
+    Raises FileNotFoundError or CheckpointError that says what is wrong.
+    """
+    if not flags.path:
+        raise ValueError("which policy? Name its checkpoint: --policy.path=outputs/…/pretrained_model")
+    folder = find_checkpoint(flags.path, revision=flags.revision)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"'{flags.path}' has no config.json: it is no checkpoint of this policy")
+    config = PreTrainedConfig.from_pretrained(folder)
+    if not isinstance(config, Pi0Config):
+        raise CheckpointError(
+            f"'{flags.path}' is a policy of type '{config.type}'. To make one of ours of its weights: "
+            f"lerobot-pi0 convert {flags.path} TARGET"
+        )
+    if flags.device:
+        config.device = flags.device
+    config.pretrained_path, config.pretrained_revision = folder, None
+    return config, folder
+
+
+def load_policy(flags: PolicyFlags) -> LoadedPolicy:
+    """A checkpoint of this policy with its processors, in eval mode; adapters lie over their base.
+
+    Raises FileNotFoundError or CheckpointError that says what is wrong.
+    """
+    config, folder = read_config(flags)
+    if (folder / ADAPTER_CONFIG).is_file():
+        require_package("peft", extra="peft")
+        from peft import PeftConfig, PeftModel
+
+        settings: Any = PeftConfig.from_pretrained(str(folder))
+        policy = Pi0Policy.from_pretrained(
+            settings.base_model_name_or_path, config=config, revision=settings.revision
+        )
+        PeftModel.from_pretrained(policy, str(folder), config=settings)  # puts them into the policy
+        policy.eval()
+    else:
+        policy = Pi0Policy.from_pretrained(folder, config=config)
+    preprocess, postprocess = make_pre_post_processors(
+        config,
+        pretrained_path=str(folder),
+        preprocessor_overrides={"device_processor": {"device": config.device}},
+    )
+    return LoadedPolicy(policy, cast(Any, preprocess), cast(Any, postprocess))
+
+
+def dataset_metadata(flags: DatasetFlags) -> LeRobotDatasetMetadata:
+    """What a dataset says of itself. Raises FileNotFoundError when there is none."""
+    if not flags.repo_id and flags.root is None:
+        raise ValueError("which dataset? Name it: --dataset.repo_id=user/name, or --dataset.root=FOLDER")
+    if flags.root is not None and not (flags.root / "meta" / "info.json").is_file():
+        raise FileNotFoundError(f"--dataset.root={flags.root} holds no dataset (no meta/info.json)")
+    return LeRobotDatasetMetadata(_repo_id(flags), root=flags.root, revision=flags.revision)
+
+
+def open_dataset(
+    flags: DatasetFlags, chunk_size: int | None = None, episodes: list[int] | None = None
+) -> LeRobotDataset:
+    """A dataset, or those `episodes` of it; with a `chunk_size` each item has as many actions to come."""
+    metadata = dataset_metadata(flags)
+    deltas = {"action": [step / metadata.fps for step in range(chunk_size)]} if chunk_size else None
+    return LeRobotDataset(
+        _repo_id(flags),
+        root=flags.root,
+        revision=flags.revision,
+        episodes=episodes,
+        delta_timestamps=deltas,
+    )
+
+
+def _repo_id(flags: DatasetFlags) -> str:
+    return flags.repo_id or f"local/{flags.root.name if flags.root else 'dataset'}"
