@@ -8,12 +8,14 @@ client has no offline answer. Everything is read back by huggingface_hub's own `
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 from huggingface_hub import HfApi
+from huggingface_hub.hf_api import RepoFile
 from lerobot.common import train_utils
 
 
@@ -73,8 +75,18 @@ def install(cache: Path) -> None:
     def create_tag(self: HfApi, repo_id: str, *, tag: str, revision: str, **_: Any) -> None:
         (cache / f"models--{repo_id.replace('/', '--')}" / "refs" / tag).write_text(revision)
 
-    def list_repo_files(self: HfApi, repo_id: str, **_: Any) -> list[str]:
-        return sorted(files(cache, repo_id))
+    def list_repo_tree(
+        self: HfApi, repo_id: str, *, revision: str | None = None, **_: Any
+    ) -> Iterator[RepoFile]:
+        repository = cache / f"models--{repo_id.replace('/', '--')}"
+        ref = repository / "refs" / (revision or "main")
+        snapshot = repository / "snapshots" / (ref.read_text() if ref.is_file() else str(revision))
+        for path in sorted(snapshot.rglob("*")):
+            if path.is_file():
+                name = path.relative_to(snapshot).as_posix()
+                yield RepoFile(
+                    path=name, size=path.stat().st_size, oid=hashlib.sha1(name.encode()).hexdigest()
+                )
 
     def snapshot_download(repo_id: str, *, allow_patterns: str, local_dir: str, **_: Any) -> None:
         # The real one does not copy out of the cache without a network.
@@ -85,6 +97,6 @@ def install(cache: Path) -> None:
                 (Path(local_dir) / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(snapshot / name, Path(local_dir) / name)
 
-    for method in (create_repo, upload_folder, create_tag, list_repo_files):
+    for method in (create_repo, upload_folder, create_tag, list_repo_tree):
         setattr(HfApi, method.__name__, method)
     train_utils.snapshot_download = cast(Any, snapshot_download)

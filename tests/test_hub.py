@@ -22,7 +22,7 @@ from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 pytestmark = pytest.mark.slow
 
-REPOSITORY = "me/policy"
+REPOSITORY, ADAPTERS = "me/policy", "me/adapters"
 NAMES = ["pan.pos", "lift.pos", "gripper.pos"]
 
 # As test_entry_points' driver, with the stand-in for the hub in place.
@@ -80,6 +80,7 @@ def ran(tmp_path_factory) -> Path:
         ]
 
     new = ["--policy.type=lerobot_pi0", *SIZES, "--policy.tokenizer=small", "--policy.log_joints_every=1"]
+    cached = ["--policy.freeze=vlm", "--policy.augmentation=false", "--policy.cache_prefix=true"]
     # The only revision that the hub has of it: a run that asked for another would find nothing.
     commit(folder / "home" / "hub", "me/data", Path(dataset.root), repo_type="dataset", revision="monday")
     # A stream has as many shards as there are workers: LeRobot 0.6.1 reads nothing without one.
@@ -88,6 +89,7 @@ def ran(tmp_path_factory) -> Path:
         train(
             "pushed",
             *new,
+            *cached,
             "--policy.push_to_hub=true",
             f"--policy.repo_id={REPOSITORY}",
             "--save_checkpoint_to_hub=true",
@@ -99,6 +101,21 @@ def ran(tmp_path_factory) -> Path:
             "--wandb.disable_artifact=true",
         ),
         train("from_hub", f"--policy.path={REPOSITORY}", "--policy.push_to_hub=false", "--steps=1"),
+        train(
+            "adapters",
+            f"--policy.path={REPOSITORY}",
+            "--peft.method_type=LORA",
+            "--policy.push_to_hub=true",
+            f"--policy.repo_id={ADAPTERS}",
+            "--steps=1",
+        ),
+        train(
+            "from_adapters",
+            f"--policy.path={ADAPTERS}",
+            "--peft.method_type=LORA",
+            "--policy.push_to_hub=false",
+            "--steps=1",
+        ),
         [
             "lerobot-train",
             f"--config_path={REPOSITORY}",
@@ -137,8 +154,8 @@ def ran(tmp_path_factory) -> Path:
     return folder
 
 
-def snapshot(ran: Path) -> Path:
-    repository = ran / "cache" / f"models--{REPOSITORY.replace('/', '--')}"
+def snapshot(ran: Path, repo_id: str = REPOSITORY) -> Path:
+    repository = ran / "cache" / f"models--{repo_id.replace('/', '--')}"
     return repository / "snapshots" / (repository / "refs" / "main").read_text()
 
 
@@ -158,8 +175,24 @@ def test_repository_has_checkpoints_only_where_they_belong(ran):
     uploaded = files(ran / "cache", REPOSITORY)
     top = {name for name in uploaded if not name.startswith("checkpoints/")}
     assert {"README.md", "config.json", "model.safetensors", "train_config.json"} <= top
-    assert not any("optimizer" in name or "prefix" in name or "unfinished" in name for name in top)
+    assert not any("optimizer" in name or "unfinished" in name for name in top)
     assert "checkpoints/000002/training_state/optimizer_state.safetensors" in uploaded
+
+
+def test_cached_prefixes_stay_with_the_dataset(ran):
+    assert any((ran / "data").rglob("lerobot_pi0_prefixes/*/*"))
+    assert not any("prefix" in path.name for path in (ran / "cache").rglob("*"))
+
+
+def test_pushed_adapters_name_their_base_and_train_on_over_it(ran):
+    assert "model.safetensors" not in files(ran / "cache", ADAPTERS)
+    card = ModelCard.load(snapshot(ran, ADAPTERS) / "README.md")
+    assert card.data.to_dict()["base_model"] == REPOSITORY
+    assert card.data.to_dict()["base_model_relation"] == "adapter"
+    assert "pip install lerobot-policy-pi0 peft" in card.text
+    assert f"at revision `{snapshot(ran).name}`" in card.text
+    onwards = ran / "from_adapters" / "checkpoints" / "000001" / "pretrained_model"
+    assert (onwards / "adapter_model.safetensors").is_file()
 
 
 def test_model_card_says_what_to_install_and_what_it_is(ran):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from tiny_policy import ACTION, CHUNK, FRONT, batch, first, noise, tiny_config, tiny_policy
+from tiny_policy import ACTION, CHUNK, FRONT, STATE, batch, first, noise, tiny_config, tiny_policy
 
 from lerobot_pi0.configuration_pi0 import assign_cameras
 from lerobot_pi0.modeling_pi0 import Pi0Policy
@@ -314,12 +314,31 @@ def test_gradient_checkpointing_changes_memory_not_gradients():
     [("small", None, "apache-2.0"), ("google/paligemma-3b-pt-224", None, "gemma"), ("small", "mit", "mit")],
 )
 def test_model_card_names_the_licence_and_the_plugin(policy, monkeypatch, tokenizer, given, licence):
-    monkeypatch.setattr("huggingface_hub.ModelCard.validate", lambda card: None)  # asks the hub
     monkeypatch.setattr(policy.config, "tokenizer", tokenizer)
     card = policy.generate_model_card("me/data", "lerobot_pi0", given, None, cfg=None, dataset_meta=None)
     assert card.data.license == licence
     assert "pip install lerobot-policy-pi0" in str(card)
     assert "lerobot_pi0" in str(card)
+
+
+@pytest.mark.parametrize(("base", "published"), [("lerobot/pi0_base", True), ("/home/me/pi0", False)])
+def test_model_card_names_a_base_model_that_others_can_have(policy, monkeypatch, base, published):
+    monkeypatch.setattr(policy.config, "base_checkpoint", base)
+    monkeypatch.setattr(policy.config, "base_revision", "cafe")
+    card = policy.generate_model_card("me/data", "lerobot_pi0", None, None)
+    assert card.data.base_model == (base if published else None)
+    assert ("at revision `cafe`" in str(card)) == published
+    assert (base in str(card)) == published
+
+
+@pytest.mark.parametrize(("key", "robot"), [("observation.images.front", True), ("observation.image", False)])
+def test_model_card_has_a_robots_command_only_for_a_robots_cameras(key, robot):
+    camera = PolicyFeature(FeatureType.VISUAL, (3, 48, 64))
+    inputs = {key: camera, "observation.state": PolicyFeature(FeatureType.STATE, (STATE,))}
+    card = str(tiny_policy(input_features=inputs).generate_model_card("me/data", "lerobot_pi0", None, None))
+    assert ("lerobot-rollout" in card) == robot
+    assert ("front: {type: opencv, index_or_path: INDEX, width: 64, height: 48" in card) == robot
+    assert "lerobot-eval" in card
 
 
 # Cameras.
