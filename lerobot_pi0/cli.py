@@ -1,15 +1,17 @@
 """`lerobot-pi0 <subcommand> [--flag=value ...]`: the tools beside the policy, with LeRobot's flag style.
 
 A subcommand is a function from a dataclass to the text to print: the fields are its flags, the comments above
-them their help. Its module is imported when it is called.
+them their help; a field without a default may also be given by its position. A function of a list of strings
+gets its arguments as they are: it stands before a command of LeRobot. A module is imported when it is called.
 """
 
 import difflib
+import itertools
 import logging
 import re
 import sys
 import traceback
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn, get_type_hints
@@ -63,6 +65,19 @@ def run(name: str, flags: list[str]) -> None:
     module, function_name = SUBCOMMANDS[name][0].split(":")
     function = getattr(import_module(module), function_name)
     (config_class,) = (hint for key, hint in get_type_hints(function).items() if key != "return")
+    if config_class == list[str]:
+        if (text := function(flags)) is not None:
+            print(text)
+        return
+    required = [
+        field.name for field in fields(config_class) if field.default is field.default_factory is MISSING
+    ]
+    positional = list(itertools.takewhile(lambda flag: not flag.startswith("-"), flags))
+    if len(positional) > len(required):
+        known = f"takes {' '.join(map(str.upper, required))}" if required else "takes flags alone"
+        fail(f"{PROGRAM} {name}: error: {positional[len(required)]!r} is too many: it {known}", 2)
+    given = [f"--{field}={value}" for field, value in zip(required, positional, strict=False)]
+    flags = [*given, *flags[len(positional) :]]
     flags = [re.sub(r"^--[^=]+", lambda name: f"--{name[0][2:].replace('-', '_')}", flag) for flag in flags]
     # LeRobot's flags take a value, also those that are true or false; "--quick" is short for "--quick=true".
     switches = {f"--{field.name}" for field in fields(config_class) if field.type is bool}

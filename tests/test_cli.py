@@ -9,6 +9,7 @@ import pytest
 
 from lerobot_pi0 import cli
 from lerobot_pi0.demo import record
+from lerobot_pi0.tools import inputs
 
 
 def call(monkeypatch, *arguments: str) -> int:
@@ -34,8 +35,25 @@ def test_every_flag_of_a_subcommand_is_explained(monkeypatch, capsys, name):
     text = capsys.readouterr().out
     module, function = cli.SUBCOMMANDS[name][0].split(":")
     config_class = next(iter(get_type_hints(getattr(import_module(module), function)).values()))
+    for flag in flags(config_class) if dataclasses.is_dataclass(config_class) else []:
+        assert re.search(rf"^  --{re.escape(flag)} \S+\s+(?!\(default)\w", text, re.MULTILINE), flag
+
+
+def flags(config_class) -> list[str]:
+    names = []
     for field in dataclasses.fields(config_class):
-        assert re.search(rf"^  --{field.name} \S+\s+(?!\(default)\w", text, re.MULTILINE), field.name
+        ours = getattr(field.type, "__module__", "") == inputs.__name__
+        nested = flags(field.type) if ours else [""]
+        names += [f"{field.name}.{name}".removesuffix(".") for name in nested]
+    return names
+
+
+def test_what_is_required_may_be_given_by_its_position(monkeypatch, capsys, tmp_path):
+    (tmp_path / "something").touch()
+    assert call(monkeypatch, "record", str(tmp_path), "--seed=1") == 1
+    assert f"{tmp_path} exists" in capsys.readouterr().err
+    assert call(monkeypatch, "record", str(tmp_path), "more") == 2
+    assert "'more' is too many: it takes ROOT" in capsys.readouterr().err
 
 
 def test_an_unknown_subcommand_suggests_the_nearest(monkeypatch, capsys):
