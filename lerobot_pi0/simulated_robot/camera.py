@@ -137,9 +137,9 @@ class _Running:
         self._log.seek(0)
         said = self._log.read().decode(errors="replace").strip().splitlines()
         return (
-            f"the simulated camera's process ended (exit code {code}{': ' + said[-1] if said else ''}): connect "
-            "the robot again. If it cannot render on a machine without a display, set MUJOCO_GL=egl and, on "
-            "Debian or Ubuntu, run `apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libgl1`"
+            f"the simulated camera's process ended (exit code {code}{': ' + said[-1] if said else ''}): "
+            "connect the robot again. If it cannot render on a machine without a display, set MUJOCO_GL=egl "
+            "and, on Debian or Ubuntu, run `apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libgl1`"
         )
 
 

@@ -3,7 +3,8 @@ torch, and starts in a second.
 
 From standard input it reads the length of a model (8 bytes), the model as MuJoCo saves it, and then again and
 again the positions (nq float64) of the scene to draw. To standard output it writes a byte when it can draw,
-and then the picture of each scene, H·W·3 bytes. It ends when its input does, that is, also when the process that started it was killed.
+and then the picture of each scene, H·W·3 bytes. It ends when its input does: also when the process that
+started it is killed.
 
 Arguments: name of the camera, width, height.
 """

@@ -1,4 +1,4 @@
-"""Settings of `--teleop.type=scripted_so101`. Plugin discovery imports this module, and no simulator with it."""
+"""Settings of `--teleop.type=scripted_so101`. Plugin discovery imports this module, but no simulator."""
 
 from dataclasses import dataclass
 

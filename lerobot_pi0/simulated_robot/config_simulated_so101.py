@@ -1,4 +1,4 @@
-"""Settings of `--robot.type=simulated_so101`. Plugin discovery imports this module, and no simulator with it."""
+"""Settings of `--robot.type=simulated_so101`. Plugin discovery imports this module, but no simulator."""
 
 from dataclasses import dataclass
 from pathlib import Path

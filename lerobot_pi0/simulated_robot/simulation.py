@@ -27,7 +27,7 @@ HOME = dict(zip(JOINTS, (0.0, -85.0, 60.0, 70.0, 0.0, 10.0), strict=True))
 # of them was further away than so many.
 AT_HOME, AWAY = 5.0, 15.0
 
-# The block lies somewhere between these distances from the axis of the shoulder's pan, turned so far about it.
+# The block lies between these distances from the axis of the shoulder's pan, turned so far about it.
 BLOCK_DISTANCE, BLOCK_TURN = (0.16, 0.25), (-math.radians(40), math.radians(40))
 PAN_AXIS = 0.0388  # x of that axis
 BLOCK_HALF = 0.02
@@ -122,10 +122,14 @@ class Simulation:
             self._advance()
             return self._data.qpos[self._block : self._block + 3].copy()
 
+    def goal(self) -> np.ndarray:
+        """Where the gripper's tip is to be: over the block, x, y, z."""
+        return self.block() + np.array([0, 0, HOVER])
+
     def distance(self) -> float:
-        """From the gripper's tip to the point above the block that it is to reach."""
+        """From the gripper's tip to where it is to be."""
         with self._lock:
-            return float(np.linalg.norm(self.block() + (0, 0, HOVER) - self._data.site_xpos[self._tip]))
+            return float(np.linalg.norm(self.goal() - self._data.site_xpos[self._tip]))
 
     def _advance(self) -> float:
         """Simulate up to now, and place the block anew if the arm has come home. A second takes 8 ms."""
@@ -180,18 +184,16 @@ def make_model() -> Any:
     for mesh in scene.meshes:
         make_coarse(mesh, arm.parent / scene.meshdir / mesh.file)
     world = scene.worldbody
-    world.add_geom(
-        name="table", type=mujoco.mjtGeom.mjGEOM_PLANE, size=[2, 2, 0.01], rgba=[0.35, 0.4, 0.45, 1]
-    )
+    plane, box = mujoco.mjtGeom.mjGEOM_PLANE, mujoco.mjtGeom.mjGEOM_BOX
+    world.add_geom(type=plane, size=[2, 2, 0.01], rgba=[0.35, 0.4, 0.45, 1])
     world.add_light(pos=[0, 0, 2], dir=[0, 0, -1], castshadow=False)
     block = world.add_body(name="block", pos=[0, 0, BLOCK_HALF])
     block.add_freejoint(name="block")
-    size = [BLOCK_HALF] * 3
-    block.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, size=size, rgba=[0.9, 0.1, 0.1, 1], mass=0.05)
-    seen = world.add_body(name="seen", pos=[0.19, 0, 0.04])
+    block.add_geom(type=box, size=[BLOCK_HALF] * 3, rgba=[0.9, 0.1, 0.1, 1], mass=0.05)
+    seen = world.add_body(name="seen", pos=[0.18, 0, 0.04])
     world.add_camera(
         name=CAMERA,
-        pos=[0.60, 0, 0.45],
+        pos=[0.57, 0, 0.43],
         mode=mujoco.mjtCamLight.mjCAMLIGHT_TARGETBODY,
         targetbody=seen.name,
         fovy=45,
