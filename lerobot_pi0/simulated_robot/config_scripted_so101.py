@@ -14,9 +14,9 @@ class ScriptedSO101Config(TeleoperatorConfig):
     """When the script reaches and when it goes home: as long as lerobot-record gives it for either."""
 
     # The same as --dataset.episode_time_s.
-    episode_time_s: float = 4.0
+    episode_time_s: float = 3.0
     # The same as --dataset.reset_time_s.
-    reset_time_s: float = 2.5
+    reset_time_s: float = 2.0
 
     def __post_init__(self) -> None:
         for name, least in (("episode_time_s", REACH_TIME), ("reset_time_s", HOME_TIME)):

@@ -78,8 +78,7 @@ class ScriptedSO101(Teleoperator):
         now = simulation.clock()
         pause, self._last_call = now - self._last_call, now
         if self._move is None:
-            at_rest = np.array([*simulation.joints().values()])
-            self._began, self._move = now, self._reach(simulation, at_rest, now)
+            self._began, self._move = now, self._reach(simulation, np.array([*HOME.values()]), now)
         at = self._move.at(now)
         due = self._began + self.config.episode_time_s + self.config.reset_time_s
         if now >= due + LATE or (now >= due - EARLY and pause > PAUSE):

@@ -30,6 +30,9 @@ AT_HOME, AWAY = 5.0, 15.0
 # The block lies between these distances from the axis of the shoulder's pan, turned so far about it.
 BLOCK_DISTANCE, BLOCK_TURN = (0.16, 0.25), (-math.radians(40), math.radians(40))
 PAN_AXIS = 0.0388  # x of that axis
+# From one place to the next, in parts of these ranges and modulo them: few places cover them evenly (the R2
+# sequence; M. Roberts, "The unreasonable effectiveness of quasirandom sequences").
+NEXT_PLACE = np.array([0.7548776662466927, 0.5698402909980532])
 BLOCK_HALF = 0.02
 # Where the gripper's tip is to be: so far above the middle of the block.
 HOVER = 0.05
@@ -72,7 +75,7 @@ class Simulation:
         self._step: Callable[[Any, Any], None] = mujoco.mj_step
         self._data = mujoco.MjData(self.model)
         self._lock = threading.RLock()
-        self._places = np.random.default_rng(seed)
+        self._place = np.random.default_rng(seed).random(2)
         low, high = self.model.actuator_ctrlrange.T
         # Radians are value · scale + zero.
         self._scale, self._zero = np.full(len(JOINTS), math.pi / 180), np.zeros(len(JOINTS))
@@ -145,7 +148,11 @@ class Simulation:
         return now
 
     def _place_block(self) -> None:
-        distance, turn = self._places.uniform(*BLOCK_DISTANCE), self._places.uniform(*BLOCK_TURN)
+        self._place = (self._place + NEXT_PLACE) % 1
+        distance, turn = (
+            low + part * (high - low)
+            for part, (low, high) in zip(self._place, (BLOCK_DISTANCE, BLOCK_TURN), strict=True)
+        )
         x, y = PAN_AXIS + distance * math.cos(turn), distance * math.sin(turn)
         pose = (x, y, BLOCK_HALF, math.cos(turn / 2), 0, 0, math.sin(turn / 2))
         self._data.qpos[self._block : self._block + 7] = pose
