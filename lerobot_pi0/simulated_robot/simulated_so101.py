@@ -93,6 +93,7 @@ class SimulatedSO101(Robot):
                 cameras={name: taken for name, (taken, _) in pictures.items()},
                 block=self.simulation.block().tolist(),
                 distance=self.simulation.distance(),
+                placed=self.simulation.placed,
             )
         return {f"{joint}{POSITION}": value for joint, value in joints.items()} | {
             name: picture for name, (_, picture) in pictures.items()

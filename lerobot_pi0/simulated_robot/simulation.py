@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ HOME = dict(zip(JOINTS, (0.0, -85.0, 60.0, 70.0, 0.0, 10.0), strict=True))
 # of them was further away than so many.
 AT_HOME, AWAY = 5.0, 15.0
 
-# The block lies between these distances from the axis of the shoulder's pan, turned so far about it.
-BLOCK_DISTANCE, BLOCK_TURN = (0.16, 0.25), (-math.radians(40), math.radians(40))
+# The block lies so far from the axis of the shoulder's pan, and is turned so far about it.
+PLACES = np.array([(0.16, 0.25), (-math.radians(40), math.radians(40))])
 PAN_AXIS = 0.0388  # x of that axis
 # From one place to the next, in parts of these ranges and modulo them: few places cover them evenly (the R2
 # sequence; M. Roberts, "The unreasonable effectiveness of quasirandom sequences").
@@ -36,8 +37,6 @@ NEXT_PLACE = np.array([0.7548776662466927, 0.5698402909980532])
 BLOCK_HALF = 0.02
 # Where the gripper's tip is to be: so far above the middle of the block.
 HOVER = 0.05
-# Having reached the block means a tip as near to that point.
-REACHED = 0.03
 
 MESH_GRID = 0.005
 STL_TRIANGLE = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attributes", "<u2")])
@@ -75,6 +74,7 @@ class Simulation:
         self._step: Callable[[Any, Any], None] = mujoco.mj_step
         self._data = mujoco.MjData(self.model)
         self._lock = threading.RLock()
+        self.placed = 0  # how often the block was
         self._place = np.random.default_rng(seed).random(2)
         low, high = self.model.actuator_ctrlrange.T
         # Radians are value · scale + zero.
@@ -148,11 +148,9 @@ class Simulation:
         return now
 
     def _place_block(self) -> None:
+        self.placed += 1
         self._place = (self._place + NEXT_PLACE) % 1
-        distance, turn = (
-            low + part * (high - low)
-            for part, (low, high) in zip(self._place, (BLOCK_DISTANCE, BLOCK_TURN), strict=True)
-        )
+        distance, turn = PLACES[:, 0] + self._place * np.ptp(PLACES, axis=1)
         x, y = PAN_AXIS + distance * math.cos(turn), distance * math.sin(turn)
         pose = (x, y, BLOCK_HALF, math.cos(turn / 2), 0, 0, math.sin(turn / 2))
         self._data.qpos[self._block : self._block + 7] = pose
@@ -174,8 +172,9 @@ def import_mujoco() -> Any:
     return mujoco
 
 
+@cache
 def make_model() -> Any:
-    """The scene, as an `MjModel`: positions are the six joints, then the block's.
+    """The scene, as an `MjModel` to be read only: positions are the six joints, then the block's.
 
     Raises ModuleNotFoundError without the package of the arm.
     """
