@@ -33,13 +33,14 @@ class ChunkGuard:
     def __init__(self, limits: ActionLimits, names: Sequence[str]):
         self.names, self.num_held = names, Counter[str]()
         low, high, self._gain, self._offset = (
-            torch.tensor(values) for values in (limits.low, limits.high, limits.gain, limits.offset)
+            torch.tensor(values, device="cpu")  # a policy that is loaded is made on torch's meta device
+            for values in (limits.low, limits.high, limits.gain, limits.offset)
         )
         margin = (MARGIN * (high - low)).clamp(min=LEAST)
         self._low, self._high = low - margin, high + margin
         self._step = None
         if limits.step is not None:
-            step = torch.tensor(limits.step)
+            step = torch.tensor(limits.step, device="cpu")
             self._step = step + (MARGIN * step).clamp(min=LEAST)
 
     def hold(self, chunk: Tensor) -> Tensor:
