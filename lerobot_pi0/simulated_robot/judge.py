@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lerobot_pi0.control.trace import read_trace
-
-# Having reached the block means a tip as near to its goal (metres) for so long (seconds).
-NEAR, FOR = 0.03, 0.5
+from lerobot_pi0.simulated_robot.simulation import FOR, NEAR
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ WITH_RTC = Pi0Policy.supports_rtc is not PreTrainedPolicy.supports_rtc
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
-    """Where all commands have run, in one process; each robot left a trace in a folder of its command's name."""
+    """Where all commands have run, in one process; each left a robot's trace in a folder of its name."""
     folder = tmp_path_factory.mktemp("simulated")
 
     def robot(name: str) -> list[str]:
