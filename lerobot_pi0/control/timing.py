@@ -27,19 +27,21 @@ class Timing:
     actions: int  # sent of each chunk
     rate: float  # actions per second
 
-    def __str__(self) -> str:
-        takes = (
-            f"a chunk takes {_seconds(self.latency)}, {self.delay} control step{'s'[: self.delay != 1]} at "
-            f"{self.fps:g} fps"
-        )
+    @property
+    def effect(self) -> str:
+        """What the latency does to the robot."""
         if not self.actions:
-            return f"{takes}, and comes when all of its actions are late: the robot would never move"
+            return "all of a chunk's actions are late when it comes, and the robot would never move"
         if not self.stall:
-            return f"{takes}: no stalls"
+            return "no stalls"
         return (
-            f"{takes}: the robot stands still for {_seconds(self.stall)} every {self.actions} actions "
+            f"the robot stands still for {_seconds(self.stall)} every {self.actions} actions "
             f"({self.rate:.1f} actions per second of {self.fps:g})"
         )
+
+    def __str__(self) -> str:
+        steps = f"{self.delay} control step{'s'[: self.delay != 1]}"
+        return f"a chunk takes {_seconds(self.latency)}, {steps} at {self.fps:g} fps: {self.effect}"
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,9 @@ class Suggestion:
     highest_fps: float
 
     def __str__(self) -> str:
-        text = f"{' '.join(self.flags)} ({self.timing})"
+        text = f"{' '.join(self.flags)} ({self.timing.effect})"
         if self.timing.stall:
-            text += (
-                f". Nothing hides this latency at {self.timing.fps:g} fps; up to {self.highest_fps:.3g} fps "
-                "there would be no stalls"
-            )
+            text += f". Without stalls this machine holds {self.highest_fps:.3g} fps at most"
         return text
 
 

@@ -6,6 +6,7 @@ LeRobot's context is given a robot and an inference engine that pass everything 
 import logging
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,8 +41,8 @@ class Watch:
         """`start`: fields of the trace's `start` events, which are written when the policy is reset."""
         self.cfg, self.policy, self.trace, self.start = ctx.runtime.cfg, policy, trace, start
         self.kind = start["kind"]
-        self.times: list[list[float]] = []  # of the actions, from reset to reset
-        self.latencies: list[float] = []
+        self.times: list[array[float]] = []  # of the actions, from reset to reset
+        self.latencies = array("d")
         self.engine = ctx.policy.inference
         self._postprocess = ctx.policy.postprocessor
         self._sends = ctx.runtime.cfg.interpolation_multiplier  # of each action of the policy
@@ -70,12 +71,17 @@ class Watch:
         with self._lock:
             self._queued.clear()
             self._action, self._sends_left = None, 0
-        self.times.append([])
+        self.times.append(array("d"))
         self._write("start", **self.start)
 
     def stop(self) -> None:
         """What is sent from now on is not the policy's."""
         self._sends_left = 0
+
+    def finish(self, why: str) -> None:
+        """The run is over."""
+        self.stop()
+        self._write("stop", why="the policy gave up" if self.engine.failed else why)
 
     def observe(self, observation: dict[str, Any]) -> None:
         """The robot gave an observation."""

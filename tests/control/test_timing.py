@@ -68,7 +68,7 @@ def test_what_nothing_hides_takes_the_faster_way_and_says_which_fps_would_do():
     assert "--policy.n_action_steps=50" in suggestion.flags
     assert suggestion.highest_fps == pytest.approx(10)
     assert not suggest(suggestion.highest_fps, 50, 10, 2.0, 2.5).timing.stall
-    assert "up to 10 fps" in str(suggestion)
+    assert "holds 10 fps at most" in str(suggestion)
 
 
 def test_a_policy_without_rtc_is_never_told_to_use_it():
