@@ -254,8 +254,10 @@ def _summary(watch: Watch, folder: Path | None) -> str:
     if watch.latencies:
         p50, p95 = (1000 * quantile(watch.latencies, percent) for percent in (50, 95))
         lines.append(f"{len(watch.latencies)} chunks, latency p50 {p50:.0f} ms, p95 {p95:.0f} ms")
-    if run.stalls:
-        lines.append(f"{watch.timing(quantile(watch.latencies, 95))}")
+    if run.stalls and watch.latencies:
+        expected = watch.timing(quantile(watch.latencies, 95))
+        other = "" if expected.stall else " from the policy: the robot, its cameras or the computer were late"
+        lines.append(f"{expected}{other}")
     lines.append(
         "--trace=FOLDER keeps what happened"
         if folder is None

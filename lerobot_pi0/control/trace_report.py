@@ -74,7 +74,7 @@ class Report:
     jumps: dict[str, Jump]
     worst: str | None  # the joint with the largest jump, as a share of its std (or of its range in this run)
     delays: dict[str, dict[str, float]]
-    skipped: int  # actions that were dropped beyond those sent meanwhile
+    skipped: int | None  # actions that were dropped beyond those sent meanwhile
     used: float | None  # share of the generated actions that were sent
     age: dict[str, float]  # of the observation, when an action that comes from it is sent
     latency: dict[str, float]  # of a chunk, without the first
@@ -165,8 +165,7 @@ def make_report(run: Run) -> Report:
         jumps=jumps,
         worst=_worst(run, jumps) if boundaries else None,
         delays={key: delay for key, delay in delays.items() if delay},
-        # While nothing was sent yet, what is dropped is late for nobody.
-        skipped=sum(event["dropped"] - event["consumed"] for event in whole),
+        skipped=sum(event["dropped"] - event["consumed"] for event in whole) if whole else None,
         used=_used(run),
         age=spread(ages, 50, 95),
         latency=spread(latencies[1:], 50, 95),
@@ -232,6 +231,11 @@ def _used(run: Run) -> float | None:
     return (len(places) or len(run.actions)) / generated
 
 
+def _position(joints: dict[str, float], action: str) -> float | None:
+    """Where the joint of an action was, called as the action or without its ".pos"."""
+    return joints.get(action, joints.get(action.removesuffix(".pos")))
+
+
 def _as_text(run: Run, report: Report) -> str:
     start, periods = report.start, report.pace.periods
     what = [str(start[key]) for key in ("robot", "kind", "policy") if start.get(key)]
@@ -264,7 +268,10 @@ def _as_text(run: Run, report: Report) -> str:
         lines += ["", "Control steps, per chunk:"]
         for key, delay in report.delays.items():
             lines.append(f"  {key:<9} p50 {delay['p50']:4.0f}, max {delay['max']:4.0f}   {DELAYS[key]}")
-        lines.append(f"  skipped   {report.skipped} in all: dropped though nothing was sent in their stead")
+        if report.skipped is not None:
+            lines.append(
+                f"  skipped   {report.skipped} in all: dropped though nothing was sent in their stead"
+            )
     lines += ["", *_jump_table(report)]
     return "\n".join(lines)
 
@@ -309,11 +316,8 @@ def plot(run: Run, report: Report, file: Path) -> None:
     )
     colours = ("#1f6fb4", "#e0812a")
     for axis, name in zip(axes[:, 0], run.joints, strict=False):
-        seen = [
-            (event["t"] - began, event["joints"][name])
-            for event in run.observations
-            if name in event["joints"]
-        ]
+        seen = [(event["t"] - began, _position(event["joints"], name)) for event in run.observations]
+        seen = [point for point in seen if point[1] is not None]
         if seen:
             axis.plot(*zip(*seen, strict=True), color="0.6", linewidth=2.5, label="observed")
         for episode in run.episodes:
@@ -324,7 +328,7 @@ def plot(run: Run, report: Report, file: Path) -> None:
                 axis.plot(
                     *zip(*points, strict=True),
                     color=colours[number % 2],
-                    linewidth=1.2,
+                    linewidth=1.6,
                     marker=".",
                     markersize=2.5,
                 )
@@ -350,14 +354,15 @@ def plot(run: Run, report: Report, file: Path) -> None:
         axis.set_yticks([])
         axis.set_ylabel("policy runs", rotation=0, ha="right", va="center", fontsize=9)
     axes[-1, 0].set_xlabel("seconds")
+    figure.align_ylabels()
     handles = [
         plt.Line2D([], [], color="0.6", linewidth=2.5, label="observed"),
         plt.Line2D([], [], color=colours[0], marker=".", label="sent, one chunk"),
         plt.Line2D([], [], color=colours[1], marker=".", label="sent, the next chunk"),
         plt.Rectangle((0, 0), 1, 1, color="#d62728", alpha=0.18, label="stall"),
     ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     kind = f"{report.start['kind']}: " if report.start.get("kind") else ""
-    figure.suptitle(f"{kind}{report.pace}", x=0.01, ha="left", fontsize=10)
+    figure.suptitle(f"{kind}{report.pace}", fontsize=10)
     figure.savefig(file, dpi=110)
     plt.close(figure)

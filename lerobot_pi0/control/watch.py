@@ -101,7 +101,7 @@ class Watch:
         action = engine.get_action(frame)
         if self.kind == "sync" and self._predicted is not None:
             self._began = self._observed, began
-            self._chunk_is_there(self._predicted[0], dropped=0, consumed=0)
+            self._chunk_is_there(self._postprocess(self._predicted[0]))
             steps = range(self.policy.config.n_action_steps)
             self._queued = deque((self._chunks, step) for step in steps)
         if self.kind == "sync":  # otherwise the queue has told which it is
@@ -139,7 +139,8 @@ class Watch:
                 consumed = max(queue.get_action_index() - before, 0)
                 merge(original, processed, delay, before)
                 dropped = min(delay, len(processed)) if queue.cfg.enabled else 0
-                self._chunk_is_there(processed[None], dropped, consumed, in_robot_units=True)
+                given = (self._predicted and self._predicted[1]) or 0
+                self._chunk_is_there(processed[None], given=given, dropped=dropped, consumed=consumed)
                 new = [(self._chunks, step) for step in range(dropped, len(processed))]
                 self._queued = deque(new) if queue.cfg.enabled else deque([*self._queued, *new])
 
@@ -167,17 +168,13 @@ class Watch:
 
         self.policy.predict_action_chunk = watched
 
-    def _chunk_is_there(
-        self, actions: torch.Tensor, dropped: int, consumed: int, in_robot_units: bool = False
-    ) -> None:
+    def _chunk_is_there(self, actions: torch.Tensor, **delays: int) -> None:
+        """A chunk (1, steps, joints), in robot units, can be sent from now on."""
         ended, (observed, began) = time.monotonic(), self._began
-        given = self._predicted[1] if self._predicted else None
         self._predicted = None
         self._chunks += 1
         self.latencies.append(ended - began)
         if self.trace is not None:
-            if not in_robot_units:
-                actions = self._postprocess(actions)
             self._write(
                 "inference",
                 ended,
@@ -185,10 +182,8 @@ class Watch:
                 observed=observed,
                 began=began,
                 ended=ended,
-                given=given or 0,
-                dropped=dropped,
-                consumed=consumed,
                 actions=[[round(value, 5) for value in row] for row in actions[0].tolist()],
+                **delays,
             )
         self._remind(ended)
 
