@@ -199,8 +199,7 @@ def _as_json(latencies: Latencies, suggestion: Suggestion) -> str:
         stage: {"p50_s": quantile(seconds, 50), "p99_s": quantile(seconds, 99)}
         for stage, seconds in latencies.stages.items()
     }
-    timing = asdict(suggestion.timing)
+    result = asdict(suggestion)
     if not suggestion.timing.actions:
-        timing["stall"] = None  # JSON has no infinity
-    result = asdict(suggestion) | {"timing": timing}
+        result["timing"]["stall"] = None  # JSON has no infinity
     return json.dumps({"first_s": latencies.first, "stages": figures, "suggestion": result}, indent=2)

@@ -11,6 +11,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 from typing import Any, cast
 
 import draccus
@@ -62,7 +63,8 @@ def parse(arguments: list[str]) -> RolloutConfig:
     register_third_party_plugins()
     before, sys.argv = sys.argv, ["lerobot-pi0 rollout", *arguments]  # where LeRobot looks for --policy.path
     try:
-        return parser.wrap()(_parsed)()
+        parsed: Any = parser.wrap()(_parsed)
+        return parsed()
     except (ArgumentError, draccus.ParsingError) as error:
         # If it was the dataclass that objected, draccus only says that it could not be made.
         raise ValueError(f"{error.__cause__ or error}") from error
@@ -77,16 +79,17 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
     RuntimeError when no action was sent or the policy gave up.
     """
     config = cfg.policy
+    assert config is not None
     if not isinstance(config, Pi0Config):
         raise ValueError(
-            f"'{cfg.policy.pretrained_path}' is a policy of type '{cfg.policy.type}': lerobot-rollout runs it"
+            f"'{config.pretrained_path}' is a policy of type '{config.type}': lerobot-rollout runs it"
         )
     check_robot(cfg, config)
     file = None if folder is None else _new_trace(folder)
     init_logging()
     signals = ProcessSignalHandler(use_threads=True, display_pid=False)
     try:
-        ctx = build_rollout_context(cfg, signals.shutdown_event)
+        ctx = build_rollout_context(cfg, cast(Event, signals.shutdown_event))
     except OSError as error:
         if not isinstance(error, ConnectionError):
             raise
@@ -212,7 +215,7 @@ def _measured(cfg: RolloutConfig, ctx: RolloutContext, policy: Pi0Policy) -> Lat
 
 def _start(cfg: RolloutConfig, ctx: RolloutContext, config: Pi0Config) -> dict[str, Any]:
     """What the trace says of the run."""
-    start = {
+    start: dict[str, Any] = {
         "robot": ctx.hardware.robot_wrapper.robot_type,
         "kind": cfg.inference.type,
         "fps": cfg.fps,

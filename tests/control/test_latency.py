@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from arm import save_checkpoint
+from tiny_robot import save_checkpoint
 
 from lerobot_pi0.control.latency import LatencyConfig, RunFlags, main
 from lerobot_pi0.modeling_pi0 import Pi0Policy

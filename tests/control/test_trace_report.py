@@ -185,5 +185,4 @@ def test_report_is_json_on_request_and_comes_with_a_picture(tmp_path):
     report = json.loads(main(TraceReportConfig(tmp_path, json=True)))
     assert report["pace"]["stalls"] == 1
     with Image.open(tmp_path / "trace.png") as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
-    assert len(colours) > 10
+        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10
