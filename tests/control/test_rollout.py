@@ -10,9 +10,8 @@ import time
 
 import lerobot.rollout.inference.rtc as engine
 import pytest
-from tiny_robot import ACTIONS, Arm, save_checkpoint
-from lerobot.robots import Robot
 from lerobot.rollout import RolloutConfig
+from tiny_robot import ACTIONS, Arm, save_checkpoint
 
 from lerobot_pi0 import cli
 from lerobot_pi0.control import rollout
@@ -59,7 +58,7 @@ def rtc(parsed, monkeypatch) -> RolloutConfig:
 
 
 @pytest.fixture(autouse=True)
-def arms(monkeypatch) -> list[Robot]:
+def arms(monkeypatch) -> list[Arm]:
     """Those that were connected, in the order in which they were."""
     Arm.connected.clear()
     monkeypatch.setattr(rollout, "init_logging", lambda: None)  # it would take pytest's handlers away
