@@ -69,7 +69,7 @@ class _Running:
         self.first = threading.Event()  # there is a picture, or there never will be one
         self._simulation, self._size, self._period = simulation, width * height * 3, 1 / fps
         self._latest: tuple[float, bytes] | None = None
-        self._stop = threading.Event()
+        self._stop, self._ended = threading.Event(), threading.Event()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  (closed in `end`)
         script = Path(__file__).with_name("camera_process.py")
         self.process = subprocess.Popen(
@@ -83,7 +83,7 @@ class _Running:
 
     def read_latest(self) -> tuple[float, bytes]:
         """As `SimulatedCamera.read_latest`."""
-        if not self._thread.is_alive():
+        if self._ended.is_set():
             raise RuntimeError(self._last_words())
         if self._latest is None or self._simulation.clock() - self._latest[0] > MAX_AGE:
             raise TimeoutError(
@@ -126,6 +126,7 @@ class _Running:
         except BrokenPipeError:
             return
         finally:
+            self._ended.set()
             self.first.set()
             with contextlib.suppress(BrokenPipeError):
                 sink.close()

@@ -16,7 +16,7 @@ from lerobot.utils.errors import DeviceAlreadyConnectedError, DeviceNotConnected
 import lerobot_pi0
 from lerobot_pi0.control.trace import read_trace
 from lerobot_pi0.simulated_robot.config_simulated_so101 import SimulatedSO101Config
-from lerobot_pi0.simulated_robot.judge import attempts, judge
+from lerobot_pi0.simulated_robot.judge import NEAR, attempts, judge
 from lerobot_pi0.simulated_robot.kinematics import joints_for_tip
 from lerobot_pi0.simulated_robot.simulated_so101 import SimulatedSO101
 from lerobot_pi0.simulated_robot.simulation import HOME, JOINTS
@@ -155,7 +155,7 @@ def test_the_judge_sees_who_reached_the_block(make, tmp_path):
     assert first.reached is not None
     assert first.closest < 0.015
     assert second.reached is None
-    assert second.closest > 0.05
+    assert second.closest > NEAR
 
 
 def test_near_the_block_for_an_instant_is_not_reached():

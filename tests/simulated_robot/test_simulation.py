@@ -114,7 +114,7 @@ def test_the_block_is_placed_anew_when_the_arm_comes_home_and_only_then(arm, clo
 def test_every_place_of_the_block_is_in_reach_and_reaching_does_not_move_it(arm, clock):
     for _ in range(20):
         block = arm.block()
-        assert arm.distance() > 0.05
+        assert arm.distance() > 0.035  # that is, farther than what counts as reached
         reach(arm, clock)
         assert arm.distance() < 0.015
         assert np.allclose(arm.block(), block, atol=1e-3)
