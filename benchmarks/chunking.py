@@ -1,6 +1,7 @@
 """Ways to go from one chunk to the next while the first is still being executed, one beside the other."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +16,15 @@ from lerobot_pi0.rtc import read_leftover
 # (processed batch, delay in steps, leftover (steps, size) or None) -> chunk (1, steps, size), normalised
 Predict = Callable[[dict[str, Any], int, Tensor | None], Tensor]
 
-# Guided, or by what the policy was trained for: `rtc` is what it does by itself.
-WAYS = ("naive", "in-tree", "rtc")
+PREDICT = Pi0Policy.predict_action_chunk
 
 
 def predictor(policy: Pi0Policy, way: str, rtc: RTCConfig) -> Predict:
     """How a new chunk is made: `naive` knows nothing of the old one, `in-tree` is guided as by LeRobot 0.6.1,
     `rtc` is this policy's own."""
     policy.config.rtc_config = rtc
-    predict, processor = policy.predict_action_chunk, RTCProcessor(rtc)
+    # Of the class, as it was when this was imported: a benchmark may put something else in its place.
+    predict, processor = partial(PREDICT, policy), RTCProcessor(rtc)
 
     def in_tree(batch: dict[str, Any], delay: int, left: Tensor | None) -> Tensor:
         if left is None:
