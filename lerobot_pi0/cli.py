@@ -28,6 +28,7 @@ SUBCOMMANDS = {
     "merge": ("lerobot_pi0.merge:main", "make one plain checkpoint of LoRA adapters and their base"),
     "plan": ("lerobot_pi0.planning:main", "which fine-tuning fits a GPU, how long it takes, which command"),
     "record": ("lerobot_pi0.demo.record:main", "record scripted Meta-World experts as a LeRobotDataset"),
+    "serve": ("lerobot_pi0.control.serve:main", "serve a policy to robots by LeRobot's async inference"),
 }
 
 
