@@ -105,12 +105,14 @@ def _joints(config: Pi0Config, feature: Mapping[str, Any]) -> tuple[str, ...]:
         raise ValueError("the robot names no joints: the handshake has no 'observation.state' with names")
     # The handshake does not name the actions. Where the policy was trained on actions that are called like
     # the state, those of the robot are taken to be so too.
-    alike = config.action_feature_names == config.state_feature_names
-    check_joints(config, names, names if alike else config.action_feature_names or ())
     assert config.robot_state_feature is not None
-    size = config.robot_state_feature.shape[0]
-    if len(names) != size:
-        raise ValueError(f"the robot has {len(names)} joints, {list(names)}; the policy was made for {size}")
+    assert config.action_feature is not None
+    trained, size = config.action_feature_names, config.action_feature.shape[0]
+    if trained == config.state_feature_names and size == config.robot_state_feature.shape[0]:
+        actions = names
+    else:
+        actions = trained or [str(i) for i in range(size)]
+    check_joints(config, names, actions)
     return tuple(names)
 
 
