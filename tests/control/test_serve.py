@@ -137,9 +137,9 @@ def features(joints: list[str] = JOINTS, **cameras: tuple[int, int, int]) -> dic
     }
 
 
-def observed(timestep: int = 0, must_go: bool = False, **changes: Any) -> TimedObservation:
+def observed(timestep: int = 0, changes: Any = None, must_go: bool = False) -> TimedObservation:
     raw: dict[str, Any] = {name: 0.1 * i for i, name in enumerate(JOINTS)}
-    raw |= {"front": np.full(PICTURE, 100, np.uint8), "task": "push"} | changes
+    raw |= {"front": np.full(PICTURE, 100, np.uint8), "task": "push"} | (changes or {})
     raw = {name: value for name, value in raw.items() if value is not LEFT_OUT}
     return TimedObservation(time.time(), timestep, raw, must_go)
 
@@ -148,13 +148,14 @@ LEFT_OUT = object()
 
 
 def status(call: Any, *arguments: Any) -> tuple[grpc.StatusCode, str]:
-    with pytest.raises(grpc.RpcError) as error:
+    with pytest.raises(grpc.RpcError) as raised:
         call(*arguments)
-    return error.value.code(), error.value.details()  # pyrefly: ignore[missing-attribute]
+    error: Any = raised.value
+    return error.code(), error.details()
 
 
 def test_an_observation_is_answered_with_a_chunk_in_robot_units(robot, checkpoint):
-    robot.send(observed(timestep=7))
+    robot.send(observed(7))
     actions = robot.actions()
     assert [action.timestep for action in actions] == [7, 8, 9, 10]
     assert all(action.action.shape == (STATE,) and action.action.isfinite().all() for action in actions)
@@ -169,7 +170,7 @@ def test_actions_are_those_that_the_policy_gives(robot, checkpoint):
 
     loaded = load_policy(PolicyFlags(str(checkpoint)))
     picture = np.random.default_rng(0).integers(0, 256, PICTURE, dtype=np.uint8)
-    message = observed(front=picture)
+    message = observed(0, {"front": picture})
     batch = {
         "observation.images.front": torch.tensor(picture).permute(2, 0, 1) / 255,
         "observation.state": torch.tensor([message.observation[name] for name in JOINTS]),
@@ -187,21 +188,24 @@ def test_without_an_observation_there_are_no_actions_and_no_error(robot):
 
 
 BAD_OBSERVATIONS = {
-    "too few joints": (observed(**{JOINTS[2]: LEFT_OUT}), "no ['joint_2.pos']"),
-    "a joint that is no number": (observed(**{JOINTS[1]: "fast"}), "'joint_1.pos' is a str"),
-    "a joint that is many numbers": (observed(**{JOINTS[1]: np.zeros(3)}), "'joint_1.pos' is a ndarray"),
-    "NaN": (observed(**{JOINTS[0]: float("nan")}), "'joint_0.pos' is not a finite number: nan"),
-    "infinity": (observed(**{JOINTS[4]: np.float32("inf")}), "'joint_4.pos' is not a finite number: inf"),
-    "no float32": (observed(**{JOINTS[4]: 10**60}), "'joint_4.pos' is not a finite number"),
-    "no camera": (observed(front=LEFT_OUT), "no ['front']"),
-    "another size": (observed(front=np.zeros((24, 64, 3), np.uint8)), "(24, 64, 3); the handshake announced"),
-    "channels first": (observed(front=np.zeros((3, 48, 64), np.uint8)), "(3, 48, 64); the handshake"),
-    "grey": (observed(front=np.zeros((48, 64), np.uint8)), "gives (48, 64)"),
-    "floats": (observed(front=np.zeros(PICTURE, np.float32)), "gives float32"),
-    "objects": (observed(front=np.full(PICTURE, None)), "gives object"),
-    "a picture that is none": (observed(front=[[0]]), "gives a list"),
-    "no instruction": (observed(task=LEFT_OUT), "no ['task']"),
-    "an instruction that is no text": (observed(task=3), "is a int, not a text: --task"),
+    "too few joints": (observed(0, {JOINTS[2]: LEFT_OUT}), "no ['joint_2.pos']"),
+    "a joint that is no number": (observed(0, {JOINTS[1]: "fast"}), "'joint_1.pos' is a str"),
+    "a joint that is many numbers": (observed(0, {JOINTS[1]: np.zeros(3)}), "'joint_1.pos' is a ndarray"),
+    "NaN": (observed(0, {JOINTS[0]: float("nan")}), "'joint_0.pos' is not a finite number: nan"),
+    "infinity": (observed(0, {JOINTS[4]: np.float32("inf")}), "'joint_4.pos' is not a finite number: inf"),
+    "no float32": (observed(0, {JOINTS[4]: 10**60}), "'joint_4.pos' is not a finite number"),
+    "no camera": (observed(0, {"front": LEFT_OUT}), "no ['front']"),
+    "another size": (
+        observed(0, {"front": np.zeros((24, 64, 3), np.uint8)}),
+        "(24, 64, 3); the handshake announced",
+    ),
+    "channels first": (observed(0, {"front": np.zeros((3, 48, 64), np.uint8)}), "(3, 48, 64); the handshake"),
+    "grey": (observed(0, {"front": np.zeros((48, 64), np.uint8)}), "gives (48, 64)"),
+    "floats": (observed(0, {"front": np.zeros(PICTURE, np.float32)}), "gives float32"),
+    "objects": (observed(0, {"front": np.full(PICTURE, None)}), "gives object"),
+    "a picture that is none": (observed(0, {"front": [[0]]}), "gives a list"),
+    "no instruction": (observed(0, {"task": LEFT_OUT}), "no ['task']"),
+    "an instruction that is no text": (observed(0, {"task": 3}), "is a int, not a text: --task"),
     "no observation": (TimedObservation(time.time(), 0, None), "a NoneType for its observation"),  # pyrefly: ignore[bad-argument-type]
     "no step": (TimedObservation(time.time(), "one", {}), "a str for its timestep"),  # pyrefly: ignore[bad-argument-type]
     "no time": (TimedObservation(float("nan"), 0, {}), "at time nan"),
@@ -210,7 +214,7 @@ BAD_OBSERVATIONS = {
     "no pickle": (b"hello", "does not unpickle"),
     "half a pickle": (pickle.dumps(observed())[:-400], "does not unpickle"),
     "an unknown class": (pickle.dumps(Path("x")), "names pathlib"),
-    "a tensor": (observed(front=torch.zeros(PICTURE)), "names torch"),
+    "a tensor": (observed(0, {"front": torch.zeros(PICTURE)}), "names torch"),
 }
 
 
@@ -254,7 +258,7 @@ def test_a_robot_that_does_not_fit_is_refused_and_the_next_one_served(client, ch
 
 def test_a_camera_that_the_policy_does_not_know_is_left_out_and_told(client, checkpoint, caplog):
     client.greet(checkpoint, lerobot_features=features(front=PICTURE, top=(480, 640, 3)))
-    client.send(observed(top="whatever"))
+    client.send(observed(0, {"top": "whatever"}))
     assert len(client.actions()) == 4
     assert "does not look at ['observation.images.top']" in caplog.text
 
@@ -262,7 +266,7 @@ def test_a_camera_that_the_policy_does_not_know_is_left_out_and_told(client, che
 def test_cameras_are_renamed_as_the_handshake_says(client, checkpoint):
     names = {"observation.images.top": "observation.images.front"}
     client.greet(checkpoint, lerobot_features=features(top=PICTURE), rename_map=names)
-    client.send(observed(top=np.zeros(PICTURE, np.uint8), front=LEFT_OUT))
+    client.send(observed(0, {"top": np.zeros(PICTURE, np.uint8), "front": LEFT_OUT}))
     assert len(client.actions()) == 4
 
 
@@ -273,7 +277,7 @@ def test_a_picture_keeps_its_proportions(client, checkpoint, monkeypatch, caplog
         served_policy, "_chunk", lambda loaded, batch: seen.append(batch) or chunk(loaded, batch)
     )
     client.greet(checkpoint, lerobot_features=features(front=(36, 64, 3)))
-    client.send(observed(front=np.full((36, 64, 3), 255, np.uint8)))
+    client.send(observed(0, {"front": np.full((36, 64, 3), 255, np.uint8)}))
     assert len(client.actions()) == 4
     assert seen[-1]["observation.images.front"].shape == (1, 3, 36, 64)
     assert "is 64×36, the policy was trained on 64×48" in caplog.text
@@ -282,7 +286,7 @@ def test_a_picture_keeps_its_proportions(client, checkpoint, monkeypatch, caplog
 def test_a_robot_that_moves_little_is_answered_all_the_same(robot):
     """LeRobot's server drops what moved by less than 1 in total, whatever the unit."""
     for timestep in range(3):
-        robot.send(observed(timestep, **{JOINTS[0]: 0.01 * timestep}))
+        robot.send(observed(timestep, {JOINTS[0]: 0.01 * timestep}))
         assert len(robot.actions()) == 4
 
 
@@ -342,7 +346,7 @@ class Malicious:
 @pytest.mark.parametrize("where", ["handshake", "observation", "within an observation"])
 def test_a_pickle_does_not_run_code(robot, tmp_path, where):
     file = tmp_path / "ran"
-    data = pickle.dumps(observed(front=Malicious(file)) if "within" in where else Malicious(file))
+    data = pickle.dumps(observed(0, {"front": Malicious(file)}) if "within" in where else Malicious(file))
     if where == "handshake":
         code, details = status(robot.stub.SendPolicyInstructions, wire.PolicySetup(data=data))
     else:
@@ -381,7 +385,9 @@ def test_a_message_beyond_grpcs_own_limit_is_refused(robot):
 
 
 def test_an_observation_that_breaks_off_is_refused(robot):
-    parts = list(send_bytes_in_chunks(pickle.dumps(observed(padding=bytes(3 * 2**20))), wire.Observation))
+    parts = list(
+        send_bytes_in_chunks(pickle.dumps(observed(0, {"padding": bytes(3 * 2**20)})), wire.Observation)
+    )
     code, details = status(robot.stub.SendObservations, iter(parts[:1]))
     assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert "broke off" in details
@@ -394,13 +400,16 @@ def test_a_client_that_dies_while_it_sends_makes_room_for_the_next(port, checkpo
     begun = threading.Event()
 
     def part_of_an_observation() -> Iterator[Any]:
-        yield next(send_bytes_in_chunks(pickle.dumps(observed(padding=bytes(3 * 2**20))), wire.Observation))
+        yield next(
+            send_bytes_in_chunks(pickle.dumps(observed(0, {"padding": bytes(3 * 2**20)})), wire.Observation)
+        )
         begun.set()
         threading.Event().wait(60)
 
-    dying.stub.SendObservations.future(part_of_an_observation())
+    unfinished = dying.stub.SendObservations.future(part_of_an_observation())
     assert begun.wait(10)
     dying.close()
+    assert unfinished.cancelled()
     assert eventually(lambda: Client(port).greet(checkpoint)).is_answered(0)
 
 
@@ -414,9 +423,12 @@ def test_one_robot_at_a_time(robot, port, checkpoint, monkeypatch):
         assert "one robot at a time" in details
     assert robot.is_answered(1)
     monkeypatch.setattr(policy_server, "WAIT", 1000.0)
-    robot.stub.GetActions.future(wire.Empty())  # it goes while it waits, as clients do that are killed
+    waiting = robot.stub.GetActions.future(
+        wire.Empty()
+    )  # it goes while it waits, as clients do that are killed
     time.sleep(0.2)
     robot.close()
+    assert waiting.cancelled()
     assert eventually(lambda: second.greet(checkpoint)).is_answered(0)
     second.close()
 
@@ -518,7 +530,7 @@ def test_each_answered_observation_is_in_the_trace(checkpoint, tmp_path):
         client = Client(port).greet(checkpoint)
         assert client.is_answered(0)
         with pytest.raises(grpc.RpcError):
-            client.send(observed(1, **{JOINTS[0]: float("nan")}))
+            client.send(observed(1, {JOINTS[0]: float("nan")}))
         client.send(observed(3))
         actions = [action.action.tolist() for action in client.actions()]
         client.close()
