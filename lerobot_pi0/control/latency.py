@@ -18,7 +18,7 @@ from lerobot.utils.constants import OBS_STATE
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.control.timing import Suggestion, execution_horizon, suggest
-from lerobot_pi0.tools.inputs import LoadedPolicy, PolicyFlags, load_policy
+from lerobot_pi0.tools.inputs import ControlPolicyFlags, LoadedPolicy, load_policy
 
 Frame = dict[str, np.ndarray]
 
@@ -33,22 +33,10 @@ STAGES = {
 
 
 @dataclass
-class RunFlags(PolicyFlags):
-    """`--policy.*` of a tool that runs a policy as lerobot-rollout would with the same flags."""
-
-    # Euler steps. Default: the checkpoint's.
-    num_inference_steps: int | None = None
-    # On a CPU: multiply in 8-bit integers.
-    int8: bool = False
-    # On a GPU: the whole of sampling as one graph.
-    compile: bool = False
-
-
-@dataclass
 class LatencyConfig:
     """How long a chunk of actions takes on this machine, and how to drive a robot with that."""
 
-    policy: RunFlags = field(default_factory=RunFlags)
+    policy: ControlPolicyFlags = field(default_factory=ControlPolicyFlags)
     # Actions per second that the robot is to get: the rate of the recordings.
     fps: float = 30.0
     # Chunks to measure, after the first.
@@ -76,20 +64,12 @@ def main(config: LatencyConfig) -> str:
     if config.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {config.repeats}")
     loaded = load_policy(config.policy)
-    run, flags = loaded.config, config.policy
-    run.int8, run.compile = flags.int8, flags.compile
-    if flags.num_inference_steps is not None:
-        if flags.num_inference_steps < 1:
-            raise ValueError(
-                f"--policy.num_inference_steps must be at least 1, got {flags.num_inference_steps}"
-            )
-        run.num_inference_steps = flags.num_inference_steps
     latencies = measure(loaded, config.repeats, config.fps)
-    suggestion = suggestion_for(run, latencies, config.fps)
+    suggestion = suggestion_for(loaded.config, latencies, config.fps)
     return (
         _as_json(latencies, suggestion)
         if config.json
-        else _as_text(flags.path, run, latencies, suggestion, config.fps)
+        else _as_text(config.policy.path, loaded.config, latencies, suggestion, config.fps)
     )
 
 

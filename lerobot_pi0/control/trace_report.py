@@ -120,7 +120,10 @@ def read_run(folder: Path) -> Run:
         elif event["file"] == source and event["event"] == "action":
             episodes[-1].append(dict(event))
     episodes = [episode for episode in episodes if episode]
+    # A server's trace may be of other robots as well.
+    began, *_, ended = (event["t"] for event in events if event["file"] == source)
     inferences = [event for event in events if event["event"] == "inference"]
+    inferences = [event for event in inferences if began <= event["ended"] <= ended]
     by_chunk = {event.get("chunk") or number: event for number, event in enumerate(inferences, 1)}
     _place(episodes, by_chunk)
     observations = [event for event in events if event["event"] == "observation"]

@@ -29,6 +29,8 @@ def attempts(run: Path) -> list[Attempt]:
     by_place: list[list[dict[str, Any]]] = []
     placed = None
     for event in read_trace(run):
+        if event["file"] != "robot":  # a policy's, in the same folder
+            continue
         if event["event"] == "start":
             placed = None
         elif event["event"] == "observation":

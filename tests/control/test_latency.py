@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from tiny_robot import save_checkpoint
 
-from lerobot_pi0.control.latency import LatencyConfig, RunFlags, main
+from lerobot_pi0.control.latency import LatencyConfig, main
 from lerobot_pi0.modeling_pi0 import Pi0Policy
+from lerobot_pi0.tools.inputs import ControlPolicyFlags
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +18,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def test_each_stage_is_measured_and_the_flags_can_be_pasted(checkpoint):
-    config = LatencyConfig(RunFlags(str(checkpoint), device="cpu"), repeats=3)
+    config = LatencyConfig(ControlPolicyFlags(str(checkpoint), device="cpu"), repeats=3)
     text = main(config)
     for stage in ("prepare", "encode", "denoise", "finish", "chunk", "first"):
         assert f"\n{stage} " in text
@@ -40,7 +41,7 @@ def test_a_slow_stage_is_told_from_the_others_and_decides_what_is_suggested(chec
     monkeypatch.setattr(
         Pi0Policy, "predict_action_chunk", lambda self, batch, **_: self.plan(self.encode(batch))
     )
-    found = json.loads(main(LatencyConfig(RunFlags(str(checkpoint)), fps=10, repeats=2, json=True)))
+    found = json.loads(main(LatencyConfig(ControlPolicyFlags(str(checkpoint)), fps=10, repeats=2, json=True)))
     stages = {stage: figures["p50_s"] for stage, figures in found["stages"].items()}
     assert stages["denoise"] >= 0.2
     assert stages["chunk"] >= 0.2
@@ -59,7 +60,7 @@ def test_fewer_euler_steps_are_fewer_steps(checkpoint, monkeypatch):
         return plan(self, *args, **kwargs)
 
     monkeypatch.setattr(Pi0Policy, "plan", watched)
-    text = main(LatencyConfig(RunFlags(str(checkpoint), num_inference_steps=3), repeats=1))
+    text = main(LatencyConfig(ControlPolicyFlags(str(checkpoint), num_inference_steps=3), repeats=1))
     assert seen == {3}
     assert "3 Euler steps" in text
 
@@ -70,7 +71,7 @@ def test_fewer_euler_steps_are_fewer_steps(checkpoint, monkeypatch):
         (LatencyConfig(fps=0), "--fps must be"),
         (LatencyConfig(repeats=0), "--repeats must be"),
         (LatencyConfig(), "which policy"),
-        (LatencyConfig(RunFlags("nowhere")), "nowhere"),
+        (LatencyConfig(ControlPolicyFlags("nowhere")), "nowhere"),
     ],
 )
 def test_what_cannot_be_measured_is_told(config, said):

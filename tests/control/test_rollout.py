@@ -51,9 +51,7 @@ def sync(parsed) -> RolloutConfig:
 
 
 @pytest.fixture
-def rtc(parsed, monkeypatch) -> RolloutConfig:
-    monkeypatch.setattr(Pi0Policy, "supports_rtc", lambda self: True)
-    monkeypatch.setattr(Pi0Policy, "init_rtc_processor", lambda self: None, raising=False)
+def rtc(parsed) -> RolloutConfig:
     return copy.deepcopy(parsed["rtc"])
 
 
