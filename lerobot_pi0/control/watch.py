@@ -1,9 +1,12 @@
 """What happens in a rollout of LeRobot, seen from outside: each observation, action and chunk, with its time.
 
-LeRobot's context is given a robot and an inference engine that pass everything on and tell a `Watch`.
+LeRobot's context is given a robot and an inference engine that pass everything on and tell a `Watch`. Two
+things it mends on the way: of a new chunk as many actions are dropped as were sent while it was made, and the
+delay that the policy is told is that of the last chunks.
 """
 
 import logging
+import math
 import threading
 import time
 from array import array
@@ -27,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 REMIND_AFTER = 30.0  # seconds between two warnings that the policy is too slow
 LATELY = 50  # chunks that such a warning looks back on
+RECENT = 5  # chunks that tell how late the next one will be
 
 Place = tuple[int, int]  # of an action: number of its chunk, step in it
 
@@ -136,9 +140,11 @@ class Watch:
 
         def watched_merge(original: torch.Tensor, processed: torch.Tensor, delay: int, before: int) -> None:
             with self._lock:
+                # LeRobot 0.6.1 drops ceil(latency · fps) actions: often one more than were sent, and as many
+                # of the first chunk, when none were. The arm would skip them (lerobot#4454).
                 consumed = max(queue.get_action_index() - before, 0)
-                merge(original, processed, delay, before)
-                dropped = min(delay, len(processed)) if queue.cfg.enabled else 0
+                merge(original, processed, consumed, before)
+                dropped = min(consumed, len(processed)) if queue.cfg.enabled else 0
                 given = (self._predicted and self._predicted[1]) or 0
                 self._chunk_is_there(processed[None], given=given, dropped=dropped, consumed=consumed)
                 new = [(self._chunks, step) for step in range(dropped, len(processed))]
@@ -162,11 +168,24 @@ class Watch:
         predict = self.policy.predict_action_chunk
 
         def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if kwargs.get("inference_delay") is not None:
+                kwargs["inference_delay"] = self._delay()
             chunk = predict(*args, **kwargs)
             self._predicted = chunk, kwargs.get("inference_delay")
             return chunk
 
         self.policy.predict_action_chunk = watched
+
+    def _delay(self) -> int:
+        """What the policy is told of how late its chunk will be, in steps: as late as the last ones were.
+
+        LeRobot tells it the longest latency since the run began: one hiccup, and the delay is too long, or
+        that of a whole chunk, for good.
+        """
+        if not self.latencies:
+            return 0
+        steps = math.ceil(max(self.latencies[-RECENT:]) * self.cfg.fps)
+        return min(steps, self.policy.config.chunk_size - 1)
 
     def _chunk_is_there(self, actions: torch.Tensor, **delays: int) -> None:
         """A chunk (1, steps, joints), in robot units, can be sent from now on."""

@@ -65,12 +65,14 @@ def arms(monkeypatch) -> list[Arm]:
 
 @pytest.fixture
 def delayed(monkeypatch):
-    """Let each chunk take so many seconds longer."""
+    """Let each chunk take so many seconds longer; the last number is for all that follow."""
     predict = Pi0Policy.predict_action_chunk
 
-    def delay(seconds: float) -> None:
+    def delay(*seconds: float) -> None:
+        waits = itertools.chain(seconds, itertools.repeat(seconds[-1]))
+
         def slow(self, *args, **kwargs):
-            time.sleep(seconds)
+            time.sleep(next(waits))
             return predict(self, *args, **kwargs)
 
         monkeypatch.setattr(Pi0Policy, "predict_action_chunk", slow)
@@ -127,18 +129,30 @@ def test_real_time_chunking_leaves_its_three_delays(rtc, tmp_path, delayed):
     events = [*read_trace(tmp_path)]
     chunks = [event for event in events if event["event"] == "inference"]
     assert len(chunks) > 3
+    assert chunks[0]["dropped"] == 0, "nothing was sent before the first chunk: all of it is to come"
     for before, chunk in itertools.pairwise(chunks):
         sent = [event for event in events if event["event"] == "action" and event["chunk"] == chunk["chunk"]]
         # The first that is sent of a chunk is the first that was not dropped.
         assert not sent or sent[0]["step"] == chunk["dropped"]
-        assert chunk["dropped"] >= 4  # 0.1 s at 40 fps
+        assert chunk["given"] >= 4  # 0.1 s at 40 fps
         assert chunk["given"] >= before["dropped"] - 1
+        assert chunk["dropped"] == chunk["consumed"]
         assert chunk["observed"] <= chunk["began"] < chunk["ended"]
     meanwhile = [
         sum(event["event"] == "action" and chunk["began"] < event["t"] < chunk["ended"] for event in events)
         for chunk in chunks
     ]
     assert [chunk["consumed"] for chunk in chunks] == pytest.approx(meanwhile, abs=1)
+
+
+def test_one_slow_chunk_is_not_the_delay_of_all_that_follow(rtc, tmp_path, delayed):
+    """LeRobot's own estimate is the longest latency so far, here more than a chunk: no chunk could follow."""
+    delayed(*[0.05] * 8, 1.2, 0.05)  # after those that are measured before the run
+    rtc.fps, rtc.duration = 20, 6
+    rollout.rollout(rtc, tmp_path)
+    chunks = [event for event in read_trace(tmp_path) if event["event"] == "inference"]
+    assert max(chunk["ended"] - chunk["began"] for chunk in chunks) > 1.1
+    assert max(chunk["given"] for chunk in chunks) == 19 > chunks[-1]["given"]
 
 
 def test_a_robot_with_other_joints_is_refused_before_it_is_connected(sync, arms):
