@@ -31,8 +31,8 @@ from lerobot_pi0.tools.inputs import LoadedPolicy, PolicyFlags, load_policy
 ROOT = Path("outputs", "delay")
 DEMO = Path("outputs", "demo")
 TASKS = ("faucet-open-v3", "faucet-close-v3", "door-unlock-v3", "plate-slide-v3")
-CHUNK, LONGEST_DELAY, STEPS = 50, 24, 800
-SEEDS = range(2000, 2030)  # of each task; the demo's evaluation and recording have others
+CHUNK, LONGEST_DELAY, STEPS = 50, 24, 500
+SEEDS = range(2000, 2025)  # of each task; the demo's evaluation and recording have others
 EPISODE_LENGTH = 200
 DELAYS = (0, 8, 24)  # steps: 0, 0.1 and 0.3 s
 # A chunk is replaced when so much of it was executed, or as soon as the next one can be there.
