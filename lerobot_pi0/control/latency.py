@@ -83,7 +83,7 @@ def measure(
     actions and `rtc_config` are as before.
     """
     policy, config = loaded.policy, loaded.config
-    device, frame = torch.device(config.device or "cpu"), made_up_frame(config)
+    device, frame = next(policy.parameters()).device, made_up_frame(config)
     seconds: dict[str, list[float]] = {}
 
     def timed[**P, T](stage: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
