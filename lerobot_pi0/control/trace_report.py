@@ -121,15 +121,14 @@ def read_run(folder: Path) -> Run:
             episodes[-1].append(dict(event))
     episodes = [episode for episode in episodes if episode]
     # A server's trace may be of other robots as well.
-    began, *_, ended = (event["t"] for event in events if event["file"] == source)
+    times = [event["t"] for event in events if event["file"] == source]
     inferences = [event for event in events if event["event"] == "inference"]
-    inferences = [event for event in inferences if began <= event["ended"] <= ended]
+    inferences = [event for event in inferences if times[0] <= event["ended"] <= times[-1]]
     by_chunk = {event.get("chunk") or number: event for number, event in enumerate(inferences, 1)}
     _place(episodes, by_chunk)
     observations = [event for event in events if event["event"] == "observation"]
     observations = [event for event in observations if event["file"] == source] or observations
-    times = [[action["t"] for action in episode] for episode in episodes]
-    periods = np.concatenate([np.diff(episode) for episode in times])
+    periods = np.concatenate([np.diff([action["t"] for action in episode]) for episode in episodes])
     fps = start["fps"] * start.get("interpolation", 1) if "fps" in start else None
     if fps is None and not len(periods):
         raise RuntimeError(f"{folder}: one action was sent, and nothing says how many per second were wanted")

@@ -14,27 +14,28 @@ from lerobot.rollout import RolloutConfig
 from tiny_robot import ACTIONS, Arm, save_checkpoint
 
 from lerobot_pi0 import cli
-from lerobot_pi0.control import rollout
+from lerobot_pi0.control import rollout, watch
 from lerobot_pi0.control.trace import read_trace
 from lerobot_pi0.control.trace_report import make_report, read_run
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 pytestmark = pytest.mark.slow
 
-RTC = ["--inference.type=rtc", "--inference.queue_threshold=10", "--inference.rtc.execution_horizon=8"]
+# Busy machines run these tests too: a chunk lasts for seconds, and the next one is asked for early.
+RTC = ["--inference.type=rtc", "--inference.queue_threshold=45", "--inference.rtc.execution_horizon=45"]
 
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("policy")
-    save_checkpoint(folder / "checkpoint", chunk_size=20, n_action_steps=8)
+    save_checkpoint(folder / "checkpoint", chunk_size=50, n_action_steps=8)
     return [
         f"--policy.path={folder / 'checkpoint'}",
         "--robot.type=test_arm",
         f"--robot.calibration_dir={folder / 'calibration'}",
         "--task=wave",
-        "--fps=50",
-        "--duration=0.6",
+        "--fps=20",
+        "--duration=1",
         "--return_to_initial_position=false",
     ]
 
@@ -87,6 +88,7 @@ def flag_of(error: pytest.ExceptionInfo, name: str) -> str:
 
 
 def test_a_run_leaves_each_action_with_its_chunk_and_step(sync, tmp_path, arms):
+    sync.duration = 2
     said = rollout.rollout(sync, tmp_path / "run")
     actions = read_run(tmp_path / "run").actions
     sent = [pytest.approx(values, abs=1e-4) for values in arms[0].sent]
@@ -117,25 +119,24 @@ def test_interpolated_actions_belong_to_the_chunk_that_they_lead_to(sync, tmp_pa
     rollout.rollout(sync, tmp_path)
     run = read_run(tmp_path)
     assert len(run.actions) == len(arms[0].sent)
-    assert run.fps == 100
+    assert run.fps == 40
     places = [(action["chunk"], action["step"]) for action in run.actions]
     assert places[:5] == [(1, 0), (1, 1), (1, 1), (1, 2), (1, 2)]
 
 
 def test_real_time_chunking_leaves_its_three_delays(rtc, tmp_path, delayed):
-    delayed(0.1)
-    rtc.fps, rtc.duration = 40, 2
+    delayed(0.25)
+    rtc.duration = 3
     rollout.rollout(rtc, tmp_path)
     events = [*read_trace(tmp_path)]
     chunks = [event for event in events if event["event"] == "inference"]
-    assert len(chunks) > 3
+    assert len(chunks) > 2
     assert chunks[0]["dropped"] == 0, "nothing was sent before the first chunk: all of it is to come"
     for before, chunk in itertools.pairwise(chunks):
         sent = [event for event in events if event["event"] == "action" and event["chunk"] == chunk["chunk"]]
         # The first that is sent of a chunk is the first that was not dropped.
         assert not sent or sent[0]["step"] == chunk["dropped"]
-        assert chunk["given"] >= 4  # 0.1 s at 40 fps
-        assert chunk["given"] >= before["dropped"] - 1
+        assert chunk["given"] >= 5  # 0.25 s at 20 fps
         assert chunk["dropped"] == chunk["consumed"]
         assert chunk["observed"] <= chunk["began"] < chunk["ended"]
     meanwhile = [
@@ -185,18 +186,20 @@ def test_a_camera_that_is_not_there_is_refused_with_the_map_that_renames_one(syn
 
 def test_a_policy_that_is_too_slow_is_told_with_what_would_do(sync, delayed, caplog, monkeypatch):
     monkeypatch.setattr(Pi0Policy, "supports_rtc", lambda self: False)
+    monkeypatch.setattr(watch, "REMIND_AFTER", 0.4)
     delayed(0.2)
-    sync.fps, sync.duration = 20, 1.5
+    sync.duration = 1.5
     with caplog.at_level(logging.WARNING):
         said = rollout.rollout(sync)
     assert "the robot stands still for" in caplog.text
     assert "every 8 actions" in caplog.text
-    assert "--policy.n_action_steps=20" in caplog.text  # all of a chunk
+    assert "--policy.n_action_steps=50" in caplog.text  # all of a chunk
+    assert "p95 of the last chunks" in caplog.text  # while it moves, too
     assert "stall" in said
 
 
 def test_a_policy_that_can_never_keep_up_does_not_start(rtc, delayed, arms):
-    delayed(0.25)
+    delayed(0.5)
     rtc.fps, rtc.return_to_initial_position = 100, True
     with pytest.raises(RuntimeError, match="never move"):
         rollout.rollout(rtc)
@@ -215,7 +218,7 @@ def test_a_policy_that_gives_up_is_an_error_with_its_reason(rtc, tmp_path, monke
         return predict(self, *args, **kwargs)
 
     monkeypatch.setattr(Pi0Policy, "predict_action_chunk", failing)
-    rtc.duration = 5
+    rtc.duration = 20  # it gives up before
     with pytest.raises(RuntimeError, match=r"actions were sent: the policy gave up \(.*the camera melted"):
         rollout.rollout(rtc, tmp_path)
     (stop,) = [event for event in read_trace(tmp_path) if event["event"] == "stop"]

@@ -132,8 +132,12 @@ def test_the_robots_trace_and_the_servers_are_put_together(tmp_path):
     ]
     write(tmp_path / "robot.jsonl", [start(kind=None, robot="arm"), *actions])
     chunks = [event for event in events if event["event"] == "inference"]
-    write(tmp_path / "policy.jsonl", [start(kind="async", t=90.0), *chunks])
+    others = [
+        event | {key: event[key] - 50 for key in ("t", "began", "ended", "observed")} for event in chunks
+    ]
+    write(tmp_path / "policy.jsonl", [start(kind="async", t=40.0), *others, start(kind="async"), *chunks])
     report = make_report(read_run(tmp_path))
+    assert report.chunks == 4  # not those of a robot that was served before
     assert report.start["robot"] == "arm"
     assert report.boundaries == 3
     assert report.jumps["a"].boundary["p50"] == pytest.approx(1.1)
