@@ -98,7 +98,7 @@ def _tells_errors(method: Callable[..., Any]) -> Callable[..., Any]:
         if method.__name__ == "GetActions":
             self._stopped.wait(PAUSE)
         # A status travels in a header, and those have 8 kB.
-        return context.abort(code, message[:2000])
+        return context.abort(code, message[:4000])
 
     return answer
 
