@@ -98,7 +98,7 @@ def _tells_errors(method: Callable[..., Any]) -> Callable[..., Any]:
         if method.__name__ == "GetActions":
             self._stopped.wait(PAUSE)
         # A status travels in a header, and those have 8 kB.
-        return context.abort(code, message[:2000])
+        return context.abort(code, message[:4000])
 
     return answer
 
@@ -241,11 +241,12 @@ class PolicyServer:
             if session is self._session and not session.lost:
                 session.lost = True
                 logger.info("%s is gone, after %d chunks", session.peer, session.num_chunks)
+                self._trace_stop(session, "the client is gone")
                 self._changed.notify_all()
 
     def _end(self, why: str) -> None:
-        if self._session is not None and self._session.robot is not None and self._trace is not None:
-            self._trace.write("stop", why=why)
+        if self._session is not None and not self._session.lost:
+            self._trace_stop(self._session, why)
         self._session = None
 
     def _timed(self, observed: Observed, actions: Tensor) -> list[TimedAction]:
@@ -285,6 +286,10 @@ class PolicyServer:
                 joints=list(config.action_feature_names or robot.joints),
                 chunk_size=robot.actions_per_chunk,
             )
+
+    def _trace_stop(self, session: Session, why: str) -> None:
+        if self._trace is not None and session.robot is not None:
+            self._trace.write("stop", why=why)
 
     def _log_error(self, peer: str, message: str) -> None:
         """Log an error; one that comes again and again, as with every observation, every few seconds."""

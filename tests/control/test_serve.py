@@ -531,7 +531,7 @@ def test_each_answered_observation_is_in_the_trace(checkpoint, tmp_path):
             client.send(observed(1, {JOINTS[0]: float("nan")}))
         client.send(observed(3))
         actions = [action.action.tolist() for action in client.actions()]
-        client.close()
+    client.close()
     start, first, second, stop = read_trace(tmp_path)
     assert (start["event"], start["kind"], start["fps"], start["joints"]) == ("start", "async", 20, JOINTS)
     assert first["event"] == second["event"] == "inference"
