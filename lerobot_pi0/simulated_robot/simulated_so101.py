@@ -11,6 +11,7 @@ from typing import Any
 
 from lerobot.robots.robot import Robot
 from lerobot.utils.decorators import check_if_already_connected, check_if_not_connected
+from lerobot.utils.errors import DeviceNotConnectedError
 
 from lerobot_pi0.control.trace import Trace
 from lerobot_pi0.simulated_robot.camera import SimulatedCamera
@@ -57,10 +58,10 @@ class SimulatedSO101(Robot):
         """A simulated arm has no motors to set up."""
 
     @property
-    @check_if_not_connected
     def simulation(self) -> Simulation:
-        """What a person beside the arm would see of it."""
-        assert self._simulation is not None
+        """What a person beside the arm would see of it. Raises DeviceNotConnectedError without a connection."""
+        if self._simulation is None:
+            raise DeviceNotConnectedError(f"{self} is not connected: connect it first")
         return self._simulation
 
     @check_if_already_connected

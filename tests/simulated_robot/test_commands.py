@@ -24,7 +24,7 @@ WITH_RTC = Pi0Policy.supports_rtc is not PreTrainedPolicy.supports_rtc
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
-    """Where all commands have run, in one process; each robot left a trace in a folder of its command's name."""
+    """Where all commands have run, in one process. Each left the robot's trace in a folder of its name."""
     folder = tmp_path_factory.mktemp("simulated")
 
     def robot(name: str) -> list[str]:
@@ -96,8 +96,8 @@ def ran(tmp_path_factory) -> Path:
     return folder
 
 
-def recorded(ran: Path, name: str) -> LeRobotDataset:
-    return LeRobotDataset(f"local/{name}", root=ran / f"{name.removeprefix('rollout_')}_data")
+def recorded(ran: Path, name: str) -> Any:
+    return LeRobotDataset(f"local/{name}", root=ran / f"{name}_data")
 
 
 def events(ran: Path, name: str, event: str) -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ def test_a_policy_that_was_trained_on_them_drives_the_arm(ran, name):
     policy = Pi0Policy.from_pretrained(checkpoint(ran, "training"))
     assert policy.config.cameras == {"base": "observation.images.front"}
     actions = events(ran, name, "action")
-    assert len(actions) > 10
+    assert len(actions) >= 4, "more than one chunk"
     assert all([*action["values"]] == [f"{joint}.pos" for joint in JOINTS] for action in actions)
     assert all(math.isfinite(value) for action in actions for value in action["values"].values())
     assert len({action["values"]["shoulder_pan.pos"] for action in actions}) > 1
@@ -151,8 +151,7 @@ def test_a_replayed_episode_takes_the_arm_where_it_was(ran):
     actions = events(ran, "replay", "action")
     assert len(actions) == length
     for index in (0, length // 2, length - 1):
-        assert [*actions[index]["values"].values()] == pytest.approx(
-            dataset[index]["action"].tolist(), abs=1e-3
-        )
+        values = [*actions[index]["values"].values()]
+        assert values == pytest.approx(dataset[index]["action"].tolist(), abs=1e-3)
     closest = attempts(ran / "replay")[0].closest
     assert closest == pytest.approx(attempts(ran / "record")[0].closest, abs=0.01)
