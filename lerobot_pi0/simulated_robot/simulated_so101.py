@@ -59,7 +59,7 @@ class SimulatedSO101(Robot):
 
     @property
     def simulation(self) -> Simulation:
-        """What a person beside the arm would see of it. Raises DeviceNotConnectedError without a connection."""
+        """What a person beside the arm sees. Raises DeviceNotConnectedError without a connection."""
         if self._simulation is None:
             raise DeviceNotConnectedError(f"{self} is not connected: connect it first")
         return self._simulation
