@@ -25,9 +25,16 @@ BENCHMARKS = "lerobot_pi0.benchmarks" if Path(__file__).with_name("benchmarks").
 SUBCOMMANDS = {
     "bench": (f"{BENCHMARKS}.bench:main", "measure this π0 beside LeRobot's in-tree one, on this machine"),
     "demo": ("lerobot_pi0.demo.demo:main", "record, train and evaluate a small π0 in Meta-World"),
+    "latency": ("lerobot_pi0.control.latency:main", "how long a chunk takes, and how to drive with that"),
     "merge": ("lerobot_pi0.merge:main", "make one plain checkpoint of LoRA adapters and their base"),
     "plan": ("lerobot_pi0.planning:main", "which fine-tuning fits a GPU, how long it takes, which command"),
     "record": ("lerobot_pi0.demo.record:main", "record scripted Meta-World experts as a LeRobotDataset"),
+    "rollout": (
+        "lerobot_pi0.control.rollout:main",
+        "lerobot-rollout with checks before it moves, and a trace",
+    ),
+    "serve": ("lerobot_pi0.control.serve:main", "serve a policy to robots by LeRobot's async inference"),
+    "trace": ("lerobot_pi0.control.trace_report:main", "stalls, jumps and delays of a run, from its trace"),
 }
 
 

@@ -41,7 +41,8 @@ class Trace:
 
 
 def read_trace(run: Path) -> Iterator[dict[str, Any]]:
-    """The events of a RUN, of all its files, in the order of their times. A cut last line is left out.
+    """The events of a RUN, of all its files, in the order of their times, each with the `file` that it is
+    from ("robot"). A cut last line is left out.
 
     Raises FileNotFoundError when there is no trace in the folder.
     """
@@ -54,7 +55,7 @@ def read_trace(run: Path) -> Iterator[dict[str, Any]]:
     for file in files:
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
-                events.append(json.loads(line))
+                events.append(json.loads(line) | {"file": file.stem})
             except json.JSONDecodeError:
                 continue
     yield from sorted(events, key=lambda event: event["t"])

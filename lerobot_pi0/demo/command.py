@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 MODULES = {
     "lerobot-eval": "lerobot.scripts.lerobot_eval",
     "lerobot-pi0": "lerobot_pi0.cli",
+    "lerobot-record": "lerobot.scripts.lerobot_record",
     "lerobot-train": "lerobot.scripts.lerobot_train",
 }
 # A progress bar; lerobot-train writes its messages on the same line.

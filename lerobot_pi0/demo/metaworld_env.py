@@ -156,7 +156,7 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
         super().reset(seed=seed)
         self.simulation.reset(seed)
         self._steps = 0
-        return self._observe(), {"is_success": False}
+        return self.observe(), {"is_success": False}
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         if self._position_actions:
@@ -164,7 +164,7 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
         reward, success = self.simulation.step(action)
         self._steps += 1
         truncated = not success and self._steps >= self._max_episode_steps
-        return self._observe(), reward, success, truncated, {"is_success": success}
+        return self.observe(), reward, success, truncated, {"is_success": success}
 
     def render(self) -> np.ndarray:
         """The image of the last observation, (H, W, 3) uint8: not rendered a second time for the video."""
@@ -178,7 +178,8 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
             self._renderer.close()
         self._renderer = self._simulation = None
 
-    def _observe(self) -> Observation:
+    def observe(self) -> Observation:
+        """What the camera and the arm's sensors say now."""
         simulation = self.simulation
         assert self._renderer is not None
         self._renderer.update_scene(simulation.data, camera=CAMERA)

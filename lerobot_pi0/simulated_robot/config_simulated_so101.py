@@ -13,6 +13,8 @@ class SimulatedSO101Config(RobotConfig):
 
     # Says where the block lies, first and after each return of the arm to its home.
     seed: int = 0
+    # The block moves on as soon as the arm has reached it: a task without end. Default: when the arm is home.
+    moves_on: bool = False
     # The camera's picture in pixels, and pictures per second.
     camera_width: int = 96
     camera_height: int = 96

@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lerobot_pi0.control.trace import read_trace
-
-# Having reached the block means a tip as near to its goal (metres) for so long (seconds).
-NEAR, FOR = 0.03, 0.5
+from lerobot_pi0.simulated_robot.simulation import FOR, NEAR
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,8 @@ def attempts(run: Path) -> list[Attempt]:
     by_place: list[list[dict[str, Any]]] = []
     placed = None
     for event in read_trace(run):
+        if event["file"] != "robot":  # a policy's, in the same folder
+            continue
         if event["event"] == "start":
             placed = None
         elif event["event"] == "observation":

@@ -2,6 +2,7 @@
 
 It moves the gripper over the red block and stays there for the rest of the episode, then goes home, where the
 block is placed anew. No two reaches are alike: they take longer or shorter and bend one way or another.
+With --robot.moves_on=true it follows the block from place to place instead.
 
 A person sees the arm and the block; the script asks the simulation, which has to run in the same process (as
 it does in lerobot-record). A person knows when an episode begins; the script knows how long lerobot-record
@@ -39,6 +40,7 @@ class ScriptedSO101(Teleoperator):
         self._connected = False
         self._random = np.random.default_rng(0)
         self._last_call = self._began = 0.0
+        self._followed = 0
         self._move: Move | None = None
 
     @property
@@ -80,14 +82,17 @@ class ScriptedSO101(Teleoperator):
         if self._move is None:
             self._began, self._move = now, self._reach(simulation, np.array([*HOME.values()]), now)
         at = self._move.at(now)
+        if simulation.moves_on:
+            if simulation.placed != self._followed:
+                self._followed, self._move = simulation.placed, self._reach(simulation, at, now)
+            return self._action(self._move.at(now))
         due = self._began + self.config.episode_time_s + self.config.reset_time_s
         if now >= due + LATE or (now >= due - EARLY and pause > PAUSE):
             self._began = due if pause <= PAUSE else now
             self._move = self._reach(simulation, at, now)
         elif now >= self._began + self.config.episode_time_s and not self._move.homeward:
             self._move = Move(now, WAY_HOME, at, np.array([*HOME.values()]), homeward=True)
-        at = self._move.at(now)
-        return {f"{joint}.pos": value for joint, value in zip(JOINTS, at.tolist(), strict=True)}
+        return self._action(self._move.at(now))
 
     @check_if_not_connected
     def send_feedback(self, feedback: dict[str, Any]) -> None:
@@ -97,6 +102,9 @@ class ScriptedSO101(Teleoperator):
     def disconnect(self) -> None:
         """Stop operating the arm."""
         self._connected = False
+
+    def _action(self, at: np.ndarray) -> dict[str, float]:
+        return {f"{joint}.pos": value for joint, value in zip(JOINTS, at.tolist(), strict=True)}
 
     def _reach(self, simulation: Simulation, start: np.ndarray, now: float) -> "Move":
         joints = joints_for_tip(simulation.model, simulation.goal())

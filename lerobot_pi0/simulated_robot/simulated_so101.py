@@ -70,7 +70,7 @@ class SimulatedSO101(Robot):
 
         Raises ModuleNotFoundError without the package of the arm's model, RuntimeError without a camera.
         """
-        simulation = Simulation(self.config.seed)
+        simulation = Simulation(self.config.seed, moves_on=self.config.moves_on)
         for camera in self.cameras.values():
             camera.connect(simulation)
         if self.config.trace is not None:

@@ -27,6 +27,8 @@ HOME = dict(zip(JOINTS, (0.0, -85.0, 60.0, 70.0, 0.0, 10.0), strict=True))
 # The block is placed anew when every joint but the gripper is back within so many degrees of home, after one
 # of them was further away than so many.
 AT_HOME, AWAY = 5.0, 15.0
+# Or, if it moves on: when the gripper's tip was so near (metres) to where it is to be for so long (seconds).
+NEAR, FOR = 0.03, 0.5
 
 # The block lies so far from the axis of the shoulder's pan, and is turned so far about it.
 PLACES = np.array([(0.16, 0.25), (-math.radians(40), math.radians(40))])
@@ -63,8 +65,9 @@ def running_simulation() -> "Simulation":
 class Simulation:
     """The arm and the block, as they are at the time of the clock. Any thread may call any method."""
 
-    def __init__(self, seed: int = 0, clock: Callable[[], float] = time.monotonic):
-        """Arm at home and at rest, block at the first place of the seed.
+    def __init__(self, seed: int = 0, clock: Callable[[], float] = time.monotonic, moves_on: bool = False):
+        """Arm at home and at rest, block at the first place of the seed; if it `moves_on`, at the
+        next one as soon as the arm has reached it.
 
         Raises ModuleNotFoundError without the package of the arm.
         """
@@ -74,7 +77,8 @@ class Simulation:
         self._step: Callable[[Any, Any], None] = mujoco.mj_step
         self._data = mujoco.MjData(self.model)
         self._lock = threading.RLock()
-        self.placed = 0  # how often the block was
+        self.placed, self.moves_on = 0, moves_on  # how often the block was placed; whether it moves on
+        self._near_since = math.inf
         self._place = np.random.default_rng(seed).random(2)
         low, high = self.model.actuator_ctrlrange.T
         # Radians are value · scale + zero.
@@ -132,13 +136,24 @@ class Simulation:
     def distance(self) -> float:
         """From the gripper's tip to where it is to be."""
         with self._lock:
-            return float(np.linalg.norm(self.goal() - self._data.site_xpos[self._tip]))
+            return self._distance()
+
+    def _distance(self) -> float:
+        goal = self._data.qpos[self._block : self._block + 3] + np.array([0, 0, HOVER])
+        return float(np.linalg.norm(goal - self._data.site_xpos[self._tip]))
 
     def _advance(self) -> float:
         """Simulate up to now, and place the block anew if the arm has come home. A second takes 8 ms."""
         now = self.clock()
         while self._data.time < now - self._began:
             self._step(self.model, self._data)
+        if self.moves_on:
+            near = self._distance() <= NEAR
+            self._near_since = min(self._near_since, now) if near else math.inf
+            if now - self._near_since >= FOR:
+                self._near_since = math.inf
+                self._place_block()
+            return now
         off = np.abs(self._values() - self._rest)[:-1].max()
         if off > AWAY:
             self._away = True

@@ -1,6 +1,6 @@
 """The policy and the dataset that a tool's flags name, opened in one way for all of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,6 +8,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.device_utils import is_torch_device_available
 from lerobot.utils.import_utils import require_package
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
@@ -25,6 +26,18 @@ class PolicyFlags:
     revision: str | None = None
     # Where the policy runs. Default: where its checkpoint says, or what this machine has.
     device: str | None = None
+
+
+@dataclass
+class ControlPolicyFlags(PolicyFlags):
+    """`--policy.*` of a tool that drives a robot."""
+
+    # Euler steps from noise to actions. Default: as in the checkpoint.
+    num_inference_steps: int | None = None
+    # On a CPU: multiply in 8-bit integers, a third faster.
+    int8: bool = False
+    # On a GPU: the whole of sampling as one graph, which is compiled at the start.
+    compile: bool = False
 
 
 @dataclass
@@ -70,8 +83,10 @@ def read_config(flags: PolicyFlags) -> tuple[Pi0Config, Path]:
             f"'{flags.path}' is a policy of type '{config.type}'. To make one of ours of its weights: "
             f"lerobot-pi0 convert {flags.path} TARGET"
         )
-    if flags.device:
-        config.device = flags.device
+    given = {name: value for name, value in vars(flags).items() if value is not None}
+    if flags.device is not None:
+        _check_device(flags.device)
+    config = replace(config, **{name: given[name] for name in given if name not in ("path", "revision")})
     config.pretrained_path, config.pretrained_revision = folder, None
     return config, folder
 
@@ -100,6 +115,15 @@ def load_policy(flags: PolicyFlags) -> LoadedPolicy:
         preprocessor_overrides={"device_processor": {"device": config.device}},
     )
     return LoadedPolicy(policy, cast(Any, preprocess), cast(Any, postprocess))
+
+
+def _check_device(name: str) -> None:
+    try:
+        available = is_torch_device_available(name)
+    except ValueError:  # no name of a device
+        available = False
+    if not available:
+        raise ValueError(f"this machine has no device '{name}': name another one (cuda, mps, xpu, cpu)")
 
 
 def dataset_metadata(flags: DatasetFlags) -> LeRobotDatasetMetadata:

@@ -68,7 +68,7 @@ def test_the_first_observation_shows_the_object_where_it_is(make, task):
     env = make(task)
     observation, _ = env.reset(seed=1)
     mujoco.mj_forward(env.simulation.model, env.simulation.data)
-    np.testing.assert_array_equal(observation["pixels"], env._observe()["pixels"])
+    np.testing.assert_array_equal(observation["pixels"], env.observe()["pixels"])
 
 
 @pytest.mark.parametrize("show_goal", [False, True])
@@ -85,7 +85,7 @@ def test_pixels_tell_opposite_tasks_apart_only_if_goals_are_drawn(make, show_goa
         mujoco.mj_forward(env.simulation.model, env.simulation.data)
         for site in env.simulation._env._target_site_config:
             env.simulation._env._set_pos_site(*site)
-        pixels.append(env._observe()["pixels"])
+        pixels.append(env.observe()["pixels"])
     assert np.array_equal(*pixels) != show_goal
 
 

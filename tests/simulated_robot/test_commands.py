@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from lerobot.datasets import LeRobotDataset
-from lerobot.policies.pretrained import PreTrainedPolicy
 from test_entry_points import checkpoint, run
 from tiny_policy import SIZES
 
@@ -19,7 +18,8 @@ from lerobot_pi0.simulated_robot.simulation import HOME, JOINTS
 pytestmark = pytest.mark.slow
 
 TASK = "reach the red block"
-WITH_RTC = Pi0Policy.supports_rtc is not PreTrainedPolicy.supports_rtc
+# A first chunk takes seconds on a busy machine.
+ROLLOUT = ["--duration=4", "--return_to_initial_position=false"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,14 @@ def ran(tmp_path_factory) -> Path:
             "--num_workers=0",
             "--env_eval_freq=0",
         ],
-        rollout("sync", "--duration=1.5", "--return_to_initial_position=false"),
+        rollout("sync", *ROLLOUT),
+        rollout(
+            "rtc",
+            *ROLLOUT,
+            "--inference.type=rtc",
+            "--inference.queue_threshold=3",
+            "--inference.rtc.execution_horizon=3",
+        ),
         rollout(
             "episodic",
             "--strategy.type=episodic",
@@ -80,17 +87,6 @@ def ran(tmp_path_factory) -> Path:
         ),
         ["lerobot-replay", *robot("replay"), *dataset("record"), "--dataset.episode=0"],
     ]
-    if WITH_RTC:
-        commands.append(
-            rollout(
-                "rtc",
-                "--duration=1.5",
-                "--return_to_initial_position=false",
-                "--inference.type=rtc",
-                "--inference.queue_threshold=3",
-                "--inference.rtc.execution_horizon=3",
-            )
-        )
     done = run(folder, commands)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return folder
@@ -119,14 +115,7 @@ def test_the_script_records_episodes_that_begin_at_home_and_reach_the_block(ran)
     assert tries[0].block != tries[1].block
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "sync",
-        "episodic",
-        pytest.param("rtc", marks=pytest.mark.skipif(not WITH_RTC, reason="the policy has no RTC yet")),
-    ],
-)
+@pytest.mark.parametrize("name", ["sync", "rtc", "episodic"])
 def test_a_policy_that_was_trained_on_them_drives_the_arm(ran, name):
     policy = Pi0Policy.from_pretrained(checkpoint(ran, "training"))
     assert policy.config.cameras == {"base": "observation.images.front"}
@@ -135,7 +124,7 @@ def test_a_policy_that_was_trained_on_them_drives_the_arm(ran, name):
     assert all([*action["values"]] == [f"{joint}.pos" for joint in JOINTS] for action in actions)
     assert all(math.isfinite(value) for action in actions for value in action["values"].values())
     assert len({action["values"]["shoulder_pan.pos"] for action in actions}) > 1
-    assert len(events(ran, name, "observation")) >= len(actions)
+    assert len(events(ran, name, "observation")) > 1
     assert len(events(ran, name, "stop")) == 1
 
 

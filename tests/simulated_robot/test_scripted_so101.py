@@ -61,6 +61,17 @@ def test_each_episode_begins_at_home_and_ends_over_a_block_that_lies_elsewhere(s
     assert distances.min() > 0.02
 
 
+def test_a_block_that_moves_on_is_followed(tmp_path, clock):
+    arm = Simulation(seed=0, clock=clock, moves_on=True)
+    RUNNING.add(arm)
+    script = ScriptedSO101(ScriptedSO101Config(calibration_dir=tmp_path))
+    script.connect()
+    actions = operate(script, arm, clock, 12)
+    RUNNING.discard(arm)
+    assert 4 <= arm.placed <= 8  # a reach takes 1.2 to 2 s, and then it is there for half a second
+    assert np.abs(np.diff(actions, axis=0)).max() < 8  # from wherever it is, without a jump
+
+
 def test_an_episode_that_is_saved_in_no_time_does_not_delay_the_next(script, arm, clock):
     for _ in range(4):
         operate(script, arm, clock, script.config.episode_time_s + script.config.reset_time_s)

@@ -1,0 +1,185 @@
+"""`lerobot-pi0 latency`: how long this machine takes for a chunk, stage by stage, and how to run with that.
+
+Measured on an observation made up from the checkpoint's own features: no robot, no dataset.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from lerobot.policies.utils import prepare_observation_for_inference
+from lerobot.utils.constants import OBS_STATE
+
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.control.timing import Suggestion, execution_horizon, suggest
+from lerobot_pi0.tools.inputs import ControlPolicyFlags, LoadedPolicy, load_policy
+
+Frame = dict[str, np.ndarray]
+
+STAGES = {
+    "prepare": "the preprocessor",
+    "encode": "images and prompt, once per chunk",
+    "denoise": "{steps} Euler steps",
+    "finish": "the postprocessor",
+    "chunk": "all of it, from the robot's observation to its actions",
+    "guided": "the same in real-time chunking",
+}
+
+
+@dataclass
+class LatencyConfig:
+    """How long a chunk of actions takes on this machine, and how to drive a robot with that."""
+
+    policy: ControlPolicyFlags = field(default_factory=ControlPolicyFlags)
+    # Actions per second that the robot is to get: the rate of the recordings.
+    fps: float = 30.0
+    # Chunks to measure, after the first.
+    repeats: int = 20
+    # Print JSON instead of text.
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Seconds of each repetition, by stage, and of the first chunk, for which much is made once."""
+
+    first: float
+    stages: dict[str, list[float]]
+
+    def worst(self, stage: str = "chunk") -> float | None:
+        """What 99 in 100 chunks stay below; None for a stage that was not measured."""
+        return quantile(self.stages[stage], 99) if stage in self.stages else None
+
+
+def main(config: LatencyConfig) -> str:
+    """Run `lerobot-pi0 latency`. Raises ValueError for a rate or number that cannot be."""
+    if not (config.fps > 0 and math.isfinite(config.fps)):
+        raise ValueError(f"--fps must be a number of actions per second, got {config.fps}")
+    if config.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {config.repeats}")
+    loaded = load_policy(config.policy)
+    latencies = measure(loaded, config.repeats, config.fps)
+    suggestion = suggestion_for(loaded.config, latencies, config.fps)
+    return (
+        _as_json(latencies, suggestion)
+        if config.json
+        else _as_text(config.policy.path, loaded.config, latencies, suggestion, config.fps)
+    )
+
+
+def measure(
+    loaded: LoadedPolicy, repeats: int, fps: float, rtc: RTCConfig | None = None, stages: bool = True
+) -> Latencies:
+    """Time a first chunk and `repeats` more, from a robot's observation to its actions.
+
+    "guided": chunks that go on from the one before, as real-time chunking with `rtc` (LeRobot's defaults) at
+    `fps` asks for them, where the policy can. Without `stages`, only it and the whole. The policy's queue of
+    actions and `rtc_config` are as before.
+    """
+    policy, config = loaded.policy, loaded.config
+    device, frame = torch.device(config.device or "cpu"), made_up_frame(config)
+    seconds: dict[str, list[float]] = {}
+
+    def timed[**P, T](stage: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        began = time.perf_counter()
+        result = call(*args, **kwargs)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        seconds.setdefault(stage, []).append(time.perf_counter() - began)
+        return result
+
+    def prepare() -> dict[str, Any]:
+        given = prepare_observation_for_inference(cast(Any, dict(frame)), device, "pick up the red block")
+        return loaded.preprocess(cast(Any, given))
+
+    def chunk(**leftover: Any) -> torch.Tensor:
+        actions = policy.predict_action_chunk(prepare(), **leftover)
+        loaded.postprocess(actions)
+        return actions
+
+    with torch.no_grad():
+        actions = timed("first", chunk)
+        for _ in range(repeats):
+            timed("chunk", chunk)
+            if stages:
+                batch = timed("prepare", prepare)
+                if not config.compile:  # of one graph there are no stages
+                    timed("denoise", policy.plan, timed("encode", policy.encode, batch))
+                timed("finish", loaded.postprocess, actions)
+        if policy.supports_rtc():
+            before, half = config.rtc_config, config.chunk_size // 2
+            delay = min(math.ceil(quantile(seconds["chunk"], 50) * fps), half)
+            config.rtc_config = rtc or RTCConfig(execution_horizon=execution_horizon(delay, half))
+            policy.init_rtc_processor()
+            left = {"inference_delay": delay, "prev_chunk_left_over": actions[0, half:]}
+            chunk(**left)  # makes what it needs once
+            for _ in range(repeats):
+                timed("guided", chunk, **left)
+            config.rtc_config = before
+            policy.init_rtc_processor()
+    (first,) = seconds.pop("first")
+    return Latencies(first, {stage: seconds[stage] for stage in STAGES if stage in seconds})
+
+
+def suggestion_for(config: Pi0Config, latencies: Latencies, fps: float) -> Suggestion:
+    """How to run a policy on the machine where it was measured."""
+    whole = latencies.worst()
+    assert whole is not None
+    return suggest(fps, config.chunk_size, config.n_action_steps, whole, latencies.worst("guided"))
+
+
+def made_up_frame(config: Pi0Config) -> Frame:
+    """An observation as LeRobot takes it from a robot: uint8 pictures (h, w, 3), a float32 state (d,)."""
+    generator = np.random.default_rng(0)
+    frame: Frame = {}
+    for camera in config.cameras.values():
+        _, height, width = config.image_features[camera].shape
+        frame[camera] = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    assert config.robot_state_feature is not None
+    frame[OBS_STATE] = np.zeros(config.robot_state_feature.shape, np.float32)
+    return frame
+
+
+def quantile(values: Sequence[float], percent: float) -> float:
+    """The value that `percent` of the given ones do not exceed."""
+    return float(np.percentile(np.asarray(values), percent, method="higher"))
+
+
+def _as_text(path: str, config: Pi0Config, latencies: Latencies, suggestion: Suggestion, fps: float) -> str:
+    kind = ", in 8-bit integers" if config.int8 else ", compiled" if config.compile else ""
+    lines = [
+        f"{path}: chunks of {config.chunk_size} actions, {len(config.cameras)} camera"
+        f"{'s'[: len(config.cameras) != 1]}, {config.dtype} on {config.device}{kind}",
+        "",
+        f"{'':<9}{'p50':>10}{'p99':>10}",
+    ]
+    for stage, seconds in latencies.stages.items():
+        p50, p99 = (1000 * quantile(seconds, percent) for percent in (50, 99))
+        what = STAGES[stage].format(steps=config.num_inference_steps)
+        lines.append(f"{stage:<9}{p50:>7.1f} ms{p99:>7.1f} ms  {what}")
+    lines += [f"{'first':<9}{1000 * latencies.first:>7.1f} ms{'':>10}  the first chunk after loading", ""]
+    lines += [f"At {fps:g} fps: {suggestion.timing}.", "", *(f"    {flag}" for flag in suggestion.flags), ""]
+    lines.append(f"The highest rate without stalls on this machine is {suggestion.highest_fps:.3g} fps.")
+    if suggestion.timing.stall:
+        lines.append(
+            "What makes a chunk faster: --policy.num_inference_steps=5, --policy.int8=true (CPU), "
+            "--policy.compile=true (GPU). Or lower --fps: the robot then does the same more slowly."
+        )
+    return "\n".join(lines)
+
+
+def _as_json(latencies: Latencies, suggestion: Suggestion) -> str:
+    figures = {
+        stage: {"p50_s": quantile(seconds, 50), "p99_s": quantile(seconds, 99)}
+        for stage, seconds in latencies.stages.items()
+    }
+    result = asdict(suggestion)
+    if not suggestion.timing.actions:
+        result["timing"]["stall"] = None  # JSON has no infinity
+    return json.dumps({"first_s": latencies.first, "stages": figures, "suggestion": result}, indent=2)

@@ -1,0 +1,269 @@
+"""`lerobot-pi0 rollout`: LeRobot's rollout with the same flags, checked before the robot moves and watched
+while it does.
+
+What it adds: the robot's joints and cameras are those of the checkpoint, or nothing moves. How long a chunk
+takes here is measured, and told in what it means for the robot. A run that sent no action, or whose policy
+died, is an error. `--trace` keeps what happened for `lerobot-pi0 trace`.
+"""
+
+import logging
+import sys
+from argparse import ArgumentError
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Event
+from typing import Any, cast
+
+import draccus
+import lerobot.scripts.lerobot_rollout  # noqa: F401  # registers the robots, cameras and teleoperators
+import numpy as np
+from lerobot.configs import parser
+from lerobot.processor import UnnormalizerProcessorStep
+from lerobot.robots import make_robot_from_config
+from lerobot.rollout import RolloutConfig, RolloutContext, build_rollout_context, create_strategy
+from lerobot.utils.constants import ACTION, OBS_IMAGES
+from lerobot.utils.import_utils import register_third_party_plugins
+from lerobot.utils.process import ProcessSignalHandler
+from lerobot.utils.utils import init_logging
+from lerobot.utils.visualization_utils import init_visualization, shutdown_visualization
+
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.control.joints import check_joints
+from lerobot_pi0.control.latency import Latencies, measure, quantile, suggestion_for
+from lerobot_pi0.control.pace import pace
+from lerobot_pi0.control.trace import Trace
+from lerobot_pi0.control.watch import Watch, complaints, timing
+from lerobot_pi0.modeling_pi0 import Pi0Policy
+from lerobot_pi0.tools.inputs import LoadedPolicy
+
+logger = logging.getLogger(__name__)
+
+WARM_CHUNKS = 3  # measured before the run
+TRACE_FILE = "policy.jsonl"
+HELP = """usage: lerobot-pi0 rollout [--trace=FOLDER] FLAGS OF lerobot-rollout
+
+lerobot-rollout for this policy, with checks: the robot's joints and cameras against the checkpoint's, the
+time that a chunk takes against what the chunks hide, and an error when no action was sent.
+
+  --trace=FOLDER  keep what happens, for `lerobot-pi0 trace FOLDER`; the folder has no trace yet
+
+All other flags are LeRobot's: `lerobot-rollout --help`, with --robot.type=... for those of a robot."""
+
+
+def main(arguments: list[str]) -> str:
+    """Run `lerobot-pi0 rollout`. Raises OSError, RuntimeError or ValueError that says what is wrong."""
+    folder, arguments = _own_flags(arguments)
+    if {"-h", "--help"} & set(arguments):
+        return HELP
+    return rollout(parse(arguments), folder)
+
+
+def parse(arguments: list[str]) -> RolloutConfig:
+    """The flags of `lerobot-rollout`, parsed by it. Raises ValueError for flags that it does not take."""
+    register_third_party_plugins()
+    before, sys.argv = sys.argv, ["lerobot-pi0 rollout", *arguments]  # where LeRobot looks for --policy.path
+    try:
+        parsed: Any = parser.wrap()(_parsed)
+        return parsed()
+    except (ArgumentError, draccus.ParsingError) as error:
+        # If it was the dataclass that objected, draccus only says that it could not be made.
+        raise ValueError(f"{error.__cause__ or error}") from error
+    finally:
+        sys.argv = before
+
+
+def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
+    """Drive a robot as `lerobot-rollout` does, with a trace in `folder` if there is one; returns a summary.
+
+    Raises ValueError before the robot is connected when its joints or cameras are not the checkpoint's,
+    RuntimeError when no action was sent or the policy gave up.
+    """
+    config = cfg.policy
+    assert config is not None
+    if not isinstance(config, Pi0Config):
+        raise ValueError(
+            f"'{config.pretrained_path}' is a policy of type '{config.type}': lerobot-rollout runs it"
+        )
+    check_robot(cfg, config)
+    file = None if folder is None else _new_trace(folder)
+    init_logging()
+    signals = ProcessSignalHandler(use_threads=True, display_pid=False)
+    try:
+        ctx = build_rollout_context(cfg, cast(Event, signals.shutdown_event))
+    except OSError as error:
+        if not isinstance(error, ConnectionError):
+            raise
+        raise ConnectionError(f"the robot does not answer: {error}") from error
+    strategy = create_strategy(cfg.strategy)
+    trace = None
+    try:
+        policy = next(module for module in ctx.policy.policy.modules() if isinstance(module, Pi0Policy))
+        try:
+            check_latency(cfg, _measured(cfg, ctx, policy), config)
+        except RuntimeError:
+            ctx.hardware.initial_position = None  # the robot has not left it: no way back
+            raise
+        trace = None if file is None else Trace(file)
+        watch = Watch(ctx, policy, trace, _start(cfg, ctx, config))
+        if cfg.display_data:
+            init_visualization(
+                cfg.display_mode, session_name="rollout", ip=cfg.display_ip, port=cfg.display_port
+            )
+        with complaints("lerobot.rollout.inference.rtc") as complaint:
+            try:
+                strategy.setup(ctx)
+                strategy.run(ctx)
+            except KeyboardInterrupt:
+                logger.info("interrupted")
+            finally:
+                watch.finish("asked to stop" if signals.shutdown_event.is_set() else "done")
+    finally:
+        strategy.teardown(ctx)
+        if trace is not None:
+            trace.close()
+        if cfg.display_data:
+            shutdown_visualization(cfg.display_mode)
+    failed = watch.engine.failed
+    if failed or not watch.num_actions:
+        raise RuntimeError(_why_it_failed(watch, failed, complaint.last))
+    return _summary(watch, folder)
+
+
+def check_robot(cfg: RolloutConfig, config: Pi0Config) -> None:
+    """Are the robot's joints and cameras those of the checkpoint? It is made for that, and not connected.
+
+    Raises ValueError that says what is not.
+    """
+    assert cfg.robot is not None
+    robot = make_robot_from_config(cfg.robot)
+    observations: Mapping[str, Any] = robot.observation_features
+    # As LeRobot's rollout chooses what the policy gets and gives.
+    check_joints(
+        config,
+        [name for name, kind in observations.items() if kind is float and name.endswith((".pos", ".vel"))],
+        [name for name in robot.action_features if name.endswith((".pos", ".vel"))],
+    )
+    cameras = [f"{OBS_IMAGES}.{name}" for name, kind in observations.items() if isinstance(kind, tuple)]
+    given = {cfg.rename_map.get(camera, camera) for camera in cameras}
+    if missing := [camera for camera in config.cameras.values() if camera not in given]:
+        free = [
+            camera for camera in cameras if cfg.rename_map.get(camera, camera) not in config.cameras.values()
+        ]
+        pairs = ", ".join(f'"{free[i] if i < len(free) else "…"}": "{key}"' for i, key in enumerate(missing))
+        raise ValueError(
+            f"the policy was trained with {missing}, which the robot does not give: it has {cameras}"
+            + (f", renamed by {cfg.rename_map}" if cfg.rename_map else "")
+            + f". Give the robot these cameras, or tell which is which: --rename_map='{{{pairs}}}'"
+        )
+
+
+def check_latency(cfg: RolloutConfig, latencies: Latencies, config: Pi0Config) -> None:
+    """Tell what the measured latency means for this run, with settings that would do better if there are any.
+
+    Raises RuntimeError when no action would ever be sent.
+    """
+    stage = "guided" if cfg.inference.type == "rtc" and "guided" in latencies.stages else "chunk"
+    worst = latencies.worst(stage)
+    assert worst is not None
+    ran = timing(cfg, config.chunk_size, config.n_action_steps, worst)
+    if not ran.stall:
+        logger.info("%s", ran)
+        return
+    better = suggestion_for(config, latencies, cfg.fps)
+    advice = f"Better: {better}" if better.timing.rate > ran.rate else f"Nothing does better: {better}"
+    best = min(latencies.stages[stage])
+    if not timing(cfg, config.chunk_size, config.n_action_steps, best).actions:
+        raise RuntimeError(f"{ran}. {advice}")
+    logger.warning("%s. %s", ran, advice)
+
+
+def _own_flags(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """What is ours of the arguments, and the rest."""
+    folder, rest = None, []
+    waiting = iter(arguments)
+    for argument in waiting:
+        name, equals, value = argument.partition("=")
+        if name != "--trace":
+            rest.append(argument)
+            continue
+        value = value if equals else next(waiting, "")
+        if not value or value.startswith("--"):
+            raise ValueError("--trace needs a folder: --trace=FOLDER")
+        folder = Path(value)
+    return folder, rest
+
+
+def _parsed(cfg: RolloutConfig) -> RolloutConfig:
+    return cfg
+
+
+def _new_trace(folder: Path) -> Path:
+    file = folder / TRACE_FILE
+    if file.exists():
+        raise FileExistsError(f"{file} is the trace of another run: give another --trace, or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def _measured(cfg: RolloutConfig, ctx: RolloutContext, policy: Pi0Policy) -> Latencies:
+    """A few chunks, of an observation that is made up."""
+    logger.info("measuring how long a chunk takes ...")
+    loaded = LoadedPolicy(policy, cast(Any, ctx.policy.preprocessor), ctx.policy.postprocessor)
+    rtc = getattr(cfg.inference, "rtc", None)
+    return measure(loaded, WARM_CHUNKS, cfg.fps, rtc, stages=False)
+
+
+def _start(cfg: RolloutConfig, ctx: RolloutContext, config: Pi0Config) -> dict[str, Any]:
+    """What the trace says of the run."""
+    start: dict[str, Any] = {
+        "robot": ctx.hardware.robot_wrapper.robot_type,
+        "kind": cfg.inference.type,
+        "fps": cfg.fps,
+        "interpolation": cfg.interpolation_multiplier,
+        "joints": ctx.data.ordered_action_keys,
+        "policy": str(config.pretrained_path),
+        "task": cfg.task,
+        "chunk_size": config.chunk_size,
+        "n_action_steps": config.n_action_steps,
+    }
+    inference: Any = cfg.inference
+    if inference.type == "rtc":
+        start["queue_threshold"] = inference.queue_threshold
+        start["execution_horizon"] = inference.rtc.execution_horizon
+    steps = [step for step in ctx.policy.postprocessor.steps if isinstance(step, UnnormalizerProcessorStep)]
+    for step in steps:
+        if "std" in (stats := (step.stats or {}).get(ACTION, {})):
+            std = np.asarray(stats["std"], dtype=float).tolist()
+            start["std"] = dict(zip(ctx.data.ordered_action_keys, std, strict=False))
+    return start
+
+
+def _why_it_failed(watch: Watch, failed: bool, complaint: str | None) -> str:
+    sent = (
+        f"{watch.num_actions} actions were sent" if watch.num_actions else "no action was sent to the robot"
+    )
+    if failed:
+        return f"{sent}: the policy gave up ({complaint or 'LeRobot does not say why'})"
+    if complaint:
+        return f"{sent}: the policy failed ({complaint})"
+    if not watch.latencies:
+        return f"{sent}: no chunk was ready before the run ended (--duration={watch.cfg.duration:g} s)"
+    return f"{sent}: {watch.timing(quantile(watch.latencies, 50))}. `lerobot-pi0 latency` says what would do"
+
+
+def _summary(watch: Watch, folder: Path | None) -> str:
+    run = pace(watch.times, watch.cfg.fps * watch.cfg.interpolation_multiplier)
+    lines = [str(run)]
+    if watch.latencies:
+        p50, p95 = (1000 * quantile(watch.latencies, percent) for percent in (50, 95))
+        lines.append(f"{len(watch.latencies)} chunks, latency p50 {p50:.0f} ms, p95 {p95:.0f} ms")
+    if run.stalls and watch.latencies:
+        expected = watch.timing(quantile(watch.latencies, 95))
+        other = "" if expected.stall else " from the policy: the robot, its cameras or the computer were late"
+        lines.append(f"{expected}{other}")
+    lines.append(
+        "--trace=FOLDER keeps what happened"
+        if folder is None
+        else f"more, and plotted: lerobot-pi0 trace {folder}"
+    )
+    return "\n".join(lines)

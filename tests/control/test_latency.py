@@ -1,0 +1,79 @@
+"""`lerobot-pi0 latency`: all stages are measured on an observation made of the checkpoint's features."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from tiny_robot import save_checkpoint
+
+from lerobot_pi0.control.latency import LatencyConfig, main
+from lerobot_pi0.modeling_pi0 import Pi0Policy
+from lerobot_pi0.tools.inputs import ControlPolicyFlags
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("policy"), chunk_size=20, n_action_steps=8)
+
+
+def test_each_stage_is_measured_and_the_flags_can_be_pasted(checkpoint):
+    config = LatencyConfig(ControlPolicyFlags(str(checkpoint), device="cpu"), repeats=3)
+    text = main(config)
+    for stage in ("prepare", "encode", "denoise", "finish", "chunk", "first"):
+        assert f"\n{stage} " in text
+    assert "--inference.type=" in text
+    config.json = True
+    found = json.loads(main(config))
+    stages = {stage: figures["p50_s"] for stage, figures in found["stages"].items()}
+    assert all(seconds > 0 for seconds in stages.values())
+    assert found["suggestion"]["flags"]
+
+
+def test_a_slow_stage_is_told_from_the_others_and_decides_what_is_suggested(checkpoint, monkeypatch):
+    plan = Pi0Policy.plan
+
+    def slow(self, *args, **kwargs):
+        time.sleep(0.2)
+        return plan(self, *args, **kwargs)
+
+    monkeypatch.setattr(Pi0Policy, "plan", slow)
+    monkeypatch.setattr(
+        Pi0Policy, "predict_action_chunk", lambda self, batch, **_: self.plan(self.encode(batch))
+    )
+    found = json.loads(main(LatencyConfig(ControlPolicyFlags(str(checkpoint)), fps=10, repeats=2, json=True)))
+    stages = {stage: figures["p50_s"] for stage, figures in found["stages"].items()}
+    assert stages["denoise"] >= 0.2
+    assert stages["chunk"] >= 0.2
+    assert stages["encode"] < stages["denoise"]
+    timing = found["suggestion"]["timing"]
+    assert timing["delay"] >= 2
+    # Half a chunk of 20 at 10 fps hides a second.
+    assert found["suggestion"]["kind"] == ("rtc" if "guided" in stages else "sync")
+
+
+def test_fewer_euler_steps_are_fewer_steps(checkpoint, monkeypatch):
+    seen, plan = set(), Pi0Policy.plan
+
+    def watched(self, *args, **kwargs):
+        seen.add(self.config.num_inference_steps)
+        return plan(self, *args, **kwargs)
+
+    monkeypatch.setattr(Pi0Policy, "plan", watched)
+    text = main(LatencyConfig(ControlPolicyFlags(str(checkpoint), num_inference_steps=3), repeats=1))
+    assert seen == {3}
+    assert "3 Euler steps" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (LatencyConfig(fps=0), "--fps must be"),
+        (LatencyConfig(repeats=0), "--repeats must be"),
+        (LatencyConfig(), "which policy"),
+        (LatencyConfig(ControlPolicyFlags("nowhere")), "nowhere"),
+    ],
+)
+def test_what_cannot_be_measured_is_told(config, said):
+    with pytest.raises((ValueError, OSError), match=said):
+        main(config)

@@ -1,0 +1,237 @@
+"""`lerobot-pi0 rollout` on a robot without hardware: what it refuses, what it counts, what it leaves."""
+
+import copy
+import itertools
+import logging
+import re
+import shlex
+import sys
+import time
+
+import lerobot.rollout.inference.rtc as engine
+import pytest
+from lerobot.rollout import RolloutConfig
+from tiny_robot import ACTIONS, Arm, save_checkpoint
+
+from lerobot_pi0 import cli
+from lerobot_pi0.control import rollout
+from lerobot_pi0.control.trace import read_trace
+from lerobot_pi0.control.trace_report import make_report, read_run
+from lerobot_pi0.modeling_pi0 import Pi0Policy
+
+pytestmark = pytest.mark.slow
+
+RTC = ["--inference.type=rtc", "--inference.queue_threshold=10", "--inference.rtc.execution_horizon=8"]
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("policy")
+    save_checkpoint(folder / "checkpoint", chunk_size=20, n_action_steps=8)
+    return [
+        f"--policy.path={folder / 'checkpoint'}",
+        "--robot.type=test_arm",
+        f"--robot.calibration_dir={folder / 'calibration'}",
+        "--task=wave",
+        "--fps=50",
+        "--duration=0.6",
+        "--return_to_initial_position=false",
+    ]
+
+
+@pytest.fixture(scope="module")
+def parsed(flags) -> dict[str, RolloutConfig]:
+    """Parsed once: LeRobot takes a second for it."""
+    return {"sync": rollout.parse(flags), "rtc": rollout.parse([*flags, *RTC])}
+
+
+@pytest.fixture
+def sync(parsed) -> RolloutConfig:
+    return copy.deepcopy(parsed["sync"])
+
+
+@pytest.fixture
+def rtc(parsed) -> RolloutConfig:
+    return copy.deepcopy(parsed["rtc"])
+
+
+@pytest.fixture(autouse=True)
+def arms(monkeypatch) -> list[Arm]:
+    """Those that were connected, in the order in which they were."""
+    Arm.connected.clear()
+    monkeypatch.setattr(rollout, "init_logging", lambda: None)  # it would take pytest's handlers away
+    return Arm.connected
+
+
+@pytest.fixture
+def delayed(monkeypatch):
+    """Let each chunk take so many seconds longer."""
+    predict = Pi0Policy.predict_action_chunk
+
+    def delay(seconds: float) -> None:
+        def slow(self, *args, **kwargs):
+            time.sleep(seconds)
+            return predict(self, *args, **kwargs)
+
+        monkeypatch.setattr(Pi0Policy, "predict_action_chunk", slow)
+
+    return delay
+
+
+def flag_of(error: pytest.ExceptionInfo, name: str) -> str:
+    """A flag that an error tells to paste, as the shell hands it over."""
+    (flag,) = re.findall(rf"{re.escape(name)}='[^']*'", str(error.value))
+    return shlex.split(flag)[0]
+
+
+def test_a_run_leaves_each_action_with_its_chunk_and_step(sync, tmp_path, arms):
+    said = rollout.rollout(sync, tmp_path / "run")
+    actions = read_run(tmp_path / "run").actions
+    sent = [pytest.approx(values, abs=1e-4) for values in arms[0].sent]
+    assert [action["values"] for action in actions] == sent
+    assert [action["step"] for action in actions[:9]] == [*range(8), 0]
+    assert [action["chunk"] for action in actions[:9]] == [1] * 8 + [2]
+    assert f"{len(actions)} actions in " in said
+    report = make_report(read_run(tmp_path / "run"))
+    assert report.start["kind"] == "sync"
+    assert report.start["joints"] == ACTIONS
+    assert report.start["std"] == pytest.approx(
+        dict(zip(ACTIONS, [0.2, 0.4, 0.6, 0.8], strict=True)), abs=1e-4
+    )
+    assert 0 < report.age["p50"] < 1
+    # In robot units: the chunk's first action is the one that was sent.
+    first = next(event for event in read_trace(tmp_path / "run") if event["event"] == "inference")
+    assert first["actions"][0] == pytest.approx([*actions[0]["values"].values()], abs=1e-4)
+
+
+def test_the_way_back_to_where_the_robot_was_is_not_the_policys(sync, tmp_path, arms):
+    sync.return_to_initial_position = True
+    rollout.rollout(sync, tmp_path)
+    assert len(arms[0].sent) == len(read_run(tmp_path).actions) + 150
+
+
+def test_interpolated_actions_belong_to_the_chunk_that_they_lead_to(sync, tmp_path, arms):
+    sync.interpolation_multiplier = 2
+    rollout.rollout(sync, tmp_path)
+    run = read_run(tmp_path)
+    assert len(run.actions) == len(arms[0].sent)
+    assert run.fps == 100
+    places = [(action["chunk"], action["step"]) for action in run.actions]
+    assert places[:5] == [(1, 0), (1, 1), (1, 1), (1, 2), (1, 2)]
+
+
+def test_real_time_chunking_leaves_its_three_delays(rtc, tmp_path, delayed):
+    delayed(0.1)
+    rtc.fps, rtc.duration = 40, 2
+    rollout.rollout(rtc, tmp_path)
+    events = [*read_trace(tmp_path)]
+    chunks = [event for event in events if event["event"] == "inference"]
+    assert len(chunks) > 3
+    for before, chunk in itertools.pairwise(chunks):
+        sent = [event for event in events if event["event"] == "action" and event["chunk"] == chunk["chunk"]]
+        # The first that is sent of a chunk is the first that was not dropped.
+        assert not sent or sent[0]["step"] == chunk["dropped"]
+        assert chunk["dropped"] >= 4  # 0.1 s at 40 fps
+        assert chunk["given"] >= before["dropped"] - 1
+        assert chunk["observed"] <= chunk["began"] < chunk["ended"]
+    meanwhile = [
+        sum(event["event"] == "action" and chunk["began"] < event["t"] < chunk["ended"] for event in events)
+        for chunk in chunks
+    ]
+    assert [chunk["consumed"] for chunk in chunks] == pytest.approx(meanwhile, abs=1)
+
+
+def test_a_robot_with_other_joints_is_refused_before_it_is_connected(sync, arms):
+    sync.robot.actions = [ACTIONS[1], ACTIONS[0], *ACTIONS[2:]]
+    with pytest.raises(ValueError, match="action, permuted"):
+        rollout.rollout(sync)
+    assert not arms
+
+
+def test_renamed_joints_run_with_the_flag_that_the_error_gives(sync, flags, arms):
+    sync.robot.actions = ["base.pos", *ACTIONS[1:]]
+    with pytest.raises(ValueError, match="action, renamed") as caught:
+        rollout.rollout(sync)
+    renamed = f"--robot.actions=[{','.join(sync.robot.actions)}]"
+    rollout.main([*flags, renamed, flag_of(caught, "--policy.action_feature_names")])
+    assert set(arms[0].sent[0]) == {"base.pos", *ACTIONS[1:]}
+
+
+def test_a_camera_that_is_not_there_is_refused_with_the_map_that_renames_one(sync, flags, arms):
+    sync.robot.camera = "top"
+    with pytest.raises(ValueError, match="does not give") as caught:
+        rollout.rollout(sync)
+    assert not arms
+    rollout.main([*flags, "--robot.camera=top", flag_of(caught, "--rename_map")])
+    assert arms[0].sent
+    sync.robot.camera, sync.rename_map = "side", {"observation.images.top": "observation.images.front"}
+    with pytest.raises(ValueError, match="renamed by"):
+        rollout.rollout(sync)
+
+
+def test_a_policy_that_is_too_slow_is_told_with_what_would_do(sync, delayed, caplog, monkeypatch):
+    monkeypatch.setattr(Pi0Policy, "supports_rtc", lambda self: False)
+    delayed(0.2)
+    sync.fps, sync.duration = 20, 1.5
+    with caplog.at_level(logging.WARNING):
+        said = rollout.rollout(sync)
+    assert "the robot stands still for" in caplog.text
+    assert "every 8 actions" in caplog.text
+    assert "--policy.n_action_steps=20" in caplog.text  # all of a chunk
+    assert "stall" in said
+
+
+def test_a_policy_that_can_never_keep_up_does_not_start(rtc, delayed, arms):
+    delayed(0.25)
+    rtc.fps, rtc.return_to_initial_position = 100, True
+    with pytest.raises(RuntimeError, match="never move"):
+        rollout.rollout(rtc)
+    assert not arms[0].sent
+    assert not arms[0].is_connected
+
+
+def test_a_policy_that_gives_up_is_an_error_with_its_reason(rtc, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "_RTC_ERROR_RETRY_DELAY_S", 0.0)
+    predict, asked = Pi0Policy.predict_action_chunk, []
+
+    def failing(self, *args, **kwargs):
+        asked.append(None)
+        if len(asked) > 12:
+            raise ValueError("the camera melted")
+        return predict(self, *args, **kwargs)
+
+    monkeypatch.setattr(Pi0Policy, "predict_action_chunk", failing)
+    rtc.duration = 5
+    with pytest.raises(RuntimeError, match=r"actions were sent: the policy gave up \(.*the camera melted"):
+        rollout.rollout(rtc, tmp_path)
+    (stop,) = [event for event in read_trace(tmp_path) if event["event"] == "stop"]
+    assert stop["why"] == "the policy gave up"
+
+
+def test_no_action_is_an_error_of_one_line(flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lerobot-pi0", "rollout", *flags, "--duration=0.000001"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert "no action was sent to the robot" in line
+
+
+def test_a_trace_is_not_written_over_another(sync, tmp_path, arms):
+    (tmp_path / "policy.jsonl").touch()
+    with pytest.raises(FileExistsError, match="another run"):
+        rollout.rollout(sync, tmp_path)
+    assert not arms
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--trace"], "--trace needs a folder"),
+        (["--trace", "--fps=3"], "--trace needs a folder"),
+        (["--robot.type=test_arm"], "--policy.path is required"),
+    ],
+)
+def test_flags_that_cannot_be_are_told(given, said):
+    with pytest.raises(ValueError, match=said):
+        rollout.main(given)
