@@ -71,12 +71,12 @@ class SimulatedSO101(Robot):
         Raises ModuleNotFoundError without the package of the arm's model, RuntimeError without a camera.
         """
         simulation = Simulation(self.config.seed, moves_on=self.config.moves_on)
+        trace = None if self.config.trace is None else Trace(Path(self.config.trace) / "robot.jsonl")
         for camera in self.cameras.values():
             camera.connect(simulation)
-        if self.config.trace is not None:
-            self._trace = Trace(Path(self.config.trace) / "robot.jsonl")
-            self._trace.write("start", robot=self.name, joints=list(JOINTS), seed=self.config.seed)
-        self._simulation = simulation
+        if trace is not None:
+            trace.write("start", robot=self.name, joints=list(JOINTS), seed=self.config.seed)
+        self._simulation, self._trace = simulation, trace
         RUNNING.add(simulation)
 
     @check_if_not_connected
