@@ -1,0 +1,91 @@
+"""What the policy does at frames of the dataset, beside what was demonstrated there."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from lerobot_pi0.statistics import NEARLY_CONSTANT
+from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
+from lerobot_pi0.tools.doctor.subject import Subject, Trial
+
+MARGIN = 0.25  # of a joint's range, beyond the data
+MANY, SOME = 0.3, 0.05  # of predicted actions outside of that
+STILL = 0.2  # of the demonstrated movement
+WORSE = 1.0  # mean error over that of always giving the average action
+
+
+def actions_stay_in_range(subject: Subject) -> Iterator[Finding]:
+    """Predicted actions lie where the dataset's do."""
+    data, predicted = subject.columns.action, subject.trial.predicted
+    low, high = data.min(0), data.max(0)
+    margin = MARGIN * np.maximum(high - low, NEARLY_CONSTANT)
+    if not np.isfinite(predicted).all():
+        yield error(
+            "the policy gives actions that are no numbers",
+            f"{np.isnan(predicted).mean():.0%} of the predicted values are NaN",
+            "look at weights and statistics above; --policy.dtype=float32 tells whether precision is the cause",
+        )
+        return
+    outside = (predicted < low - margin) | (predicted > high + margin)
+    shares = outside.mean((0, 1))
+    if shares.max() > SOME:
+        names = subject.recorded.action_feature_names or [str(i) for i in range(len(shares))]
+        worst = int(shares.argmax())
+        yield (error if shares.max() > MANY else warning)(
+            "predicted actions leave the range of the data: "
+            + listed([name for name, share in zip(names, shares, strict=True) if share > SOME]),
+            f"{shares[worst]:.0%} of {names[worst]}: {predicted[..., worst].min():.3g} to "
+            f"{predicted[..., worst].max():.3g}, in the data {low[worst]:.3g} to {high[worst]:.3g}",
+            "other units or statistics than in training, or a policy of another robot: see the findings above; do not "
+            "let it drive the robot",
+        )
+
+
+def actions_move(subject: Subject) -> Iterator[Finding]:
+    """The policy moves as much as was demonstrated."""
+    trial = subject.trial
+    shown, predicted = _travel(trial, trial.demonstrated), _travel(trial, trial.predicted)
+    moving = shown > NEARLY_CONSTANT
+    if not moving.any():
+        return
+    ratio = float(np.median(predicted[moving] / shown[moving]))
+    numbers = (
+        f"within a chunk actions change by {ratio:.0%} of what was demonstrated (median over the joints)"
+    )
+    if ratio < STILL:
+        yield error(
+            "the policy barely moves where the demonstrations move",
+            numbers,
+            "it learned the pauses (see idle frames), copies of the state, or too little: compare its loss, train "
+            "longer, cut the pauses",
+        )
+    else:
+        yield fine(numbers)
+
+
+def actions_are_those_demonstrated(subject: Subject) -> Iterator[Finding]:
+    """At the dataset's own frames predictions are nearer to the demonstration than the average action is."""
+    trial, data = subject.trial, subject.columns.action
+    scale = np.maximum(data.std(0), NEARLY_CONSTANT)
+    error_of = {
+        name: float(np.abs((chunk - trial.demonstrated) / scale)[trial.real].mean())
+        for name, chunk in (("policy", trial.predicted), ("average", data.mean(0)[None, None]))
+    }
+    numbers = (
+        f"mean error {error_of['policy']:.2f} standard deviations, of always giving the average action "
+        f"{error_of['average']:.2f} ({len(trial.state)} frames)"
+    )
+    if not error_of["policy"] < WORSE * error_of["average"]:
+        yield warning(
+            "at the dataset's own frames the average action would be nearer to the demonstration",
+            numbers,
+            "is it the dataset that the policy was trained on? `lerobot-pi0 report` shows each joint along the chunk",
+        )
+    else:
+        yield fine(numbers)
+
+
+def _travel(trial: Trial, chunks: np.ndarray) -> np.ndarray:
+    """How much actions (n, chunk, dims) vary along a chunk, and between frames where they do not: (dims,)."""
+    inside = np.where(trial.real[..., None], chunks, np.nan)
+    return np.nanmean(np.nanmax(inside, 1) - np.nanmin(inside, 1), 0)
