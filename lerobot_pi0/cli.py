@@ -1,8 +1,9 @@
 """`lerobot-pi0 <subcommand> [--flag=value ...]`: the tools beside the policy, with LeRobot's flag style.
 
-A subcommand is a function from a dataclass to the text to print, or to text and exit code: the fields are its flags, the comments above
-them their help; a field without a default may also be given by its position. A function of a list of strings
-gets its arguments as they are: it stands before a command of LeRobot. A module is imported when it is called.
+A subcommand is a function from a dataclass to the text to print, or to text and exit code: the fields are its
+flags, the comments above them their help; a field without a default may also be given by its position. A
+function of a list of strings gets its arguments as they are: it stands before a command of LeRobot. A module
+is imported when it is called.
 """
 
 import difflib

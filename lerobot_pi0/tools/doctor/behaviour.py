@@ -23,7 +23,8 @@ def actions_stay_in_range(subject: Subject) -> Iterator[Finding]:
         yield error(
             "the policy gives actions that are no numbers",
             f"{np.isnan(predicted).mean():.0%} of the predicted values are NaN",
-            "look at weights and statistics above; --policy.dtype=float32 tells whether precision is the cause",
+            "look at weights and statistics above; --policy.dtype=float32 tells whether precision is the "
+            "cause",
         )
         return
     outside = (predicted < low - margin) | (predicted > high + margin)
@@ -36,7 +37,8 @@ def actions_stay_in_range(subject: Subject) -> Iterator[Finding]:
             + listed([name for name, share in zip(names, shares, strict=True) if share > SOME]),
             f"{shares[worst]:.0%} of {names[worst]}: {predicted[..., worst].min():.3g} to "
             f"{predicted[..., worst].max():.3g}, in the data {low[worst]:.3g} to {high[worst]:.3g}",
-            "other units or statistics than in training, or a policy of another robot: see the findings above; do not "
+            "other units or statistics than in training, or a policy of another robot: see the findings "
+            "above; do not "
             "let it drive the robot",
         )
 
@@ -56,7 +58,8 @@ def actions_move(subject: Subject) -> Iterator[Finding]:
         yield error(
             "the policy barely moves where the demonstrations move",
             numbers,
-            "it learned the pauses (see idle frames), copies of the state, or too little: compare its loss, train "
+            "it learned the pauses (see idle frames), copies of the state, or too little: compare its loss, "
+            "train "
             "longer, cut the pauses",
         )
     else:
@@ -79,7 +82,8 @@ def actions_are_those_demonstrated(subject: Subject) -> Iterator[Finding]:
         yield warning(
             "at the dataset's own frames the average action would be nearer to the demonstration",
             numbers,
-            "is it the dataset that the policy was trained on? `lerobot-pi0 report` shows each joint along the chunk",
+            "is it the dataset that the policy was trained on? `lerobot-pi0 report` shows each joint along "
+            "the chunk",
         )
     else:
         yield fine(numbers)

@@ -111,7 +111,8 @@ def _shapes(subject: Subject, whose: str, there: dict[str, tuple[int, int]]) -> 
         if abs((h / w) / (th / tw) - 1) > SHAPE:
             yield warning(
                 f"the {whose}'s '{key}' has another shape than in training",
-                f"{w}×{h} (width × height), trained on {tw}×{th}: letterboxed, things have another size and place",
+                f"{w}×{h} (width × height), trained on {tw}×{th}: letterboxed, things have another size and "
+                f"place",
                 f"record with {tw}×{th}"
                 + (
                     " (width and height in --robot.cameras)"

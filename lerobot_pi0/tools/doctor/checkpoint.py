@@ -18,7 +18,8 @@ from lerobot_pi0.weights import ADAPTER_CONFIG, Checkpoint
 PIPELINES = ("policy_preprocessor.json", "policy_postprocessor.json")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 COPY_AGAIN = (
-    "copy the whole folder again (lerobot-train: outputs/…/checkpoints/last/pretrained_model): LeRobot's files "
+    "copy the whole folder again (lerobot-train: outputs/…/checkpoints/last/pretrained_model): LeRobot's "
+    "files "
     "belong together"
 )
 # Of the loss that is reached without looking.
@@ -77,7 +78,8 @@ def statistics_are_whole(subject: Subject) -> Iterator[Finding]:
         if wrong or (spread <= 0).any():
             yield error(
                 f"the checkpoint's statistics of '{key}' cannot be divided by",
-                f"{listed(wrong) + ' not finite; ' if wrong else ''}the smallest spread is {np.nanmin(spread):.3g}",
+                f"{listed(wrong) + ' not finite; ' if wrong else ''}the smallest spread is "
+                f"{np.nanmin(spread):.3g}",
                 "mend the dataset's statistics (lerobot-edit-dataset --operation.type=recompute_stats) and "
                 "train again",
             )
@@ -93,7 +95,8 @@ def statistics_are_whole(subject: Subject) -> Iterator[Finding]:
         name = differ[0].removeprefix("action.")
         yield error(
             "actions are normalised by other statistics than they are given back by",
-            f"{listed(differ)}: {np.ravel(carried['action'][name])[:3]} before, {np.ravel(undone[differ[0]])[:3]} after "
+            f"{listed(differ)}: {np.ravel(carried['action'][name])[:3]} before, "
+            f"{np.ravel(undone[differ[0]])[:3]} after "
             "the policy",
             "the two processors' files are of different checkpoints: " + COPY_AGAIN,
         )
@@ -123,7 +126,8 @@ def weights_are_trained(subject: Subject) -> Iterator[Finding]:
         yield error(
             "the action expert was never trained: its weights are random",
             f"all {len(norms)} norms of the expert stand where they start",
-            "name a trained checkpoint; training starts from one with --policy.pretrained_path=lerobot/pi0_base",
+            "name a trained checkpoint; training starts from one with "
+            "--policy.pretrained_path=lerobot/pi0_base",
         )
     if "action_out_proj.weight" in weights and not weights["action_out_proj.weight"].any():
         yield error(
@@ -152,7 +156,8 @@ def loss_is_below_blind(subject: Subject) -> Iterator[Finding]:
     trial = subject.trial
     share = trial.loss / trial.blind_loss
     numbers = (
-        f"flow-matching loss {trial.loss:.3f} on {len(trial.state)} frames; knowing the mean and spread of each joint "
+        f"flow-matching loss {trial.loss:.3f} on {len(trial.state)} frames; knowing the mean and spread of "
+        f"each joint "
         f"alone gives {trial.blind_loss:.3f}"
     )
     if not share < HARDLY:
@@ -161,7 +166,8 @@ def loss_is_below_blind(subject: Subject) -> Iterator[Finding]:
             if not share < NO_BETTER
             else "on this dataset the policy is hardly better than one that looks at nothing",
             numbers,
-            "it was trained on something else, for too few steps, or sees other cameras: name its own dataset to tell",
+            "it was trained on something else, for too few steps, or sees other cameras: name its own "
+            "dataset to tell",
         )
     else:
         yield fine(numbers)

@@ -92,7 +92,8 @@ def _difference(kind: str, whose: str, trained: Sequence[str], found: Sequence[s
         )
     lacks = [f"lacks {listed(missing)}"] if missing else []
     return error(
-        f"the {whose}'s {kind} {' and '.join([*lacks, *([f'has {listed(added)} besides'] if added else [])])}",
+        f"the {whose}'s {kind} "
+        f"{' and '.join([*lacks, *([f'has {listed(added)} besides'] if added else [])])}",
         evidence,
         "use the robot and the dataset that the policy was trained with, or train on these",
     )
@@ -114,7 +115,8 @@ def actions_follow_their_names(subject: Subject) -> Iterator[Finding]:
         yield error(
             "actions and states are not in the same order, whatever their names say",
             f"correlation of an action with the joints: {listed(swapped)}",
-            "the recording mixed up columns: mend names in meta/info.json or the order of the data, or record "
+            "the recording mixed up columns: mend names in meta/info.json or the order of the data, or "
+            "record "
             "again",
         )
 

@@ -8,7 +8,7 @@ import torch
 from lerobot.utils.device_utils import is_torch_device_available
 
 from lerobot_pi0.footprint import footprint
-from lerobot_pi0.planning import FRAGMENTATION, CONTEXT, GIGABYTE, on_cpu
+from lerobot_pi0.planning import CONTEXT, FRAGMENTATION, GIGABYTE, on_cpu
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, note
 from lerobot_pi0.tools.doctor.subject import Subject
 
@@ -43,11 +43,13 @@ def policy_fits(subject: Subject) -> Iterator[Finding]:
         yield error(
             f"the policy's weights do not fit into this {where}",
             f"{needs / GIGABYTE:.1f} GB in {config.dtype}, the {where} has {memory / GIGABYTE:.1f} GB",
-            "--policy.dtype=bfloat16 halves them, --policy.int8=true halves them again on a CPU; or a larger machine",
+            "--policy.dtype=bfloat16 halves them, --policy.int8=true halves them again on a CPU; or a "
+            "larger machine",
         )
     else:
         yield fine(
-            f"weights {_gigabytes(needs)} in {config.dtype}, the {where} has {_gigabytes(memory)}; training all of it "
+            f"weights {_gigabytes(needs)} in {config.dtype}, the {where} has {_gigabytes(memory)}; training "
+            f"all of it "
             f"in batches of {TRAINING_BATCH} takes {_gigabytes(_training(subject))}"
         )
 

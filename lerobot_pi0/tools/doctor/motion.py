@@ -47,8 +47,10 @@ def values_have_no_spikes(subject: Subject) -> Iterator[Finding]:
             rows = np.flatnonzero(far[:, joint])
             worst = rows[np.abs(values[rows, joint] - np.median(values[:, joint])).argmax()]
             yield warning(
-                f"'{key}' jumps in {names[joint]}: {values[worst, joint]:.4g} in {subject.columns.place(worst)}",
-                f"{len(rows)} frames; 98 % of all lie between {low[joint]:.4g} and {high[joint]:.4g}. Statistics "
+                f"'{key}' jumps in {names[joint]}: {values[worst, joint]:.4g} in "
+                f"{subject.columns.place(worst)}",
+                f"{len(rows)} frames; 98 % of all lie between {low[joint]:.4g} and {high[joint]:.4g}. "
+                f"Statistics "
                 "stretch to such values, and everything else becomes small",
                 DELETE.format(sorted({int(subject.columns.episode[row]) for row in rows})),
             )
@@ -98,7 +100,8 @@ def actions_are_no_copies(subject: Subject) -> Iterator[Finding]:
         yield error(
             "actions are copies of the state of the same frame: a policy learns to stay where it is",
             f"they differ by {apart.max():.1e} of a joint's range on average",
-            "record the leader's positions (or the next frame's state) as action; a dataset that has neither can be "
+            "record the leader's positions (or the next frame's state) as action; a dataset that has "
+            "neither can be "
             "shifted: action of frame t = state of frame t + 1",
         )
 
@@ -118,14 +121,16 @@ def actions_come_before_movement(subject: Subject) -> Iterator[Finding]:
         yield error(
             f"actions are recorded {frames} after the movement that they cause",
             numbers,
-            "the policy would learn what was done already: shift the actions by as many frames, or record again "
+            "the policy would learn what was done already: shift the actions by as many frames, or record "
+            "again "
             "with state and action read at one time",
         )
     elif lag / pair.fps > LATE:
         yield warning(
             f"joints follow the actions only after {frames}",
             numbers,
-            "if the robot is not that slow, states are recorded late: look for a buffer between robot and recorder",
+            "if the robot is not that slow, states are recorded late: look for a buffer between robot and "
+            "recorder",
         )
     else:
         yield fine(f"actions are {pair.kind}; joints follow after {frames}, correlation {agreement:.2f}")

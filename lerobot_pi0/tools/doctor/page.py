@@ -9,7 +9,7 @@ from lerobot_pi0.tools.doctor.finding import Severity
 from lerobot_pi0.tools.doctor.subject import Subject
 
 WIDTH = 100
-_LABEL = 12
+_LABEL = 14
 
 
 def page(subject: Subject, answers: list[Answer]) -> str:
@@ -60,7 +60,8 @@ def about(subject: Subject) -> dict[str, str]:
     if data := subject.metadata:
         minutes = data.total_frames / data.fps / 60
         lines["dataset"] = (
-            f"{data.repo_id}: {data.total_episodes:,} episodes, {data.total_frames:,} frames at {data.fps} per second "
+            f"{data.repo_id}: {data.total_episodes:,} episodes, {data.total_frames:,} frames at {data.fps} "
+            f"per second "
             f"({minutes:.0f} minutes), {len(data.tasks)} task{'s' if len(data.tasks) > 1 else ''}"
         )
         if (here := len(subject.columns.episode)) < data.total_frames:

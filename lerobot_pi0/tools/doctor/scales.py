@@ -61,7 +61,8 @@ def actions_are_of_the_policys_kind(subject: Subject) -> Iterator[Finding]:
             f"the policy learned {learned} actions, the dataset's are {pair.kind}",
             f"{kind}; by the policy's statistics {pair.names[0]} has mean {mean_a[0]:.3g} and deviation "
             f"{std_a[0]:.3g} as an action, {mean_s[0]:.3g} and {std_s[0]:.3g} as a state",
-            "use the dataset that the policy was trained on, or train on this one; to learn relative actions from "
+            "use the dataset that the policy was trained on, or train on this one; to learn relative "
+            "actions from "
             "absolute data there is --policy.relative_actions=true",
         )
 
@@ -195,9 +196,11 @@ def _units(apart: list[Apart]) -> Iterator[Finding]:
         if len(matching) * 2 > len(apart):
             yield error(
                 f"the data looks as if in {here}, the policy learned {there}",
-                f"{len(matching)} of {len(apart)} joints are {listed([f'{a.ratio:.3g}' for a in matching], 3)} "
+                f"{len(matching)} of {len(apart)} joints are "
+                f"{listed([f'{a.ratio:.3g}' for a in matching], 3)} "
                 f"times as wide as in training; 180/π is {DEGREES:.1f}. {matching[0].text}",
-                f"run the robot in {there} (so101_follower: --robot.use_degrees), or train on data in one unit",
+                f"run the robot in {there} (so101_follower: --robot.use_degrees), or train on data in one "
+                f"unit",
             )
 
 

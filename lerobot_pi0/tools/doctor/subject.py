@@ -106,7 +106,8 @@ class Subject:
         found = {} if missing else read_columns(self.metadata, keys)
         if not found:
             raise ValueError(
-                f"the dataset '{self.metadata.repo_id}' has no {missing or 'frames'} to examine: its features "
+                f"the dataset '{self.metadata.repo_id}' has no {missing or 'frames'} to examine: its "
+                f"features "
                 f"are {list(self.metadata.features)}"
             )
         flat = {key: found[key][:, 0] for key in keys[2:]}

@@ -35,8 +35,10 @@ def frames_are_evenly_spaced(subject: Subject) -> Iterator[Finding]:
         )
         yield error(
             f"timestamps do not fit {fps} frames per second",
-            f"{len(rows):,} of {int(inside.sum()):,} steps are off, the first after {columns.place(rows[0])}; {rate}",
-            f"if it was recorded at {1 / median:.0f} per second, write that as fps into meta/info.json; otherwise "
+            f"{len(rows):,} of {int(inside.sum()):,} steps are off, the first after "
+            f"{columns.place(rows[0])}; {rate}",
+            f"if it was recorded at {1 / median:.0f} per second, write that as fps into meta/info.json; "
+            f"otherwise "
             "record again: the loop did not keep its rate",
         )
     else:
@@ -82,7 +84,8 @@ def cameras_keep_up(subject: Subject) -> Iterator[Finding]:
             f"cameras of the robot are slower than the dataset: {listed(slow)}",
             f"{listed(f'{name} {rate} per second' for name, rate in slow.items())}; recorded at "
             f"{subject.metadata.fps}",
-            f"--robot.cameras='{{{next(iter(slow))}: {{…, fps: {subject.metadata.fps}}}}}', or run at the lower "
+            f"--robot.cameras='{{{next(iter(slow))}: {{…, fps: {subject.metadata.fps}}}}}', or run at the "
+            f"lower "
             "rate that the data was recorded with",
         )
     elif rates:
