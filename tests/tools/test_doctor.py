@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +87,16 @@ class DoctorsArm(Robot):
 
     is_connected = is_calibrated = False
 
-    def connect(self, calibrate: bool = True) -> None:
+    def connect(self, calibrate: bool = True) -> Any:
         raise AssertionError("a doctor connects to nothing")
 
-    calibrate = configure = get_observation = send_action = disconnect = connect
+    def send_action(self, action: Any) -> Any:
+        self.connect()
+
+    def calibrate(self) -> Any:
+        self.connect()
+
+    configure = get_observation = disconnect = calibrate
 
 
 def arm(**changes: Any) -> Robot:
@@ -115,10 +122,9 @@ def record(root: Path, episodes: int = EPISODES, length: int = LENGTH) -> Path:
         ease = 0.5 - 0.5 * np.cos(np.pi * phase)
         path = np.hstack((start + (np.array([target, 30.0]) - start) * ease, 80 - 70 * phase))
         path = path.astype(np.float32)
-        for now, ahead in zip(path[:-1], path[1:], strict=True):
-            dataset.add_frame(
-                {FRONT: picture(now[0], 20), WRIST: picture(now[2], 60), STATE: now, ACTION: ahead, "task": task}
-            )
+        for now, ahead in pairwise(path):
+            images = {FRONT: picture(now[0], 20), WRIST: picture(now[2], 60)}
+            dataset.add_frame(images | {STATE: now, ACTION: ahead, "task": task})
         dataset.save_episode()
     dataset.finalize()
     return root
@@ -179,8 +185,8 @@ def case(healthy, tmp_path) -> Case:
 # Instruments.
 
 
-def columns(case: Case, change: Callable[[dict[str, np.ndarray]], None], statistics: bool = True) -> None:
-    """Change state, action and the like of all frames; the dataset's statistics follow, unless told not to."""
+def columns(case: Case, change: Callable[[dict[str, np.ndarray]], object], statistics: bool = True) -> None:
+    """Change state, action and the like of all frames; the dataset's statistics follow, if they are to."""
     (file,) = case.dataset.glob("data/*/*.parquet")
     table = pq.read_table(file)
     plain = [STATE, ACTION, "timestamp", "frame_index", "task_index"]
@@ -199,7 +205,7 @@ def columns(case: Case, change: Callable[[dict[str, np.ndarray]], None], statist
         (case.dataset / "meta/stats.json").write_text(json.dumps(stats))
 
 
-def pictures(case: Case, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+def pictures(case: Case, change: Callable[[dict[str, np.ndarray]], object]) -> None:
     """Change the pictures (frames, height, width, 3) of each camera, in size too."""
     (file,) = case.dataset.glob("data/*/*.parquet")
     table = pq.read_table(file)
@@ -222,13 +228,13 @@ def pictures(case: Case, change: Callable[[dict[str, np.ndarray]], None]) -> Non
     (case.dataset / "meta/info.json").write_text(json.dumps(info))
 
 
-def edit(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
 
 
-def info(case: Case, change: Callable[[dict[str, Any]], None]) -> None:
+def info(case: Case, change: Callable[[dict[str, Any]], object]) -> None:
     edit(case.dataset / "meta/info.json", change)
 
 
@@ -238,7 +244,7 @@ def names(case: Case, **given: list[str]) -> None:
         info(case, lambda content: content["features"][keys[kind]].update(names=value))  # noqa: B023
 
 
-def weights(case: Case, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def weights(case: Case, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(case.checkpoint / WEIGHTS).items()}
     change(tensors)
     save_file(tensors, case.checkpoint / WEIGHTS)
@@ -310,7 +316,8 @@ def a_camera_is_called_otherwise(case):
     table = pq.read_table(file)
     other = [name.replace("front", "top") for name in table.column_names]
     pq.write_table(table.rename_columns(other).replace_schema_metadata(None), file)
-    info(case, lambda content: content["features"].update({FRONT.replace("front", "top"): content["features"].pop(FRONT)}))
+    top = FRONT.replace("front", "top")
+    info(case, lambda content: content["features"].update({top: content["features"].pop(FRONT)}))
 
 
 @fault("cameras.robot_fills_slots")
@@ -325,7 +332,8 @@ def the_robots_picture_is_wide(case):
 
 @fault("cameras.slots_fit_names")
 def the_wrist_camera_is_the_base(case):
-    edit(case.checkpoint / "config.json", lambda content: content.update(cameras={"base": WRIST, "left_wrist": FRONT}))
+    swapped = {"base": WRIST, "left_wrist": FRONT}
+    edit(case.checkpoint / "config.json", lambda content: content.update(cameras=swapped))
 
 
 @fault("cameras.pictures_show_something")
@@ -335,7 +343,7 @@ def a_lens_cap(case):
 
 @fault("cameras.pictures_change")
 def a_frozen_camera(case):
-    pictures(case, lambda images: images.update({FRONT: np.repeat(images[FRONT][:1], len(images[FRONT]), 0)}))
+    pictures(case, lambda images: np.copyto(images[FRONT], images[FRONT][0]))
 
 
 @fault("cameras.pictures_differ")
@@ -386,7 +394,7 @@ def actions_repeat_the_state(case):
 
 @fault("data.actions_come_before_movement")
 def actions_are_late(case):
-    columns(case, lambda values: values.update({ACTION: np.concatenate((values[ACTION][:4], values[ACTION][:-4]))}))
+    columns(case, lambda values: values.update({ACTION: np.roll(values[ACTION], 4, axis=0)}))
 
 
 @fault("data.joints_move")
@@ -412,7 +420,7 @@ def one_action_jumps(case):
 
 @fault("data.actions_leave_their_limits")
 def the_leader_is_at_its_limit(case):
-    columns(case, lambda values: values[ACTION].__setitem__((slice(None), 0), values[ACTION][:, 0].clip(max=5)))
+    columns(case, lambda values: values[ACTION][:, 0].clip(max=5, out=values[ACTION][:, 0]))
 
 
 @fault("data.episodes_are_no_waiting")
@@ -471,13 +479,23 @@ def one_instruction_in_two_spellings(case):
 
 @fault("prompts.prompts_are_whole")
 def prompts_are_cut(case):
-    edit(case.checkpoint / PREPROCESSOR, lambda content: content["steps"][2]["config"].update(max_length=4))
+    edit(case.checkpoint / PREPROCESSOR, lambda file: file["steps"][2]["config"].update(max_length=4))
+
+
+@fault("prompts.prompts_are_those_trained_on")
+def instructions_that_were_never_trained(case):
+    trained = case.dataset.with_name("trained")
+    (trained / "meta").mkdir(parents=True)
+    shutil.copy(case.dataset / "meta/tasks.parquet", trained / "meta")
+    content = {"dataset": {"repo_id": "local/trained", "root": str(trained)}}
+    (case.checkpoint / "train_config.json").write_text(json.dumps(content))
+    tasks(case, ["Reach to the left", "Go right"])
 
 
 @fault("policy.loss_is_below_blind")
 def hardly_trained(case):
     random_weights(case)
-    weights(case, lambda tensors: [t.add_(1e-3) for name, t in tensors.items() if name.endswith("norm.weight")])
+    weights(case, lambda tensors: [t.add_(1e-3) for name, t in tensors.items() if "norm.weight" in name])
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -534,7 +552,12 @@ def test_the_command_prints_a_page_or_json_and_exits_by_it(healthy, case, tmp_pa
     def call(of: Case, *flags: str) -> tuple[int, str]:
         monkeypatch.setattr(
             "sys.argv",
-            ["lerobot-pi0", "doctor", f"--policy.path={of.checkpoint}", f"--dataset.root={of.dataset}", *flags],
+            [
+                *["lerobot-pi0", "doctor"],
+                f"--policy.path={of.checkpoint}",
+                f"--dataset.root={of.dataset}",
+                *flags,
+            ],
         )
         code = 0
         try:

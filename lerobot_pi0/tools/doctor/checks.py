@@ -1,4 +1,4 @@
-"""All checks, in one table: causes before what they cause, so that the first of the worst is where to begin."""
+"""All checks, in one table: causes before what they cause, so that one begins with the first of the worst."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,8 +38,10 @@ class Check:
 P, D, R = ("policy",), ("dataset",), ("robot",)
 PD, PR, DR = P + D, P + R, D + R
 
-_files, _loads, _finite = checkpoint.files_are_there, checkpoint.policy_loads, motion.values_are_finite
-_fits = (_files, _loads, _finite, cameras.slots_are_filled, joints.dataset_has_the_policys)
+_files, _loads = checkpoint.files_are_there, checkpoint.policy_loads
+_here, _finite = motion.frames_are_here, motion.values_are_finite
+# What has to be so before the policy can be run on the dataset.
+_runs = (_files, _loads, _here, _finite, cameras.slots_are_filled, joints.dataset_has_the_policys)
 
 CHECKS = (
     Check("checkpoint", _files, P),
@@ -51,34 +53,41 @@ CHECKS = (
     Check("cameras", cameras.slots_are_filled, PD),
     Check("cameras", cameras.robot_fills_slots, PR),
     Check("cameras", cameras.slots_fit_names, P),
-    Check("cameras", cameras.pictures_show_something, D),
-    Check("cameras", cameras.pictures_differ, D),
-    Check("cameras", cameras.pictures_change, D, (cameras.pictures_show_something,)),
+    Check("data", _here, D),
+    Check("cameras", cameras.pictures_show_something, D, (_here,)),
+    Check("cameras", cameras.pictures_differ, D, (_here,)),
+    Check("cameras", cameras.pictures_change, D, (_here, cameras.pictures_show_something)),
     Check("cameras", cameras.dataset_shapes, PD, (cameras.slots_are_filled,)),
     Check("cameras", cameras.robot_shapes, PR, (cameras.robot_fills_slots,)),
     Check("cameras", cameras.squares_are_used, D),
-    Check("joints", joints.dataset_has_the_policys, PD),
+    Check("joints", joints.dataset_has_the_policys, PD, (_here,)),
     Check("joints", joints.robot_has_the_policys, PR),
-    Check("data", _finite, D),
-    Check("joints", joints.actions_follow_their_names, D, (_finite,)),
-    Check("data", motion.actions_are_no_copies, D, (_finite,)),
-    Check("data", motion.actions_come_before_movement, D, (_finite, joints.actions_follow_their_names)),
-    Check("data", motion.joints_move, D, (_finite,)),
-    Check("data", motion.values_have_no_spikes, D, (_finite,)),
-    Check("data", motion.actions_leave_their_limits, D, (_finite,)),
-    Check("data", motion.episodes_are_no_waiting, D, (_finite,)),
-    Check("time", timing.frames_are_evenly_spaced, D),
-    Check("time", timing.chunks_fit_episodes, D),
+    Check("data", _finite, D, (_here,)),
+    Check("joints", joints.actions_follow_their_names, D, (_here, _finite)),
+    Check("data", motion.actions_are_no_copies, D, (_here, _finite)),
+    Check(
+        "data",
+        motion.actions_come_before_movement,
+        D,
+        (_here, _finite, joints.actions_follow_their_names, motion.actions_are_no_copies),
+    ),
+    Check("data", motion.joints_move, D, (_here, _finite)),
+    Check("data", motion.values_have_no_spikes, D, (_here, _finite)),
+    Check("data", motion.actions_leave_their_limits, D, (_here, _finite)),
+    Check("data", motion.episodes_are_no_waiting, D, (_here, _finite)),
+    Check("time", timing.frames_are_evenly_spaced, D, (_here,)),
+    Check("time", timing.chunks_fit_episodes, D, (_here,)),
     Check("time", timing.cameras_keep_up, DR),
-    Check("statistics", scales.recorded_statistics_are_the_datas, D, (_finite,)),
-    Check("statistics", scales.actions_are_of_the_policys_kind, PD, _fits),
-    Check("statistics", scales.policy_has_the_datas_statistics, PD, _fits),
-    Check("prompts", prompts.prompts_say_something, D),
+    Check("statistics", scales.recorded_statistics_are_the_datas, D, (_here, _finite)),
+    Check("statistics", scales.actions_are_of_the_policys_kind, PD, _runs),
+    Check("statistics", scales.policy_has_the_datas_statistics, PD, _runs),
+    Check("prompts", prompts.prompts_say_something, D, (_here,)),
     Check("prompts", prompts.prompts_are_whole, PD, (_files,)),
-    Check("policy", checkpoint.loss_is_below_blind, PD, _fits),
-    Check("policy", behaviour.actions_stay_in_range, PD, _fits),
-    Check("policy", behaviour.actions_move, PD, _fits),
-    Check("policy", behaviour.actions_are_those_demonstrated, PD, _fits),
+    Check("prompts", prompts.prompts_are_those_trained_on, PD),
+    Check("policy", checkpoint.loss_is_below_blind, PD, _runs),
+    Check("policy", behaviour.actions_stay_in_range, PD, _runs),
+    Check("policy", behaviour.actions_move, PD, _runs),
+    Check("policy", behaviour.actions_are_those_demonstrated, PD, _runs),
     Check("machine", machine.device_is_here, P),
     Check("machine", machine.policy_fits, P),
 )

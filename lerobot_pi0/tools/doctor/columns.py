@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -22,7 +23,7 @@ class Columns:
         """The frames of each episode."""
         borders = np.flatnonzero(np.diff(self.episode)) + 1
         ends = [0, *borders.tolist(), len(self.episode)]
-        return [slice(start, stop) for start, stop in zip(ends[:-1], ends[1:], strict=True) if stop > start]
+        return [slice(start, stop) for start, stop in pairwise(ends) if stop > start]
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -8,18 +8,40 @@ from lerobot_pi0.statistics import NEARLY_CONSTANT
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
 from lerobot_pi0.tools.doctor.subject import Subject
 
-DELETE = "drop these episodes: lerobot-edit-dataset --operation.type=delete_episodes --operation.episode_indices='{}'"
+DELETE = (
+    "drop these episodes: lerobot-edit-dataset --operation.type=delete_episodes "
+    "--operation.episode_indices='{}'"
+)
 
 # Idle: over half a second no joint moves by a hundredth of its range.
 IDLE_SECONDS, IDLE_RANGE = 0.5, 0.01
 LONG_START, LONG_END, LONG_PAUSE = 1.0, 2.0, 3.0  # seconds
 PAUSED = 0.1  # of the episodes
-SPIKE, SELDOM = 3.0, 0.002  # ranges beyond the 99th percentile; share of frames
+SPIKE, SELDOM, BRIEF = 3.0, 0.005, 3  # ranges beyond the 99th percentile; share of frames; frames in a row
+MOVES = 0.05  # of what the other joints move
 COPY = 1e-4  # of a joint's range
 LATE = 0.3  # seconds from an action to the movement
 AGREE = 0.5  # correlation from which a lag means something
 AT_LIMIT = {"absolute": 0.3, "relative": 0.7, "unknown": 0.7}  # share of frames
 DISCRETE = 20  # values: an open-or-shut gripper stands at its limits
+
+
+def frames_are_here(subject: Subject) -> Iterator[Finding]:
+    """States and actions of all frames are on this disk."""
+    assert subject.metadata is not None
+    here, total = len(subject.columns.episode), subject.metadata.total_frames
+    if here < total:
+        yield note(
+            f"{here:,} of {total:,} frames are on this disk; the others are not examined",
+            "",
+            "train on the dataset once, or `hf download` it, to have them all",
+        )
+    elif here > total:
+        yield error(
+            f"the dataset holds {here:,} frames and says that it has {total:,}",
+            "total_frames of meta/info.json, and data/*/*.parquet",
+            "an edit or a recording was interrupted: take a copy from before it",
+        )
 
 
 def values_are_finite(subject: Subject) -> Iterator[Finding]:
@@ -30,7 +52,7 @@ def values_are_finite(subject: Subject) -> Iterator[Finding]:
             rows = np.flatnonzero(wrong.any(1))
             episodes = sorted({int(subject.columns.episode[row]) for row in rows})
             yield error(
-                f"'{key}' holds values that are no numbers in {listed(_of(names, wrong.any(0)))}",
+                f"'{key}' holds values that are no numbers in {listed(_of(names, np.any(wrong, axis=0)))}",
                 f"NaN or infinity in {len(rows)} frames, first in {subject.columns.place(rows[0])}",
                 DELETE.format(episodes),
             )
@@ -45,6 +67,8 @@ def values_have_no_spikes(subject: Subject) -> Iterator[Finding]:
         far &= width > NEARLY_CONSTANT
         for joint in np.flatnonzero(far.any(0) & (far.mean(0) < SELDOM)):
             rows = np.flatnonzero(far[:, joint])
+            if max(length for _, length in _runs(far[:, joint])) > BRIEF:
+                continue  # a rare movement
             worst = rows[np.abs(values[rows, joint] - np.median(values[:, joint])).argmax()]
             yield warning(
                 f"'{key}' jumps in {names[joint]}: {values[worst, joint]:.4g} in "
@@ -61,7 +85,8 @@ def joints_move(subject: Subject) -> Iterator[Finding]:
     pair = subject.pairing
     still_action, still_state = (_still(values) for values in (pair.action, pair.state))
     if pair.by_name:
-        for joint in np.flatnonzero(still_action != still_state):
+        moving = (_moving(pair.action) & still_state) | (_moving(pair.state) & still_action)
+        for joint in np.flatnonzero(moving):
             moves, stays = ("state", "action") if still_action[joint] else ("action", "state")
             span = np.ptp(getattr(pair, moves)[:, joint])
             yield warning(
@@ -210,6 +235,11 @@ def _vectors(subject: Subject) -> list[tuple[str, np.ndarray, list[str]]]:
 
 def _still(values: np.ndarray) -> np.ndarray:
     return np.ptp(values, axis=0) < NEARLY_CONSTANT
+
+
+def _moving(values: np.ndarray) -> np.ndarray:
+    span = np.ptp(values, axis=0)
+    return span > np.maximum(MOVES * np.median(span), NEARLY_CONSTANT)
 
 
 def _of(names: list[str], chosen: np.ndarray) -> list[str]:

@@ -62,10 +62,8 @@ def about(subject: Subject) -> dict[str, str]:
         lines["dataset"] = (
             f"{data.repo_id}: {data.total_episodes:,} episodes, {data.total_frames:,} frames at {data.fps} "
             f"per second "
-            f"({minutes:.0f} minutes), {len(data.tasks)} task{'s' if len(data.tasks) > 1 else ''}"
+            f"({minutes:.0f} minutes), {data.total_tasks} task{'s' if data.total_tasks > 1 else ''}"
         )
-        if (here := len(subject.columns.episode)) < data.total_frames:
-            lines["dataset"] += f"; {here:,} of the frames are on this disk and examined"
     if subject.robot:
         cameras = ", ".join(subject.robot_cameras) or "no cameras"
         lines["robot"] = f"{subject.robot.name}: {len(subject.robot.action_features)} actions, {cameras}"

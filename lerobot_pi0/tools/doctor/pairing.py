@@ -20,7 +20,7 @@ SOON, LATE = 0.3, 1.0  # seconds in which a joint goes where it was told; within
 
 @dataclass(frozen=True)
 class Pairing:
-    """p actions, each beside a joint of the state: by their names, or by their places if no name is shared."""
+    """p actions, each beside a joint of the state: by names, or by places if no name is shared."""
 
     names: list[str]  # (p,) of the actions
     by_name: bool
@@ -45,8 +45,8 @@ class Pairing:
         return cls(
             [actions[i] if actions else str(i) for i, _ in pairs],
             by_name,
-            columns.action[np.ix_(rows, [i for i, _ in pairs])].astype(np.float64),
-            columns.state[np.ix_(rows, [j for _, j in pairs])].astype(np.float64),
+            columns.action[rows][:, [i for i, _ in pairs]].astype(np.float64),
+            columns.state[rows][:, [j for _, j in pairs]].astype(np.float64),
             columns.episode[rows],
             fps,
         )
@@ -74,7 +74,7 @@ class Pairing:
             same = max(_correlation(*self._aligned(a, s, k)) for k in soon)
             moves = max(_correlation(*self._aligned(a, _ahead(s), k)) for k in soon)
             kinds.append("absolute" if same > SAME else "relative" if moves > MOVES else "unknown")
-        return max(("absolute", "relative", "unknown"), key=kinds.count)
+        return max(kinds, key=kinds.count)
 
     @cached_property
     def lag(self) -> int:

@@ -1,11 +1,15 @@
 """Prompts: does every instruction of the dataset reach the policy, whole and apart from the others?"""
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.constants import HF_LEROBOT_HOME
 
 from lerobot_pi0.processor_pi0 import Pi0TokenizerStep, clean_prompt
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
@@ -88,9 +92,37 @@ def prompts_are_whole(subject: Subject) -> Iterator[Finding]:
         yield fine(f"the longest prompt has {longest} of {limit} tokens")
 
 
+def prompts_are_those_trained_on(subject: Subject) -> Iterator[Finding]:
+    """The policy has seen each instruction, where the dataset that it was trained on is still there."""
+    assert subject.metadata is not None
+    file = subject.folder / "train_config.json"
+    if not file.is_file():
+        return
+    trained = json.loads(file.read_text(encoding="utf-8"))["dataset"]
+    name, root = trained["repo_id"], trained.get("root")
+    known = Path(root or HF_LEROBOT_HOME / name) / "meta" / "tasks.parquet"
+    if known.parent.parent.resolve() == Path(subject.metadata.root).resolve():
+        yield fine(f"'{name}' is what the policy was trained on")
+        return
+    elsewhere = f"the policy was trained on '{name}', this is '{subject.metadata.repo_id}'"
+    if not known.is_file():
+        if name != subject.metadata.repo_id:
+            yield note(elsewhere)
+        return
+    seen = {clean_prompt(str(text)) for text in pyarrow.parquet.read_table(known)["task"].to_pylist()}
+    new = [text for text in _tasks(subject).values() if clean_prompt(text) not in seen]
+    if new:
+        yield warning(
+            f"the policy never saw {len(new)} of the instructions: {listed(_quoted(new), 2)}",
+            f"{elsewhere}, whose instructions are {listed(_quoted(sorted(seen)), 3)}",
+            "instruct it in the words that it was trained with, or train on this dataset",
+        )
+
+
 def _tasks(subject: Subject) -> dict[int, str]:
     assert subject.metadata is not None
     table = subject.metadata.tasks
+    assert table is not None
     return {int(index): str(text) for text, index in table["task_index"].items()}
 
 

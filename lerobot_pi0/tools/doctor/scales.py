@@ -21,15 +21,16 @@ from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warni
 from lerobot_pi0.tools.doctor.subject import Subject
 
 DEGREES = 180 / np.pi
-# How many times wider the data may be than the statistics say, and how far off its centre, in their spread.
-WIDE, WIDER = 3.0, 8.0
+# How many times wider or narrower the data may be than the statistics say, and how far off their centre, in
+# their spread. Some episodes of a dataset are narrower than all of it.
+WIDE, WIDER, NARROW = 3.0, 8.0, 1 / 8
 OFF, FARTHER = 1.5, 3.0
 STALE = 0.02  # difference of recorded and computed statistics, in standard deviations
 RECOMPUTE = "lerobot-edit-dataset --operation.type=recompute_stats"
 
 
 def actions_are_of_the_policys_kind(subject: Subject) -> Iterator[Finding]:
-    """Absolute actions for a policy that learned absolute ones, and none that are relative already made so twice."""
+    """Absolute actions for a policy that learned absolute ones, and none made relative twice."""
     pair, config = subject.pairing, subject.config
     if pair.kind == "unknown":
         return
@@ -129,7 +130,7 @@ def policy_has_the_datas_statistics(subject: Subject) -> Iterator[Finding]:
         apart += _compare(key, names, mode, carried[key], data)
     if not apart:
         return
-    wide = [a for a in apart if a.ratio > WIDE or a.ratio < 1 / WIDE]
+    wide = [a for a in apart if not NARROW < a.ratio < WIDE]
     off = [a for a in apart if abs(a.offset) > OFF]
     yield from _units(apart)
     if wide or off:

@@ -1,14 +1,15 @@
-"""What is examined: a checkpoint, a dataset, a robot, or several of them; each opened once, when it is needed.
+"""What is examined: a checkpoint, a dataset, a robot, or several of them; each opened once, when needed.
 
 Columns are read from parquet, of all frames. Pictures are decoded of a few: `EPISODES` × `MOMENTS`.
 """
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -135,7 +136,7 @@ class Subject:
 
     @cached_property
     def frames(self) -> list[dict[str, Any]]:
-        """Items of the dataset: some moments of some episodes, from the first frame on, none at the very end."""
+        """Items of the dataset: some moments of some episodes, the first among them and not the last."""
         episodes = np.asarray(self.dataset.hf_dataset["episode_index"])
         borders = np.flatnonzero(np.diff(episodes)) + 1
         starts, stops = np.append(0, borders), np.append(borders, len(episodes))
@@ -145,7 +146,7 @@ class Subject:
             for start, stop in zip(starts[keep].tolist(), stops[keep].tolist(), strict=True)
             for moment in range(MOMENTS)
         ]
-        return [self.dataset[row] for row in dict.fromkeys(rows)]
+        return [cast(dict[str, Any], self.dataset[row]) for row in dict.fromkeys(rows)]
 
     @cached_property
     def rename_map(self) -> dict[str, str]:
@@ -167,8 +168,7 @@ class Subject:
         cameras = {}
         for key, feature in self.metadata.features.items():
             if feature["dtype"] in ("image", "video") and len(feature["shape"]) == 3:
-                shape = tuple(feature["shape"])
-                cameras[self.rename_map.get(key, key)] = shape[1:] if shape[0] == 3 else shape[:2]
+                cameras[self.rename_map.get(key, key)] = _size(feature["shape"])
         return cameras
 
     @cached_property
@@ -176,7 +176,7 @@ class Subject:
         """The robot's cameras by the policy's names: (height, width)."""
         assert self.robot is not None
         cameras = {
-            f"observation.images.{name}": tuple(shape[:2])
+            f"observation.images.{name}": _size(shape)
             for name, shape in self.robot.observation_features.items()
             if isinstance(shape, tuple)
         }
@@ -190,11 +190,7 @@ class Subject:
             for key, feature in (self.config.input_features or {}).items()
             if feature.type is FeatureType.VISUAL
         }
-        return {
-            key: shapes[key][1:] if shapes[key][0] == 3 else shapes[key][:2]
-            for key in self.config.cameras.values()
-            if key in shapes
-        }
+        return {key: _size(shapes[key]) for key in self.config.cameras.values() if key in shapes}
 
     @cached_property
     def loaded(self) -> LoadedPolicy:
@@ -251,6 +247,12 @@ def blind_loss(variance: torch.Tensor, max_action_dim: int) -> float:
     times = sample_time((torch.arange(1000) + 0.5) / 1000)[:, None]
     v = variance.double().cpu()
     return (v / (times**2 + (1 - times) ** 2 * v)).mean(0).sum().item() / max_action_dim
+
+
+def _size(shape: Sequence[int]) -> tuple[int, int]:
+    """Height and width of a picture, wherever its channels stand."""
+    height, width = shape[1:] if shape[0] in (1, 3) else shape[:2]
+    return height, width
 
 
 def _plain(frame: dict[str, Any]) -> dict[str, Any]:
