@@ -28,7 +28,7 @@ def actions_stay_in_range(subject: Subject) -> Iterator[Finding]:
         )
         return
     outside = (predicted < low - margin) | (predicted > high + margin)
-    shares = outside.mean((0, 1))
+    shares = outside.mean((0, 1)) * (high - low > NEARLY_CONSTANT)  # of joints that rest there is no range
     if shares.max() > SOME:
         names = subject.recorded.action_feature_names or [str(i) for i in range(len(shares))]
         worst = int(shares.argmax())
@@ -69,9 +69,12 @@ def actions_move(subject: Subject) -> Iterator[Finding]:
 def actions_are_those_demonstrated(subject: Subject) -> Iterator[Finding]:
     """At the dataset's own frames predictions are nearer to the demonstration than the average action is."""
     trial, data = subject.trial, subject.columns.action
-    scale = np.maximum(data.std(0), NEARLY_CONSTANT)
+    moving = data.std(0) > NEARLY_CONSTANT
+    if not moving.any():
+        return
+    scale = data.std(0)[moving]
     error_of = {
-        name: float(np.abs((chunk - trial.demonstrated) / scale)[trial.real].mean())
+        name: float(np.abs((chunk - trial.demonstrated)[..., moving] / scale)[trial.real].mean())
         for name, chunk in (("policy", trial.predicted), ("average", data.mean(0)[None, None]))
     }
     numbers = (

@@ -1,4 +1,4 @@
-"""All checks, in one table: causes before what they cause, so that one begins with the first of the worst."""
+"""All checks, in one table: causes before what they cause, for the first finding is where people begin."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +35,7 @@ class Check:
         return f"{self.area}.{self.look.__name__}"
 
 
+SYMPTOMS = "policy"  # an area: what the policy does at the dataset's frames
 P, D, R = ("policy",), ("dataset",), ("robot",)
 PD, PR, DR = P + D, P + R, D + R
 
@@ -84,10 +85,10 @@ CHECKS = (
     Check("prompts", prompts.prompts_say_something, D, (_here,)),
     Check("prompts", prompts.prompts_are_whole, PD, (_files,)),
     Check("prompts", prompts.prompts_are_those_trained_on, PD),
-    Check("policy", checkpoint.loss_is_below_blind, PD, _runs),
-    Check("policy", behaviour.actions_stay_in_range, PD, _runs),
-    Check("policy", behaviour.actions_move, PD, _runs),
-    Check("policy", behaviour.actions_are_those_demonstrated, PD, _runs),
+    Check(SYMPTOMS, checkpoint.loss_is_below_blind, PD, _runs),
+    Check(SYMPTOMS, behaviour.actions_stay_in_range, PD, _runs),
+    Check(SYMPTOMS, behaviour.actions_move, PD, _runs),
+    Check(SYMPTOMS, behaviour.actions_are_those_demonstrated, PD, _runs),
     Check("machine", machine.device_is_here, P),
     Check("machine", machine.policy_fits, P),
 )
@@ -104,7 +105,8 @@ class Answer:
 def examine(subject: Subject) -> list[Answer]:
     """Ask everything that can be asked of a subject; worst first, then in the table's order.
 
-    What cannot be looked at, because something in the files is broken, is a finding too.
+    What the policy does is a symptom, which comes after all that may be its cause. What cannot be looked at,
+    because something in the files is broken, is a finding too.
     """
     parts = {"policy": subject.checkpoint, "dataset": subject.metadata, "robot": subject.robot}
     answers, failed = [], set()
@@ -118,8 +120,13 @@ def examine(subject: Subject) -> list[Answer]:
         if any(finding.severity is Severity.ERROR for finding in found):
             failed.add(check.look)
         answers += [Answer(check, finding) for finding in found]
-    order = list(Severity)
-    return sorted(answers, key=lambda answer: order.index(answer.finding.severity))
+    return sorted(answers, key=_rank)
+
+
+def _rank(answer: Answer) -> tuple[bool, bool, int]:
+    severity = answer.finding.severity
+    wrong = severity in (Severity.ERROR, Severity.WARNING)
+    return not wrong, wrong and answer.check.area == SYMPTOMS, list(Severity).index(severity)
 
 
 def _broken(check: Check, reason: Exception) -> Finding:

@@ -6,10 +6,7 @@ Vectors carry no names on their way, so a wrong order raises nothing and gives e
 import json
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
-from lerobot_pi0.tools.doctor.pairing import Pairing
 from lerobot_pi0.tools.doctor.subject import Subject
 
 FOLLOWS, STRANGER = (
@@ -102,10 +99,10 @@ def _difference(kind: str, whose: str, trained: Sequence[str], found: Sequence[s
 def actions_follow_their_names(subject: Subject) -> Iterator[Finding]:
     """Each action moves the joint of its name and not another one: columns were not swapped in recording."""
     pair = subject.pairing
-    if not pair.by_name or pair.kind == "unknown":
+    if not pair.by_name:
         return
     names = [name for name, smooth in zip(pair.names, pair.smooth, strict=True) if smooth]
-    table = np.abs(_correlations(pair))
+    table = pair.table
     swapped = [
         f"'{names[i]}' moves '{names[j]}' ({table[i, j]:.2f}; its own joint {table[i, i]:.2f})"
         for i, j in enumerate(table.argmax(1))
@@ -115,15 +112,6 @@ def actions_follow_their_names(subject: Subject) -> Iterator[Finding]:
         yield error(
             "actions and states are not in the same order, whatever their names say",
             f"correlation of an action with the joints: {listed(swapped)}",
-            "the recording mixed up columns: mend names in meta/info.json or the order of the data, or "
-            "record "
-            "again",
+            "the recording mixed up columns: mend the names in meta/info.json or the order of the data, or "
+            "record again",
         )
-
-
-def _correlations(pair: Pairing) -> np.ndarray:
-    """Of each smooth action with each smooth joint, (joints, joints), at the lag found."""
-    action, state = pair.signals(pair.lag)
-    action, state = action[:, pair.smooth], state[:, pair.smooth]
-    size = action.shape[1]
-    return np.nan_to_num(np.corrcoef(action.T, state.T)[:size, size:])

@@ -48,9 +48,8 @@ def policy_fits(subject: Subject) -> Iterator[Finding]:
         )
     else:
         yield fine(
-            f"weights {_gigabytes(needs)} in {config.dtype}, the {where} has {_gigabytes(memory)}; training "
-            f"all of it "
-            f"in batches of {TRAINING_BATCH} takes {_gigabytes(_training(subject))}"
+            f"weights {_gigabytes(needs)} in {config.dtype}, the {where} has {_gigabytes(memory)}; "
+            f"training it in batches of {TRAINING_BATCH} takes {_gigabytes(_training(subject))}"
         )
 
 
@@ -63,4 +62,6 @@ def _training(subject: Subject) -> float:
 
 
 def _gigabytes(num_bytes: float) -> str:
-    return f"{num_bytes / GIGABYTE:.2g} GB" if num_bytes < 10 * GIGABYTE else f"{num_bytes / GIGABYTE:.0f} GB"
+    if num_bytes < GIGABYTE / 10:
+        return f"{num_bytes / 1e6:.1f} MB"
+    return f"{num_bytes / GIGABYTE:.1f} GB"

@@ -59,10 +59,10 @@ def about(subject: Subject) -> dict[str, str]:
         )
     if data := subject.metadata:
         minutes = data.total_frames / data.fps / 60
+        lasts = f"{minutes:.0f} minutes" if minutes > 10 else f"{60 * minutes:.0f} s"
         lines["dataset"] = (
             f"{data.repo_id}: {data.total_episodes:,} episodes, {data.total_frames:,} frames at {data.fps} "
-            f"per second "
-            f"({minutes:.0f} minutes), {data.total_tasks} task{'s' if data.total_tasks > 1 else ''}"
+            f"per second ({lasts}), {data.total_tasks} task{'s' if data.total_tasks > 1 else ''}"
         )
     if subject.robot:
         cameras = ", ".join(subject.robot_cameras) or "no cameras"

@@ -1,5 +1,6 @@
 """Which joint of the state each action moves, in which way, and how many frames later: read off the data."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,7 +68,8 @@ class Pairing:
         """What most of the smooth joints' actions are."""
         if not self.smooth.any():
             return "unknown"
-        soon = range(max(1, round(SOON * self.fps)) + 1)
+        reach = max(1, round(SOON * self.fps))
+        soon = range(-reach, reach + 1)
         kinds: list[Kind] = []
         for joint in np.flatnonzero(self.smooth):
             a, s = self.action[:, joint], self.state[:, joint]
@@ -90,6 +92,17 @@ class Pairing:
         longest = np.bincount(self.episode - self.episode.min()).max() // 3
         reach = int(min(round(LATE * self.fps), longest))
         return {lag: self._agreement(lag) for lag in sorted(range(-reach, reach + 1), key=abs)}
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """Correlation of each smooth action with each smooth joint (joints, joints), be it with where the
+        joint is next or with how it moves there."""
+        joints = np.flatnonzero(self.smooth)
+        found = np.zeros((len(joints), len(joints)))
+        for (i, action), (j, joint) in itertools.product(enumerate(joints), repeat=2):
+            a, s = self.action[:, action], self.state[:, joint]
+            found[i, j] = max(abs(_correlation(*self._aligned(a, of, 1))) for of in (s, _ahead(s)))
+        return found
 
     def signals(self, lag: int) -> tuple[np.ndarray, np.ndarray]:
         """What actions say should change, and what joints change `lag` frames later, each (rows, p)."""
