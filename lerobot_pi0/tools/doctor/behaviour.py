@@ -10,7 +10,7 @@ from lerobot_pi0.tools.doctor.subject import Subject, Trial
 
 MARGIN = 0.25  # of a joint's range, beyond the data
 MANY, SOME = 0.3, 0.05  # of predicted actions outside of that
-STILL = 0.2  # of the demonstrated movement
+STILL = 0.3  # of the demonstrated movement, and of its variation
 WORSE = 1.0  # mean error over that of always giving the average action
 
 
@@ -44,23 +44,36 @@ def actions_stay_in_range(subject: Subject) -> Iterator[Finding]:
 
 
 def actions_move(subject: Subject) -> Iterator[Finding]:
-    """The policy moves as much as was demonstrated."""
-    trial = subject.trial
-    shown, predicted = _travel(trial, trial.demonstrated), _travel(trial, trial.predicted)
-    moving = shown > NEARLY_CONSTANT
-    if not moving.any():
-        return
-    ratio = float(np.median(predicted[moving] / shown[moving]))
-    numbers = (
-        f"within a chunk actions change by {ratio:.0%} of what was demonstrated (median over the joints)"
+    """The policy moves as much as was demonstrated, and not to the same place from everywhere."""
+    trial, moving = subject.trial, np.ptp(subject.columns.action, axis=0) > NEARLY_CONSTANT
+    predicted, shown = (
+        _average(trial, chunks)[:, moving] for chunks in (trial.predicted, trial.demonstrated)
     )
-    if ratio < STILL:
+    if not moving.any() or not (spread := shown.std(0)).all():
+        return
+    varies = float(np.median(predicted.std(0) / spread))
+    numbers = (
+        f"between frames its actions vary by {varies:.0%} of what was demonstrated (median over the joints)"
+    )
+    hold = _hold(subject)
+    if hold is not None:
+        moved = [np.sqrt(np.square(chunks - hold[:, moving]).mean()) for chunks in (predicted, shown)]
+        travel = float(moved[0] / max(moved[1], NEARLY_CONSTANT))
+        numbers = f"a chunk moves the joints by {travel:.0%} of what was demonstrated; {numbers}"
+        if travel < STILL:
+            yield error(
+                "the policy barely moves where the demonstrations move",
+                numbers,
+                "it learned pauses or copies of the state (is there a finding above?), or too little: train "
+                "longer",
+            )
+            return
+    if varies < STILL:
         yield error(
-            "the policy barely moves where the demonstrations move",
+            "the policy does nearly the same wherever it is: the arm goes to one place and stays",
             numbers,
-            "it learned the pauses (see idle frames), copies of the state, or too little: compare its loss, "
-            "train "
-            "longer, cut the pauses",
+            "it does not see what it was trained on, or was trained too little: look at the pictures "
+            "(--output=FOLDER), and at the loss",
         )
     else:
         yield fine(numbers)
@@ -92,7 +105,18 @@ def actions_are_those_demonstrated(subject: Subject) -> Iterator[Finding]:
         yield fine(numbers)
 
 
-def _travel(trial: Trial, chunks: np.ndarray) -> np.ndarray:
-    """How much actions (n, chunk, dims) vary along a chunk, and between frames where they do not: (dims,)."""
-    inside = np.where(trial.real[..., None], chunks, np.nan)
-    return np.nanmean(np.nanmax(inside, 1) - np.nanmin(inside, 1), 0)
+def _average(trial: Trial, chunks: np.ndarray) -> np.ndarray:
+    """Over the steps of each chunk that are within the episode: (n, dims). Chance evens out."""
+    real = trial.real[..., None]
+    return (chunks * real).sum(1) / real.sum(1)
+
+
+def _hold(subject: Subject) -> np.ndarray | None:
+    """The actions (n, dims) by which the robot would stay where it is at each frame; None if not known."""
+    pair, trial = subject.pairing, subject.trial
+    if pair.kind == "relative":
+        return np.zeros_like(trial.predicted[:, 0])
+    states, actions = subject.recorded.state_feature_names, subject.recorded.action_feature_names
+    if pair.kind == "unknown" or not states or not actions or not {*actions} <= {*states}:
+        return None
+    return trial.state[:, [states.index(name) for name in actions]]

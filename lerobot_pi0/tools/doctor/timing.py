@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
+from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
 from lerobot_pi0.tools.doctor.subject import Subject
 
 UNEVEN = 0.1  # of the time between two frames
@@ -89,6 +89,6 @@ def cameras_keep_up(subject: Subject) -> Iterator[Finding]:
             "rate that the data was recorded with",
         )
     elif rates:
-        yield note(
+        yield fine(
             f"the robot's cameras give {listed(f'{n}: {r}' for n, r in rates.items())} pictures per second"
         )
