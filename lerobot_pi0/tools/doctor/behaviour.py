@@ -38,34 +38,33 @@ def actions_stay_in_range(subject: Subject) -> Iterator[Finding]:
             f"{shares[worst]:.0%} of {names[worst]}: {predicted[..., worst].min():.3g} to "
             f"{predicted[..., worst].max():.3g}, in the data {low[worst]:.3g} to {high[worst]:.3g}",
             "other units or statistics than in training, or a policy of another robot: see the findings "
-            "above; do not "
-            "let it drive the robot",
+            "above; do not let it drive the robot",
         )
 
 
 def actions_move(subject: Subject) -> Iterator[Finding]:
     """The policy moves as much as was demonstrated, and not to the same place from everywhere."""
-    trial, moving = subject.trial, np.ptp(subject.columns.action, axis=0) > NEARLY_CONSTANT
-    predicted, shown = (
-        _average(trial, chunks)[:, moving] for chunks in (trial.predicted, trial.demonstrated)
-    )
-    if not moving.any() or not (spread := shown.std(0)).all():
+    trial = subject.trial
+    predicted, shown = (_average(trial, chunks) for chunks in (trial.predicted, trial.demonstrated))
+    moving = shown.std(0) > NEARLY_CONSTANT
+    if not moving.any():
         return
-    varies = float(np.median(predicted.std(0) / spread))
-    numbers = (
-        f"between frames its actions vary by {varies:.0%} of what was demonstrated (median over the joints)"
-    )
+    spread = shown.std(0)[moving]
+    varies = float(np.median(predicted.std(0)[moving] / spread))
+    numbers = f"between frames its actions vary by {varies:.0%} of what was demonstrated"
     hold = _hold(subject)
     if hold is not None:
-        moved = [np.sqrt(np.square(chunks - hold[:, moving]).mean()) for chunks in (predicted, shown)]
+        moved = [
+            np.square((chunks - hold)[:, moving] / spread).mean() ** 0.5 for chunks in (predicted, shown)
+        ]
         travel = float(moved[0] / max(moved[1], NEARLY_CONSTANT))
         numbers = f"a chunk moves the joints by {travel:.0%} of what was demonstrated; {numbers}"
         if travel < STILL:
             yield error(
                 "the policy barely moves where the demonstrations move",
                 numbers,
-                "it learned pauses or copies of the state (is there a finding above?), or too little: train "
-                "longer",
+                "it learned pauses or copies of the state (is there a finding above?), or too little: "
+                "train longer",
             )
             return
     if varies < STILL:

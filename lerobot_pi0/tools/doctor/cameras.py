@@ -111,8 +111,8 @@ def _shapes(subject: Subject, whose: str, there: dict[str, tuple[int, int]]) -> 
         if abs((h / w) / (th / tw) - 1) > SHAPE:
             yield warning(
                 f"the {whose}'s '{key}' has another shape than in training",
-                f"{w}×{h} (width × height), trained on {tw}×{th}: letterboxed, things have another size and "
-                f"place",
+                f"{w}×{h} (width × height), trained on {tw}×{th}: letterboxed, things have another size "
+                "and place",
                 f"record with {tw}×{th}"
                 + (
                     " (width and height in --robot.cameras)"
@@ -166,8 +166,8 @@ def pictures_change(subject: Subject) -> Iterator[Finding]:
         if still:
             yield (error if len(still) * 2 >= len(pairs) else warning)(
                 f"'{key}' is frozen: it shows the same picture while the robot moves",
-                f"in {len(still)} of {len(pairs)} pairs of pictures, as in "
-                f"{_place(subject, still[0])} and {_place(subject, still[0] + 1)}",
+                f"in {len(still)} of {len(pairs)} pairs of pictures, as in {_place(subject, still[0])} and "
+                f"{_place(subject, still[0] + 1)}",
                 "drop these episodes and record again: the camera or its cable stopped giving pictures",
             )
 

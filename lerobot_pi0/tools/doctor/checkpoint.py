@@ -19,8 +19,7 @@ PIPELINES = ("policy_preprocessor.json", "policy_postprocessor.json")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 COPY_AGAIN = (
     "copy the whole folder again (lerobot-train: outputs/…/checkpoints/last/pretrained_model): LeRobot's "
-    "files "
-    "belong together"
+    "files belong together"
 )
 # Of the loss that is reached without looking.
 NO_BETTER, HARDLY = 1.1, 0.85
@@ -96,8 +95,7 @@ def statistics_are_whole(subject: Subject) -> Iterator[Finding]:
         yield error(
             "actions are normalised by other statistics than they are given back by",
             f"{listed(differ)}: {np.ravel(carried['action'][name])[:3]} before, "
-            f"{np.ravel(undone[differ[0]])[:3]} after "
-            "the policy",
+            f"{np.ravel(undone[differ[0]])[:3]} after the policy",
             "the two processors' files are of different checkpoints: " + COPY_AGAIN,
         )
 
@@ -157,8 +155,7 @@ def loss_is_below_blind(subject: Subject) -> Iterator[Finding]:
     share = trial.loss / trial.blind_loss
     numbers = (
         f"flow-matching loss {trial.loss:.3f} on {len(trial.state)} frames; knowing the mean and spread of "
-        f"each joint "
-        f"alone gives {trial.blind_loss:.3f}"
+        f"each joint alone gives {trial.blind_loss:.3f}"
     )
     if not share < HARDLY:
         yield (error if not share < NO_BETTER else warning)(

@@ -48,8 +48,8 @@ def policy_fits(subject: Subject) -> Iterator[Finding]:
         )
     else:
         yield fine(
-            f"weights {_gigabytes(needs)} in {config.dtype}, the {where} has {_gigabytes(memory)}; "
-            f"training it in batches of {TRAINING_BATCH} takes {_gigabytes(_training(subject))}"
+            f"weights {_gigabytes(needs)} in {config.dtype}, the {where} has {_gigabytes(memory)}; training "
+            f"it in batches of {TRAINING_BATCH} takes {_gigabytes(_training(subject))}"
         )
 
 

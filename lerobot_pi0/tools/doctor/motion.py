@@ -74,8 +74,7 @@ def values_have_no_spikes(subject: Subject) -> Iterator[Finding]:
                 f"'{key}' jumps in {names[joint]}: {values[worst, joint]:.4g} in "
                 f"{subject.columns.place(worst)}",
                 f"{len(rows)} frames; 98 % of all lie between {low[joint]:.4g} and {high[joint]:.4g}. "
-                f"Statistics "
-                "stretch to such values, and everything else becomes small",
+                "Statistics stretch to such values, and everything else becomes small",
                 DELETE.format(sorted({int(subject.columns.episode[row]) for row in rows})),
             )
 
@@ -126,8 +125,7 @@ def actions_are_no_copies(subject: Subject) -> Iterator[Finding]:
             "actions are copies of the state of the same frame: a policy learns to stay where it is",
             f"they differ by {apart.max():.1e} of a joint's range on average",
             "record the leader's positions (or the next frame's state) as action; a dataset that has "
-            "neither can be "
-            "shifted: action of frame t = state of frame t + 1",
+            "neither can be shifted: action of frame t = state of frame t + 1",
         )
 
 
@@ -147,8 +145,7 @@ def actions_come_before_movement(subject: Subject) -> Iterator[Finding]:
             f"actions are recorded {frames} after the movement that they cause",
             numbers,
             "the policy would learn what was done already: shift the actions by as many frames, or record "
-            "again "
-            "with state and action read at one time",
+            "again with state and action read at one time",
         )
     elif lag / pair.fps > LATE:
         yield warning(
@@ -203,8 +200,8 @@ def episodes_are_no_waiting(subject: Subject) -> Iterator[Finding]:
     start, end = np.median(starts) / fps, np.median(ends) / fps
     paused = float((np.array(pauses) / fps > LONG_PAUSE).mean())
     cure = (
-        "cut them: record from the first movement to the last one. A policy that starts in a pause learns to "
-        "pause (it sees a still robot and predicts a still robot)"
+        "cut them: record from the first movement to the last one. A policy that starts in a pause learns "
+        "to pause (it sees a still robot and predicts a still robot)"
     )
     numbers = f"{share:.0%} of all frames are idle: no joint moves by 1 % of its range in half a second"
     if start > LONG_START:

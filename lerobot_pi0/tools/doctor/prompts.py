@@ -79,8 +79,8 @@ def prompts_are_whole(subject: Subject) -> Iterator[Finding]:
         yield error(
             f"{len(alike)} instructions are the same to the policy, because they are cut",
             f"{listed(_quoted(alike), 2)}: up to {longest} tokens, cut to {limit}",
-            f"train with --policy.tokenizer_max_length={-(-longest // 8) * 8}, or shorten the instructions: "
-            f"{MODIFY}",
+            f"train with --policy.tokenizer_max_length={-(-longest // 8) * 8}, or shorten the "
+            f"instructions: {MODIFY}",
         )
     elif cut:
         yield warning(

@@ -63,8 +63,7 @@ def actions_are_of_the_policys_kind(subject: Subject) -> Iterator[Finding]:
             f"{kind}; by the policy's statistics {pair.names[0]} has mean {mean_a[0]:.3g} and deviation "
             f"{std_a[0]:.3g} as an action, {mean_s[0]:.3g} and {std_s[0]:.3g} as a state",
             "use the dataset that the policy was trained on, or train on this one; to learn relative "
-            "actions from "
-            "absolute data there is --policy.relative_actions=true",
+            "actions from absolute data there is --policy.relative_actions=true",
         )
 
 
@@ -146,8 +145,8 @@ def policy_has_the_datas_statistics(subject: Subject) -> Iterator[Finding]:
     else:
         widest = max(apart, key=lambda a: max(a.ratio, 1 / a.ratio))
         yield fine(
-            f"the policy's statistics fit the data; the spread differs most in {widest.name} ({widest.key}), "
-            f"by a factor of {widest.ratio:.2f}"
+            f"the policy's statistics fit the data; the spread differs most in {widest.name} "
+            f"({widest.key}), by a factor of {widest.ratio:.2f}"
         )
 
 
@@ -198,10 +197,10 @@ def _units(apart: list[Apart]) -> Iterator[Finding]:
             yield error(
                 f"the data looks as if in {here}, the policy learned {there}",
                 f"{len(matching)} of {len(apart)} joints are "
-                f"{listed([f'{a.ratio:.3g}' for a in matching], 3)} "
-                f"times as wide as in training; 180/π is {DEGREES:.1f}. {matching[0].text}",
+                f"{listed([f'{a.ratio:.3g}' for a in matching], 3)} times as wide as in training; 180/π is "
+                f"{DEGREES:.1f}. {matching[0].text}",
                 f"run the robot in {there} (so101_follower: --robot.use_degrees), or train on data in one "
-                f"unit",
+                "unit",
             )
 
 

@@ -108,8 +108,7 @@ class Subject:
         if not found:
             raise ValueError(
                 f"the dataset '{self.metadata.repo_id}' has no {missing or 'frames'} to examine: its "
-                f"features "
-                f"are {list(self.metadata.features)}"
+                f"features are {list(self.metadata.features)}"
             )
         flat = {key: found[key][:, 0] for key in keys[2:]}
         return Columns(*flat.values(), state=found[OBS_STATE], action=found[ACTION])

@@ -38,8 +38,7 @@ def frames_are_evenly_spaced(subject: Subject) -> Iterator[Finding]:
             f"{len(rows):,} of {int(inside.sum()):,} steps are off, the first after "
             f"{columns.place(rows[0])}; {rate}",
             f"if it was recorded at {1 / median:.0f} per second, write that as fps into meta/info.json; "
-            f"otherwise "
-            "record again: the loop did not keep its rate",
+            "otherwise record again: the loop did not keep its rate",
         )
     else:
         yield fine(f"{fps} frames per second, evenly spaced")
@@ -85,8 +84,7 @@ def cameras_keep_up(subject: Subject) -> Iterator[Finding]:
             f"{listed(f'{name} {rate} per second' for name, rate in slow.items())}; recorded at "
             f"{subject.metadata.fps}",
             f"--robot.cameras='{{{next(iter(slow))}: {{…, fps: {subject.metadata.fps}}}}}', or run at the "
-            f"lower "
-            "rate that the data was recorded with",
+            "lower rate that the data was recorded with",
         )
     elif rates:
         yield fine(
