@@ -83,7 +83,7 @@ def recorded_statistics_are_the_datas(subject: Subject) -> Iterator[Finding]:
         names, found = _names(subject.recorded, key, values.shape[1]), _statistics(values)
         spread = np.maximum(found["std"], NEARLY_CONSTANT)
         # LeRobot 0.6 merges the quantiles of episodes by averaging: they count where they are used.
-        used = {"mean", "std", "min", "max", *NEEDED[_mode(subject.config, key)]} - {None}
+        used = {"mean", "std", "min", "max", *NEEDED.get(_mode(subject.config, key), ())}
         for name in sorted(used & stats[key].keys() & found.keys()):
             recorded = np.asarray(stats[key][name], np.float64).ravel()
             if recorded.shape != found[name].shape:
