@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
+from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
 from lerobot_pi0.tools.doctor.subject import Subject
 
 UNEVEN = 0.1  # of the time between two frames
-SHORT = 0.1  # of the episodes, shorter than a chunk
+MANY, SOME = 0.5, 0.1  # of the episodes, shorter than a chunk
 CHUNK_SECONDS = (0.1, 5.0)  # that a chunk covers; openpi's are of one second
 
 
@@ -57,8 +57,8 @@ def chunks_fit_episodes(subject: Subject) -> Iterator[Finding]:
         if subject.checkpoint
         else f"--policy.chunk_size={better} (and --policy.n_action_steps no larger)"
     )
-    if short > SHORT:
-        yield warning(
+    if short > SOME:
+        yield (warning if short > MANY else note)(
             f"{short:.0%} of the episodes are shorter than a chunk",
             f"{covers}; episodes have {lengths.min()} to {lengths.max()} frames",
             cure,
