@@ -5,7 +5,9 @@ type `lerobot_pi0`.
 from typing import TYPE_CHECKING, Any
 
 import lerobot_pi0.demo.environment  # registers the environment type `metaworld_fast`
-import lerobot_pi0.processor_pi0  # registers the processor steps that saved checkpoints name  # noqa: F401
+import lerobot_pi0.processor_pi0  # registers the processor steps that saved checkpoints name
+import lerobot_pi0.simulated_robot.config_scripted_so101  # registers the teleoperator `scripted_so101`
+import lerobot_pi0.simulated_robot.config_simulated_so101  # registers the robot `simulated_so101`  # noqa: F401
 from lerobot_pi0.configuration_pi0 import Pi0Config
 
 if TYPE_CHECKING:

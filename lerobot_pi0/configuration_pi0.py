@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import LRSchedulerConfig
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -42,6 +43,20 @@ class Anchor:
     offset: list[float]
 
 
+@dataclass(frozen=True)
+class ActionLimits:
+    """What actions the training data has, dimension by dimension, in the robot's units.
+
+    A normalised action is action · `gain` + `offset`.
+    """
+
+    low: list[float]
+    high: list[float]
+    step: list[float] | None  # the largest between two successive actions; None: not known
+    gain: list[float]
+    offset: list[float]
+
+
 @PreTrainedConfig.register_subclass("lerobot_pi0")
 @dataclass
 class Pi0Config(PreTrainedConfig):
@@ -60,6 +75,10 @@ class Pi0Config(PreTrainedConfig):
     n_action_steps: int = 50
     # Euler steps from noise to actions.
     num_inference_steps: int = 10
+
+    # Actions outside the range of the training data by more than a tenth of it, or in larger steps than any
+    # there, are held at the limit and reported. Off for simulators, where nothing breaks.
+    chunk_guard: bool = True
 
     # Which camera fills which slot, for example '{"base": "front", "left_wrist": "wrist"}'. Empty: assigned
     # by name, logged and saved. A slot without a camera costs nothing: it is neither encoded nor attended to.
@@ -112,6 +131,11 @@ class Pi0Config(PreTrainedConfig):
     # Leave actions beyond the end of an episode out of the loss. openpi trains on them (false).
     mask_padded_actions: bool = True
 
+    # Training-time real-time chunking: the policy learns to go on from up to so many actions that are decided
+    # already, which then costs nothing at run time. Set it to the largest delay (latency · fps, in steps)
+    # that you expect. 0: without; --inference.type=rtc then guides.
+    rtc_training_max_delay: int = 0
+
     # Moving average of the trained weights, which is evaluated and saved as the policy's; openpi's decay.
     # 0 is without. LoRA and DDP keep one as well; with FSDP it has to be 0.
     ema_decay: float = 0.99
@@ -132,6 +156,10 @@ class Pi0Config(PreTrainedConfig):
     state_feature_names: list[str] | None = None
     # Filled when training starts with relative actions: what makes them absolute.
     anchor: Anchor | None = None
+    # Filled when training starts: what the chunk guard holds actions to.
+    action_limits: ActionLimits | None = None
+    # Filled by lerobot-rollout while it runs with --inference.type=rtc, and not saved.
+    rtc_config: RTCConfig | None = None
     # Filled when weights come from a checkpoint of another layout: where they came from.
     base_checkpoint: str | None = None
     base_revision: str | None = None
@@ -159,6 +187,11 @@ class Pi0Config(PreTrainedConfig):
             raise ValueError(
                 "--policy.ema_decay and --policy.prompt_dropout must be at least 0 and less than 1, got "
                 f"{self.ema_decay} and {self.prompt_dropout}"
+            )
+        if not 0 <= self.rtc_training_max_delay < self.chunk_size:
+            raise ValueError(
+                f"--policy.rtc_training_max_delay ({self.rtc_training_max_delay}) must be less than a chunk "
+                f"(--policy.chunk_size={self.chunk_size}): of a chunk that is all decided nothing is learnt"
             )
         for name in ("num_inference_steps", "num_flow_samples", "max_state_dim", "max_action_dim"):
             if getattr(self, name) < 1:

@@ -18,10 +18,11 @@ from torch import Tensor
 from lerobot_pi0.adapters import fold
 from lerobot_pi0.linear import FORMS, Form, Product
 from lerobot_pi0.model import Observation, Pi0
-from lerobot_pi0.model.flow import embed_time, step_times
-from lerobot_pi0.model.gemma import DecoderLayer, Rotation, rotate, rotation
+from lerobot_pi0.model.flow import Velocity, embed_time, integrate, step_times
+from lerobot_pi0.model.gemma import Cache, DecoderLayer, Rotation, rotate, rotation
 from lerobot_pi0.model.layers import attend
 from lerobot_pi0.model.siglip import VisionLayer
+from lerobot_pi0.rtc import Decided
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -43,6 +44,15 @@ class Context:
     @property
     def batch_size(self) -> int:
         return len(self.keys[0])
+
+    def cache(self, num_actions: int) -> Cache:
+        """Prefix and state as the network itself reads them, without a copy."""
+        end = self.keys[0].shape[2] - num_actions
+        mask = self.mask
+        if mask is None:
+            mask = self.keys[0].new_ones((self.batch_size, end), dtype=torch.bool)
+        layers = [(k[:, :, :end], v[:, :, :end]) for k, v in zip(self.keys, self.values, strict=True)]
+        return Cache(layers, mask[:, :end])
 
     def repeat(self, times: int) -> Context:
         """The context of a batch in which every observation stands `times` times in a row."""
@@ -107,25 +117,49 @@ class Sampler:
         return self._actions(context, noise, self._step_biases(num_steps))
 
     @torch.no_grad()
-    def sample(
-        self, observation: Observation, noise: Float[Tensor, "b a e"], num_steps: int
+    def transformed_actions(
+        self,
+        context: Context,
+        noise: Float[Tensor, "b a e"],
+        num_steps: int,
+        transform: Callable[[Velocity], Velocity],
     ) -> Float[Tensor, "b a e"]:
-        """A chunk of normalised actions for each observation."""
+        """A chunk along another velocity, made of the network's own. That one has gradients: it is computed
+        by the network, not in this sampler's form."""
+        cache = context.cache(noise.shape[1])
+        velocity = transform(lambda x, time: self.model.velocity(cache, x, time))
+        return integrate(velocity, noise.float(), num_steps)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        observation: Observation,
+        noise: Float[Tensor, "b a e"],
+        num_steps: int,
+        decided: Decided | None = None,
+    ) -> Float[Tensor, "b a e"]:
+        """A chunk of normalised actions for each observation, or what of it is not decided already."""
         observation = observation.trimmed() if self.trims else observation
-        chunk = self._graph(observation, noise, self._step_biases(num_steps))
+        chunk = self._graph(observation, noise, self._step_biases(num_steps, decided), decided)
         return chunk if self._graph == self._sample else chunk.clone()  # a graph writes over its own memory
 
     def _sample(
-        self, observation: Observation, noise: Float[Tensor, "b a e"], biases: Float[Tensor, "n w"]
+        self,
+        observation: Observation,
+        noise: Float[Tensor, "b a e"],
+        biases: Float[Tensor, "n _ w"],
+        decided: Decided | None,
     ) -> Float[Tensor, "b a e"]:
-        return self._actions(self._context(observation, noise.shape[1]), noise, biases)
+        return self._actions(self._context(observation, noise.shape[1]), noise, biases, decided)
 
-    def _step_biases(self, num_steps: int) -> Float[Tensor, "n w"]:
-        """What the time of each step adds to the embedding of the actions."""
+    def _step_biases(self, num_steps: int, decided: Decided | None = None) -> Float[Tensor, "n _ w"]:
+        """What the time of each step adds to the embedding of the actions, whose time is 0 where decided."""
         if num_steps not in self._biases:
-            embedding = embed_time(self._bias.new_tensor(step_times(num_steps)), self._over_time.shape[1])
-            self._biases[num_steps] = embedding @ self._over_time.T + self._bias
-        return self._biases[num_steps]
+            times = self._bias.new_tensor([*step_times(num_steps), 0.0])
+            biases = embed_time(times, self._over_time.shape[1]) @ self._over_time.T + self._bias
+            self._biases[num_steps] = biases[:, None]
+        steps, at_zero = self._biases[num_steps].split((num_steps, 1))
+        return steps if decided is None else torch.where(decided.mask[:, None], at_zero, steps)
 
     def _context(self, observation: Observation, num_actions: int) -> Context:
         model = self.model
@@ -156,14 +190,19 @@ class Sampler:
         return x
 
     def _actions(
-        self, context: Context, noise: Float[Tensor, "b a e"], biases: Float[Tensor, "n w"]
+        self,
+        context: Context,
+        noise: Float[Tensor, "b a e"],
+        biases: Float[Tensor, "n _ w"],
+        decided: Decided | None = None,
     ) -> Float[Tensor, "b a e"]:
         x, start = noise.float(), context.keys[0].shape[2] - noise.shape[1]
         for bias in biases.unbind():
-            h = self._action_mid(F.silu(F.linear(x, self._action_in, bias))).to(self.model.dtype)
+            x = x if decided is None else decided.put(x)
+            h = self._action_mid(F.silu(F.linear(x, self._action_in) + bias)).to(self.model.dtype)
             h = self.model.expert.norm(self._run(self.expert, h, context, start))
             x = torch.sub(x, self._action_out(h.float()), alpha=1 / len(biases))
-        return x
+        return x if decided is None else decided.put(x)
 
 
 class _Reader:

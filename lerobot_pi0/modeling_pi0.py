@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import PolicyFeature, PreTrainedConfig
 from lerobot.policies import PreTrainedPolicy
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import distributed as dist
 from lerobot_pi0 import adapters
 from lerobot_pi0.augmentation import augment, drop_prompts
 from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.guard import ChunkGuard, not_finite
 from lerobot_pi0.inference import Context, Sampler
 from lerobot_pi0.linear import Form, Packed
 from lerobot_pi0.model import Observation, Pi0
@@ -32,8 +34,9 @@ from lerobot_pi0.model.observation import letterbox
 from lerobot_pi0.model_card import make_model_card
 from lerobot_pi0.prefix_cache import PrefixCache, open_prefix_cache
 from lerobot_pi0.randomness import normal, sample_keys, uniform
+from lerobot_pi0.rtc import Leftover, decided, decided_times, guidance, read_leftover, sample_delays
 from lerobot_pi0.sharding import whole_state
-from lerobot_pi0.statistics import Prepared, check_first_batch, make_anchor, prepare_statistics
+from lerobot_pi0.statistics import Prepared, check_first_batch, make_anchor, make_limits, prepare_statistics
 from lerobot_pi0.training import ParameterGroups, TrainedWeights
 from lerobot_pi0.weights import WEIGHTS_FILE, Checkpoint, CheckpointError, load_weights
 
@@ -42,7 +45,7 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
 
 # Streams of random numbers (see `augmentation` for the others).
-NOISE, TIME = 0, 1
+NOISE, TIME, DELAY = 0, 1, 4
 
 
 class Pi0Policy(PreTrainedPolicy):
@@ -51,6 +54,7 @@ class Pi0Policy(PreTrainedPolicy):
     batch → Observation ─Pi0.sample→ (B, chunk, padded) ─[..., :action_dim]→ chunk ─queue→ action, normalised
 
     `Pi0Policy(config)` has random weights; `from_pretrained` never has. The action queue is the only state.
+    The policy never gives an action that is no number.
     """
 
     # LeRobot declares both as None.
@@ -84,6 +88,7 @@ class Pi0Policy(PreTrainedPolicy):
                 config, dataset_stats, dataset_meta, checkpoint, config.pretrained_revision
             )
             config.anchor = make_anchor(config, self._statistics)
+            config.action_limits = make_limits(config, self._statistics, dataset_meta)
             if dataset_meta is not None:
                 dataset_meta.stats = self._statistics
         elif config.relative_actions != (config.anchor is not None):
@@ -113,6 +118,10 @@ class Pi0Policy(PreTrainedPolicy):
         self._trained = TrainedWeights(config.ema_decay)
         self.register_state_dict_post_hook(_averaged)
         self._base: adapters.Base | None = None
+        self._guard: ChunkGuard | None = None
+        if config.chunk_guard and config.action_limits is not None:
+            self._guard = ChunkGuard(config.action_limits, self._joints)
+        self._is_warm = False
         # In lists, where torch's modules look for no parameters.
         self._samplers: list[tuple[Any, Sampler]] = []
         self._loaded: list[tuple[Any, Checkpoint]] = []
@@ -238,7 +247,10 @@ class Pi0Policy(PreTrainedPolicy):
         actions = self._pad(actions, self.config.max_action_dim, ACTION, self.config.action_feature)
         keys = self._keys(batch, len(actions))
         noise = normal(keys, tuple(actions.shape[1:]), NOISE)
-        time = sample_time(uniform(keys, (), TIME))
+        time, learnt = sample_time(uniform(keys, (), TIME)), None
+        if self.training and self.config.rtc_training_max_delay:
+            delays = sample_delays(uniform(keys, (), DELAY), self.config.rtc_training_max_delay)
+            time, learnt = decided_times(time, delays, self.config.chunk_size)
         observation, prefix = self.observation(batch), None
         if self.training:
             observation = self._augmented(observation, keys[:: self.config.num_flow_samples])
@@ -247,10 +259,16 @@ class Pi0Policy(PreTrainedPolicy):
             if self.config.freeze == "vlm":
                 prefix = self._prefix(batch, observation)
             losses = self.model.loss(observation, actions, noise, time, prefix)
-        losses = losses.unflatten(0, (len(actions), -1)).mean(1)
-        valid = torch.ones_like(losses[..., 0])
+        losses = losses.unflatten(0, (len(actions), -1))
+        if learnt is None:
+            losses = losses.mean(1)
+            valid = torch.ones_like(losses[..., 0])
+        else:
+            learnt = learnt.unflatten(0, (len(actions), -1)).to(losses.dtype)
+            losses = (losses * learnt[..., None]).sum(1) / learnt.sum(1).clamp(min=1)[..., None]
+            valid = learnt.amax(1)
         if self.config.mask_padded_actions and "action_is_pad" in batch:
-            valid = (~batch["action_is_pad"]).to(losses.dtype)
+            valid = valid * ~batch["action_is_pad"]
         per_sample = (losses.mean(-1) * valid).sum(1) / valid.sum(1).clamp(min=1)
         return (per_sample if reduction == "none" else per_sample.mean()), self._figures(losses, valid)
 
@@ -266,18 +284,32 @@ class Pi0Policy(PreTrainedPolicy):
     ) -> Tensor:
         """Actions (B, chunk, action size), normalised; `noise` (B, chunk, padded size) makes them repeatable.
 
-        The last three keywords are LeRobot's for real-time chunking, which this policy says it does not
-        support: they change nothing.
+        Real-time chunking, as LeRobot calls it: `prev_chunk_left_over` ((B,) steps, action size) are actions
+        of the last chunk, normalised, that were not executed when the observation was taken;
+        `inference_delay` of them will have been when these actions arrive. From there on the chunk goes on
+        where the last one is: by what the policy has learnt (`rtc_training_max_delay`), or else guided, over
+        `execution_horizon` steps. Raises ValueError for a delay in which a whole chunk would be executed,
+        and for what is no number, in the observation or in the actions.
         """
-        observation = self.observation(batch)
+        delay = inference_delay or 0
+        if delay >= self.config.chunk_size:
+            raise ValueError(
+                f"the delay of {delay} steps is a whole chunk of {self.config.chunk_size}: each action would "
+                "be out of date when it arrives, and the robot would not move. `lerobot-pi0 latency` says "
+                "what this machine can hold; a lower --fps or fewer --policy.num_inference_steps helps"
+            )
+        observation = self._checked_observation(batch)
         noise = self._noise(len(observation.state)) if noise is None else noise
-        with torch.autocast(noise.device.type, enabled=False):
-            actions = self._sampler().sample(observation, noise, self.config.num_inference_steps)
-        return _absolute(actions[..., : self._action_size], self._anchor(batch))
+        anchor, leftover = self._anchor(batch), None
+        rtc = self.config.rtc_config or RTCConfig()
+        if prev_chunk_left_over is not None and prev_chunk_left_over.numel() and rtc.enabled:
+            leftover = read_leftover(prev_chunk_left_over, delay, noise, anchor)
+        horizon = execution_horizon or rtc.execution_horizon
+        return self._finished(self._sample(observation, noise, leftover, rtc, horizon), anchor)
 
     def encode(self, batch: Batch) -> Context:
         """What all chunks from an observation share. `plan` after it is `predict_action_chunk`."""
-        observation = self.observation(batch)
+        observation = self._checked_observation(batch)
         with torch.autocast(observation.state.device.type, enabled=False):
             context = self._sampler().context(observation, self.config.chunk_size)
         return replace(context, anchor=self._anchor(batch))
@@ -292,7 +324,7 @@ class Pi0Policy(PreTrainedPolicy):
         noise = self._noise(context.batch_size) if noise is None else noise
         with torch.autocast(noise.device.type, enabled=False):
             actions = self._sampler().actions(context, noise, self.config.num_inference_steps)
-        return _absolute(actions[..., : self._action_size], context.anchor)
+        return self._finished(actions, context.anchor)
 
     @torch.no_grad()
     def select_action(  # pyrefly: ignore[bad-override]  # as above
@@ -305,8 +337,27 @@ class Pi0Policy(PreTrainedPolicy):
         return self._action_queue.popleft()
 
     def reset(self) -> None:
-        """Forget the actions that were not executed yet."""
+        """Forget the actions that were not executed yet. Before real-time chunking, warm up.
+
+        LeRobot takes the longest inference so far for the delay of all that follow, so the first one must not
+        be longer than they are.
+        """
         self._action_queue: deque[Tensor] = deque()
+        if self.config.rtc_config is not None and self.config.rtc_config.enabled and not self._is_warm:
+            self._warm_up(self.config.rtc_config)
+
+    def supports_rtc(self) -> bool:
+        """`predict_action_chunk` does real-time chunking (asked by lerobot-rollout)."""
+        return True
+
+    def init_rtc_processor(self) -> None:
+        """Called by LeRobot when it has set `config.rtc_config`, which is all that there is to know."""
+        rtc, self._is_warm = self.config.rtc_config, False
+        if rtc is not None and rtc.execution_horizon > self.config.chunk_size:
+            raise ValueError(
+                f"--inference.rtc.execution_horizon={rtc.execution_horizon} is more than the chunk has "
+                f"({self.config.chunk_size} actions)"
+            )
 
     # The base says dict, LeRobot's optimizers take what torch's do.
     def get_optim_params(self) -> ParameterGroups:  # pyrefly: ignore[bad-override]
@@ -394,7 +445,7 @@ class Pi0Policy(PreTrainedPolicy):
             return
         with TemporaryDirectory(dir=save_directory) as folder:
             # How this process runs the policy is no property of it.
-            replace(self.config, int8=False, compile=False)._save_pretrained(Path(folder))
+            replace(self.config, int8=False, compile=False, rtc_config=None)._save_pretrained(Path(folder))
             Path(folder, CONFIG_NAME).replace(save_directory / CONFIG_NAME)
         tensors = {name: tensor.contiguous() for name, tensor in state_dict.items()}
         unfinished = save_directory / f"{WEIGHTS_FILE}.unfinished"
@@ -423,6 +474,58 @@ class Pi0Policy(PreTrainedPolicy):
         )
         return at
 
+    def _sample(
+        self, observation: Observation, noise: Tensor, leftover: Leftover | None, rtc: RTCConfig, horizon: int
+    ) -> Tensor:
+        """A chunk as the network gives it, which goes on from the leftover if there is one."""
+        with torch.autocast(noise.device.type, enabled=False):
+            sampler, steps = self._sampler(), self.config.num_inference_steps
+            if leftover is None:
+                return sampler.sample(observation, noise, steps)
+            if leftover.delay <= self.config.rtc_training_max_delay:
+                return sampler.sample(observation, noise, steps, decided(leftover))
+            bend = guidance(leftover, rtc.prefix_attention_schedule.value, horizon, rtc.max_guidance_weight)
+            context = sampler.context(observation, self.config.chunk_size)
+            return sampler.transformed_actions(context, noise, steps, bend)
+
+    def _finished(self, actions: Tensor, anchor: Tensor | None) -> Tensor:
+        """What leaves the policy, of what the network gave: absolute, numbers, within the guard's limits."""
+        actions = actions[..., : self._action_size]
+        actions = actions if anchor is None else actions + anchor[:, None]
+        if bad := not_finite(actions, self._joints):
+            raise ValueError(
+                f"the policy gave no numbers for {bad}, although its observation has numbers alone: nothing "
+                "is sent. Its weights are damaged, or overflow: `lerobot-pi0 doctor --policy.path=...` looks"
+            )
+        return actions if self._guard is None else self._guard.hold(actions)
+
+    def _checked_observation(self, batch: Batch) -> Observation:
+        """The model's observation, of which every number is one."""
+        observation = self.observation(batch)
+        for key in (OBS_STATE, *self.config.cameras.values()):
+            names = self.config.state_feature_names if key == OBS_STATE else None
+            if bad := not_finite(batch[key], names):
+                raise ValueError(
+                    f"'{key}' of the observation is NaN or infinite in {bad}: no action is sent. Look at the "
+                    "robot's sensor or camera, and at the statistics that normalise it"
+                )
+        return observation
+
+    @torch.no_grad()
+    def _warm_up(self, rtc: RTCConfig) -> None:
+        """The first chunk, and the first that goes on from another, of an observation that nobody made."""
+        self._is_warm = True
+        device, size = self.model.action_out_proj.weight.device, self.config.vision.image_size
+        state = torch.zeros(1, self.config.max_state_dim, device=device)
+        tokens = torch.zeros(1, 8, dtype=torch.long, device=device)
+        images = torch.zeros(1, len(self.config.cameras), 3, size, size, device=device)
+        mask = torch.ones(images.shape[:2], dtype=torch.bool, device=device)
+        observation = Observation(images, mask, tokens, torch.ones_like(tokens, dtype=torch.bool), state)
+        noise = torch.zeros(1, self.config.chunk_size, self.config.max_action_dim, device=device)
+        left = torch.ones_like(noise[0, :, : self._action_size])
+        self._sample(observation, noise, None, rtc, 1)
+        self._sample(observation, noise, read_leftover(left, 1, noise, None), rtc, self.config.chunk_size)
+
     def _sampler(self) -> Sampler:
         """The network in the form that is fastest here, made anew when its parameters have changed."""
         version = self._version()
@@ -448,6 +551,11 @@ class Pi0Policy(PreTrainedPolicy):
     def _noise(self, batch_size: int) -> Tensor:
         shape = (batch_size, self.config.chunk_size, self.config.max_action_dim)
         return torch.randn(shape, device=self.model.action_out_proj.weight.device)
+
+    @property
+    def _joints(self) -> list[str]:
+        """What the dimensions of actions are called, or their numbers."""
+        return self.config.action_feature_names or [str(i) for i in range(self._action_size)]
 
     @property
     def _action_size(self) -> int:
@@ -482,14 +590,13 @@ class Pi0Policy(PreTrainedPolicy):
         every = self.config.log_joints_every
         if not (self.training and every and self._trained.num_draws % every == 0):
             return {}
-        names = self.config.action_feature_names or [str(i) for i in range(self._action_size)]
         losses = losses.detach()[..., : self._action_size]
         sums, counts = (losses * valid[..., None]).sum(0), valid.sum(0)[:, None]
         joints = sums.sum(0) / counts.sum().clamp(min=1)
         parts = list(zip(sums.chunk(5), counts.chunk(5), strict=True))
         horizon = [part.mean(1).sum() / count.sum().clamp(min=1) for part, count in parts]
         ends = torch.tensor([0, *(len(part) for part, _ in parts)]).cumsum(0).tolist()
-        names = [*names, *(f"steps_{a}-{b - 1}" for a, b in itertools.pairwise(ends))]
+        names = [*self._joints, *(f"steps_{a}-{b - 1}" for a, b in itertools.pairwise(ends))]
         values = torch.cat((joints, torch.stack(horizon))).tolist()
         figures = {f"loss/{name}": value for name, value in zip(names, values, strict=True)}
         return figures | {"ema_decay": self.config.ema_decay}
@@ -506,11 +613,6 @@ class Pi0Policy(PreTrainedPolicy):
                 f"'{key}' has {vector.shape[-1]} dimensions, the policy was made for {feature.shape[0]}"
             )
         return torch.nn.functional.pad(vector.float(), (0, size - vector.shape[-1]))
-
-
-def _absolute(actions: Tensor, anchor: Tensor | None) -> Tensor:
-    """Actions (B, chunk, action size) that leave the policy, from those that the network gives."""
-    return actions if anchor is None else actions + anchor[:, None]
 
 
 def _policy_type(folder: Path) -> str | None:

@@ -16,7 +16,7 @@ from lerobot.configs import NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors import safe_open
 
-from lerobot_pi0.configuration_pi0 import ABSOLUTE_JOINTS, Anchor, Pi0Config, Statistics
+from lerobot_pi0.configuration_pi0 import ABSOLUTE_JOINTS, ActionLimits, Anchor, Pi0Config, Statistics
 from lerobot_pi0.weights import WEIGHTS_FILE, CheckpointError, find_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -209,6 +209,25 @@ def check_first_batch(config: Pi0Config, statistics: Prepared, dataset: Any, bat
         )
 
 
+def make_limits(config: Pi0Config, statistics: Prepared, dataset: Any) -> ActionLimits | None:
+    """What actions the dataset has, for the chunk guard: from its frames on disk, or else its statistics,
+    which say nothing of steps. None where neither says.
+    """
+    frames = {} if dataset is None else _read_columns(dataset, [ACTION, "episode_index"])
+    step = None
+    if frames:
+        actions, successive = frames[ACTION].astype(np.float64), ~_episode_borders(frames)[1:]
+        low, high = actions.min(0), actions.max(0)
+        if successive.any():
+            step = np.abs(np.diff(actions, axis=0)[successive]).max(0).tolist()
+    elif {"min", "max"} <= statistics.raw.get(ACTION, {}).keys():
+        low, high = (np.asarray(statistics.raw[ACTION][name], np.float64).ravel() for name in ("min", "max"))
+    else:
+        return None
+    gain, offset = _affine(config, statistics, ACTION)
+    return ActionLimits(low.tolist(), high.tolist(), step, gain.tolist(), offset.tolist())
+
+
 # Relative actions.
 
 
@@ -322,8 +341,7 @@ def _with_relative(config: Pi0Config, absolute: dict[str, Any], dataset: Any) ->
         np.ascontiguousarray(frames[key][:, [joint[i] for joint in joints]].T)
         for i, key in enumerate((ACTION, OBS_STATE))
     )
-    changes = (np.diff(frames["episode_index"][:, 0]) != 0) | (np.diff(frames["index"]) != 1)
-    borders = np.append(0, np.flatnonzero(changes) + 1)
+    borders = np.flatnonzero(_episode_borders(frames))
     logger.info(
         "relative actions: %s; their statistics are computed from %d frames",
         ", ".join(_name(config, ACTION, action) for action, _ in joints),
@@ -464,6 +482,12 @@ def read_columns(
     index = array("index")
     order = np.argsort(index, kind="stable")
     return {"index": index[order], **{name: array(name).reshape(len(index), -1)[order] for name in columns}}
+
+
+def _episode_borders(frames: dict[str, np.ndarray]) -> np.ndarray:
+    """Which frames (frames,) are the first of an episode, or come after a gap."""
+    changes = (np.diff(frames["episode_index"][:, 0]) != 0) | (np.diff(frames["index"]) != 1)
+    return np.append(True, changes)
 
 
 def _nested(flat: dict[str, np.ndarray]) -> Statistics:

@@ -226,6 +226,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from tiny_policy import batch, noise, tiny_policy
 from lerobot_pi0.inference import Sampler
+from lerobot_pi0.rtc import decided, read_leftover
 
 graphs = []
 
@@ -249,7 +250,12 @@ for valid in range(1, length + 1, 3):
     )
     actions = sampler.sample(given, noise() * valid, 10)
     torch.testing.assert_close(actions, policy.model.sample(given, noise() * valid, 10), atol=1e-5, rtol=1e-5)
-(graph,) = graphs  # one for all prompts and states of a padded length
+for delay in (1, 3, 5):
+    given = decided(read_leftover(noise()[:, :, :4], delay, noise(), None))
+    actions = sampler.sample(observation, noise(), 10, given)
+    eager = Sampler(policy.model, "fused").sample(observation, noise(), 10, given)
+    torch.testing.assert_close(actions, eager, atol=1e-5, rtol=1e-5)
+graph, _ = graphs  # one for all prompts and states of a padded length, one for all delays
 operations = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
 assert len(operations) > 500, len(operations)
 waits = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "device_put", "lift_fresh_copy")
@@ -271,7 +277,7 @@ def test_actions_of_a_graph_do_not_change_with_the_next_ones(model, observation,
     sampler = Sampler(model, "fused", compiled=True)
     shared = torch.zeros(2, CHUNK, 8)
     # As a CUDA graph does, it writes into memory of its own.
-    monkeypatch.setattr(sampler, "_graph", lambda _, start, __: shared.copy_(start))
+    monkeypatch.setattr(sampler, "_graph", lambda _, start, *__: shared.copy_(start))
     one, two = (sampler.sample(observation, start, STEPS) for start in (noise(), -noise()))
     assert torch.equal(one, -two)
 

@@ -60,6 +60,9 @@ DISCOVERED = {
     "lerobot_pi0.model.pi0",
     "lerobot_pi0.model.siglip",
     "lerobot_pi0.processor_pi0",
+    "lerobot_pi0.simulated_robot",
+    "lerobot_pi0.simulated_robot.config_scripted_so101",
+    "lerobot_pi0.simulated_robot.config_simulated_so101",
     "lerobot_pi0.training",
 }
 
@@ -200,8 +203,8 @@ def test_imports_point_downwards(path):
         root, _, rest = name.partition(".")
         if root != "lerobot_pi0":
             continue
-        if parts == ("__init__",) and rest.startswith("demo"):
-            # Registers `--env.type=metaworld_fast`, which has to happen wherever the plugin is discovered.
+        if parts == ("__init__",) and rest.startswith(("demo", "simulated_robot")):
+            # Registers types of environments, robots and teleoperators, wherever the plugin is discovered.
             assert f"lerobot_pi0.{rest}" in DISCOVERED
             continue
         part = rest.split(".")[0]

@@ -165,18 +165,6 @@ def test_chunk_is_repeatable_with_its_noise_and_keeps_no_graph(policy):
     assert not chunk.requires_grad
 
 
-def test_keywords_of_real_time_chunking_are_accepted(policy):
-    wanted = policy.predict_action_chunk(batch(), noise=noise())
-    found = policy.predict_action_chunk(
-        batch(),
-        noise=noise(),
-        inference_delay=2,
-        prev_chunk_left_over=torch.zeros(4, ACTION),
-        execution_horizon=3,
-    )
-    assert policy.supports_rtc() or torch.equal(found, wanted)
-
-
 def test_select_action_hands_out_the_chunk_and_then_predicts_the_next(policy):
     chunk = policy.predict_action_chunk(batch(), noise=noise())
     found = [policy.select_action(batch(), noise=noise()) for _ in range(3)]

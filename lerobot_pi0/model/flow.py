@@ -12,6 +12,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+# velocity(actions (b, a, e), time (b,)) -> (b, a, e)
+type Velocity = Callable[[Float[Tensor, "b a e"], Float[Tensor, " b"]], Float[Tensor, "b a e"]]
+
 
 def sample_time(uniform: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Training times in (0.001, 1] of uniform random numbers: Beta(1.5, 1) · 0.999 + 0.001, near noise mostly
@@ -20,10 +23,11 @@ def sample_time(uniform: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 
 
 def interpolate(
-    actions: Float[Tensor, "b a e"], noise: Float[Tensor, "b a e"], time: Float[Tensor, " b"]
+    actions: Float[Tensor, "b a e"], noise: Float[Tensor, "b a e"], time: Float[Tensor, "b ..."]
 ) -> tuple[Float[Tensor, "b a e"], Float[Tensor, "b a e"]]:
-    """The point at `time` on the straight path from actions to noise, and the velocity there."""
-    t = time[:, None, None]
+    """The point at `time`, one per sample or one per action, on the straight path from actions to noise, and
+    the velocity there."""
+    t = time.reshape(len(time), -1, 1)
     return t * noise + (1 - t) * actions, noise - actions
 
 
@@ -47,7 +51,7 @@ def step_times(num_steps: int) -> list[float]:
 
 
 def integrate(
-    velocity: Callable[[Float[Tensor, "b a e"], Float[Tensor, " b"]], Float[Tensor, "b a e"]],
+    velocity: Velocity,
     noise: Float[Tensor, "b a e"],
     num_steps: int,
 ) -> Float[Tensor, "b a e"]:

@@ -114,10 +114,12 @@ class Pi0(nn.Module):
         observation: Observation,
         actions: Float[Tensor, "b a e"],
         noise: Float[Tensor, "n a e"],
-        time: Float[Tensor, " n"],
+        time: Float[Tensor, "n ..."],
         prefix: Cache | None = None,
     ) -> Float[Tensor, "n a e"]:
         """Squared error of the velocity, unreduced; n = k·b draws k (noise, time) pairs per observation.
+
+        `time` is one per sample or one per action; actions at time 0 are given as they are.
 
         A `prefix` that was computed before, without a graph, leaves the gradients of the expert as they are.
         State and actions go through the expert together, so that its weights have one gradient to write.

@@ -1,0 +1,87 @@
+"""What keeps a wild chunk from the robot: actions are held to what the training data has.
+
+It knows chunks of normalised actions (b batch, a steps, d dimensions) and limits, and nothing of the policy.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lerobot_pi0.configuration_pi0 import ActionLimits
+
+logger = logging.getLogger(__name__)
+
+MARGIN = 0.1  # beyond the data's range, and its largest step, as a share of either
+LEAST = 1e-2  # of such a margin, in robot units: for dimensions that hardly move in the data
+
+
+def not_finite(values: Tensor, names: Sequence[str] | None) -> list[str]:
+    """Names (or numbers) of the last dimension where some of the values (…, d) are NaN or infinite."""
+    finite = values.isfinite()
+    if finite.all():
+        return []
+    dimensions = finite.flatten(0, -2).all(0).tolist()
+    return [names[i] if names else str(i) for i, is_finite in enumerate(dimensions) if not is_finite]
+
+
+class ChunkGuard:
+    """Holds chunks to `limits`, and tells where: of each joint the 1st, 2nd, 4th, 8th … chunk."""
+
+    def __init__(self, limits: ActionLimits, names: Sequence[str]):
+        self.names, self.num_held = names, Counter[str]()
+        low, high, self._gain, self._offset = (
+            torch.tensor(values, device="cpu")  # a policy that is loaded is made on torch's meta device
+            for values in (limits.low, limits.high, limits.gain, limits.offset)
+        )
+        margin = (MARGIN * (high - low)).clamp(min=LEAST)
+        self._low, self._high = low - margin, high + margin
+        self._step = None
+        if limits.step is not None:
+            step = torch.tensor(limits.step, device="cpu")
+            self._step = step + (MARGIN * step).clamp(min=LEAST)
+
+    def hold(self, chunk: Tensor) -> Tensor:
+        """The chunk (b, a, d), normalised, where it keeps to the limits; at the limit where it does not."""
+        gain, offset = self._gain.to(chunk.device), self._offset.to(chunk.device)
+        low, high = (limit.to(chunk.device) * gain + offset for limit in (self._low, self._high))
+        held = chunk.clamp(low, high)
+        if self._step is not None:
+            step = self._step.to(chunk.device) * gain
+            # What is too fast is rare: the loop over steps is for those chunks alone.
+            if bool((held.diff(dim=1).abs() > step).any()):
+                actions = [held[:, 0]]
+                for action in held[:, 1:].unbind(1):
+                    actions.append(actions[-1] + (action - actions[-1]).clamp(-step, step))
+                held = torch.stack(actions, 1)
+        if not torch.equal(held, chunk):
+            self._tell(chunk, held)
+        return held
+
+    def _tell(self, chunk: Tensor, held: Tensor) -> None:
+        raw, kept = (((x.float().cpu() - self._offset) / self._gain).flatten(0, 1) for x in (chunk, held))
+        for i, name in enumerate(self.names):
+            changed = (raw[:, i] != kept[:, i]).nonzero()[:, 0]
+            if not len(changed):
+                continue
+            self.num_held[name] += 1
+            if (times := self.num_held[name]) & (times - 1):
+                continue
+            at = changed[(raw[changed, i] - kept[changed, i]).abs().argmax()]
+            step = "" if self._step is None else f", in steps of at most {self._step[i]:.4g}"
+            logger.warning(
+                "chunk guard: %s held at %.4g instead of %.4g (%d of %d actions; chunk no. %d). The training "
+                "data, with a margin, has %.4g to %.4g%s. If the robot may go there, "
+                "--policy.chunk_guard=false",
+                name,
+                kept[at, i],
+                raw[at, i],
+                len(changed),
+                len(raw),
+                times,
+                self._low[i],
+                self._high[i],
+                step,
+            )

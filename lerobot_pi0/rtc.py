@@ -1,0 +1,172 @@
+"""Real-time chunking: a new chunk that goes on where the old one, still being executed, is.
+
+Two ways, both beside the model: guidance, which bends the velocity of any flow policy towards the actions
+that are left over (Black et al., 2025, "Real-Time Execution of Action Chunking Flow Policies"), and
+conditioning, for a policy that was trained with actions already decided (Black et al., 2025, "Training-Time
+Action Conditioning for Efficient Real-Time Chunking"). Time runs from 1 (noise) to 0 (actions); the papers'
+runs the other way. Shapes as in `model/`: b batch, a actions of a chunk, e their padded size.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from lerobot_pi0.model.flow import Velocity
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+logger = logging.getLogger(__name__)
+
+# How the pull of the leftover fades behind what is certain to be executed.
+Schedule = Literal["ZEROS", "ONES", "LINEAR", "EXP"]
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Actions of the last chunk that were not executed when the observation was taken, as the network's are.
+
+    The first `delay` of them will have been executed before the new chunk arrives.
+    """
+
+    actions: Float[Tensor, "b a e"]  # zero where there is none
+    known: Bool[Tensor, "a e"]
+    delay: int
+
+    @property
+    def length(self) -> int:
+        """Steps that there are."""
+        return int(self.known.any(1).sum())
+
+
+def read_leftover(
+    left: Float[Tensor, "*b s d"],
+    delay: int,
+    noise: Float[Tensor, "b a e"],
+    anchor: Float[Tensor, "b d"] | None,
+) -> Leftover | None:
+    """The leftover that LeRobot hands over, of a chunk like `noise`; None if nothing is left.
+
+    LeRobot fills a short one up with rows of zeros: these are no actions, and would pull the arm to the mean
+    pose of the data. Relative actions are so to the `anchor` of the observation at hand.
+    """
+    left = (left if left.ndim == 3 else left[None]).to(noise)
+    real = left.ne(0).any(2).any(0).nonzero()
+    if not len(real):
+        return None
+    chunk_size, padded_size = noise.shape[1:]
+    steps, size = min(int(real.max()) + 1, chunk_size), left.shape[2]
+    actions = torch.zeros_like(noise)
+    actions[:, :steps, :size] = left[:, :steps] if anchor is None else left[:, :steps] - anchor[:, None]
+    known = torch.zeros(chunk_size, padded_size, dtype=torch.bool, device=left.device)
+    known[:steps, :size] = True
+    return Leftover(actions, known, min(delay, steps))
+
+
+def prefix_weights(delay: int, end: int, chunk_size: int, schedule: Schedule) -> Float[Tensor, " a"]:
+    """How much each action of the leftover counts: all before `delay`, none from `end` on (paper, eq. 5)."""
+    step = torch.arange(chunk_size, dtype=torch.float32)
+    fading = ((end - step) / (end - min(delay, end) + 1)).clamp(0, 1)
+    weights = {
+        "ZEROS": torch.zeros_like(step),
+        "ONES": torch.ones_like(step),
+        "LINEAR": fading,
+        "EXP": fading * torch.expm1(fading) / (math.e - 1),
+    }[schedule]
+    weights = torch.where(step < delay, torch.ones_like(step), weights)
+    return torch.where(step < end, weights, torch.zeros_like(step))
+
+
+def guided(
+    velocity: Velocity,
+    target: Float[Tensor, "b a e"],
+    weights: Float[Tensor, "a e"],
+    max_weight: float,
+) -> Velocity:
+    """The velocity, bent so that it ends near `target` where `weights` say so (paper, eq. 2 to 4).
+
+    The correction is the error of the actions that the velocity leads to, taken back through the network: a
+    vector-Jacobian product, whose graph lives for one step. `max_weight` bounds it near noise.
+    """
+
+    def bent(x: Float[Tensor, "b a e"], time: Float[Tensor, " b"]) -> Float[Tensor, "b a e"]:
+        t = time[:, None, None]
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            v = velocity(x, time)
+            actions = x - t * v
+            error = (target - actions).detach() * weights
+            (correction,) = torch.autograd.grad(actions, x, error)
+        # (1 - τ) / (τ r²) with τ = 1 - t and r² = t² / (t² + (1 - t)²); infinite at t = 1.
+        weight = ((t**2 + (1 - t) ** 2) / (t * (1 - t))).clamp(max=max_weight)
+        return v.detach() - weight * correction
+
+    return bent
+
+
+def guidance(
+    leftover: Leftover, schedule: Schedule, execution_horizon: int, max_weight: float
+) -> Callable[[Velocity], Velocity]:
+    """`guided` towards a leftover, over the first `execution_horizon` steps of it.
+
+    What is certain to be executed should lie within: where it does not, a warning says so.
+    """
+    steps, delay = len(leftover.known), leftover.delay
+    end = min(execution_horizon, leftover.length)
+    if delay > end and execution_horizon < steps:
+        _tell_of_horizon(delay, end, min(2 * delay, steps))
+    weights = prefix_weights(delay, end, steps, schedule).to(leftover.known.device)[:, None] * leftover.known
+    return lambda velocity: guided(velocity, leftover.actions, weights, max_weight)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """Actions that the network is given as they are, at time 0, instead of denoising them.
+
+    Which they are is a mask: of the same shape whatever the delay.
+    """
+
+    actions: Float[Tensor, "b a e"]
+    mask: Bool[Tensor, " a"]
+
+    def put(self, x: Float[Tensor, "b a e"]) -> Float[Tensor, "b a e"]:
+        """Actions in which the decided ones stand as they are."""
+        return torch.where(self.mask[:, None], self.actions, x)
+
+
+def decided(leftover: Leftover) -> Decided:
+    """What of a leftover is certain to be executed."""
+    step = torch.arange(leftover.actions.shape[1], device=leftover.actions.device)
+    return Decided(leftover.actions, step < leftover.delay)
+
+
+def sample_delays(uniform: Float[Tensor, " n"], max_delay: int) -> Int[Tensor, " n"]:
+    """Simulated delays of training, 0 to `max_delay` alike, of uniform random numbers in [0, 1)."""
+    return (uniform * (max_delay + 1)).long().clamp(max=max_delay)
+
+
+def decided_times(
+    time: Float[Tensor, " n"], delays: Int[Tensor, " n"], chunk_size: int
+) -> tuple[Float[Tensor, "n a"], Bool[Tensor, "n a"]]:
+    """Training times of each action, 0 for those before the delay, and which ones are to be learnt."""
+    learnt = torch.arange(chunk_size, device=time.device) >= delays[:, None]
+    return time[:, None] * learnt, learnt
+
+
+@functools.cache  # once for each
+def _tell_of_horizon(delay: int, held: int, enough: int) -> None:
+    logger.warning(
+        "real-time chunking: %d actions will be executed before the new chunk arrives, but it is held to %d "
+        "of them, and will jump: set --inference.rtc.execution_horizon=%d or more",
+        delay,
+        held,
+        enough,
+    )
