@@ -213,7 +213,7 @@ def make_limits(config: Pi0Config, statistics: Prepared, dataset: Any) -> Action
     """What actions the dataset has, for the chunk guard: from its frames on disk, or else its statistics,
     which say nothing of steps. None where neither says.
     """
-    frames = {} if dataset is None else _read_columns(dataset, [ACTION, "episode_index"])
+    frames = {} if dataset is None else read_columns(dataset, [ACTION, "episode_index"])
     step = None
     if frames:
         actions, successive = frames[ACTION].astype(np.float64), ~_episode_borders(frames)[1:]

@@ -196,6 +196,7 @@ class Subject:
         """The policy. Raises what loading raises."""
         assert self.policy_flags is not None
         loaded = load_policy(self.policy_flags)
+        loaded.policy._guard = None  # which would hide how far actions leave the data
         for step in loaded.preprocess.steps:
             if isinstance(step, RenameObservationsProcessorStep):
                 step.rename_map = self.rename_map
