@@ -1,8 +1,9 @@
 """`lerobot-pi0 <subcommand> [--flag=value ...]`: the tools beside the policy, with LeRobot's flag style.
 
-A subcommand is a function from a dataclass to the text to print: the fields are its flags, the comments above
-them their help; a field without a default may also be given by its position. A function of a list of strings
-gets its arguments as they are: it stands before a command of LeRobot. A module is imported when it is called.
+A subcommand is a function from a dataclass to the text to print, or to text and exit code: the fields are its
+flags, the comments above them their help; a field without a default may also be given by its position. A
+function of a list of strings gets its arguments as they are: it stands before a command of LeRobot. A module
+is imported when it is called.
 """
 
 import difflib
@@ -25,6 +26,7 @@ BENCHMARKS = "lerobot_pi0.benchmarks" if Path(__file__).with_name("benchmarks").
 SUBCOMMANDS = {
     "bench": (f"{BENCHMARKS}.bench:main", "measure this π0 beside LeRobot's in-tree one, on this machine"),
     "demo": ("lerobot_pi0.demo.demo:main", "record, train and evaluate a small π0 in Meta-World"),
+    "doctor": ("lerobot_pi0.tools.doctor.command:main", "what is wrong with a policy, its data, its robot"),
     "latency": ("lerobot_pi0.control.latency:main", "how long a chunk takes, and how to drive with that"),
     "merge": ("lerobot_pi0.merge:main", "make one plain checkpoint of LoRA adapters and their base"),
     "plan": ("lerobot_pi0.planning:main", "which fine-tuning fits a GPU, how long it takes, which command"),
@@ -98,8 +100,12 @@ def run(name: str, flags: list[str]) -> None:
         # If it was the dataclass that objected, draccus only says that it could not be made.
         reason = error.__cause__ if type(error) is draccus.ParsingError else error
         fail(f"{PROGRAM} {name}: error: {reason} (`{PROGRAM} {name} --help`)", 2)
-    if (text := function(config)) is not None:
+    text = function(config)
+    text, code = text if isinstance(text, tuple) else (text, 0)
+    if text is not None:
         print(text)
+    if code:
+        raise SystemExit(code)
 
 
 def usage() -> str:

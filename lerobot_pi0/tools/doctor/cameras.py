@@ -1,0 +1,242 @@
+"""Cameras: does each slot of the policy get the picture that it learned from, and does it show something?"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from lerobot.utils.constants import OBS_IMAGES
+from torch import Tensor
+
+from lerobot_pi0.configuration_pi0 import Pi0Config, assign_cameras
+from lerobot_pi0.model.observation import letterbox
+from lerobot_pi0.planning import fit_to
+from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
+from lerobot_pi0.tools.doctor.subject import Subject
+
+WRIST = ("wrist", "hand", "gripper")  # as cameras are assigned to slots
+DARK = 6 / 255  # mean of a picture: a lens cap, or a lamp that is off
+FLAT = 4 / 255  # standard deviation of a picture: nothing on it
+STILL = 0.5 / 255  # mean difference of two pictures: less than what compression changes
+USED = 0.5  # of the square: wider than 2 : 1 leaves less
+SHAPE = 0.05  # difference of height : width
+MOVED = 0.05  # of a joint's range
+
+
+def slots_are_filled(subject: Subject) -> Iterator[Finding]:
+    """The policy's cameras and the dataset's have the same names."""
+    yield from _same_cameras(subject, "dataset", subject.recorded_cameras)
+
+
+def robot_fills_slots(subject: Subject) -> Iterator[Finding]:
+    """The policy's cameras and the robot's have the same names."""
+    yield from _same_cameras(subject, "robot", subject.robot_cameras)
+
+
+def _same_cameras(subject: Subject, whose: str, there: dict[str, tuple[int, int]]) -> Iterator[Finding]:
+    wanted = subject.config.cameras
+    missing = {slot: key for slot, key in wanted.items() if key not in there}
+    spare = [key for key in there if key not in wanted.values()]
+    if missing:
+        # In order, which is a guess: people have to look at it.
+        guess = json.dumps(dict(zip(spare, missing.values(), strict=False)))
+        rename = f"--rename_map='{guess}' if these are the same views"
+        yield error(
+            f"the {whose} has no picture for {listed(f'slot {slot}' for slot in missing)}",
+            f"the policy looks at {listed(wanted.values())}; the {whose} has {listed(there) or 'no camera'}",
+            (f"{rename}, or " if spare else "")
+            + (
+                "name the robot's cameras as they were recorded: "
+                f"--robot.cameras='{{{_short(next(iter(missing.values())))}: …}}'"
+                if whose == "robot"
+                else "train on this dataset's cameras (a new run with --policy.cameras)"
+            ),
+        )
+    elif spare:
+        yield note(
+            f"the policy does not look at {listed(spare)}",
+            f"its slots: {_slots(wanted)}",
+        )
+    else:
+        yield fine(f"{whose}: {_slots(wanted)}")
+
+
+def slots_fit_names(subject: Subject) -> Iterator[Finding]:
+    """No wrist camera in the base slot, no left one in the right slot, by their names."""
+    cameras = subject.config.cameras
+    wrong = []
+    for slot, key in cameras.items():
+        name = _short(key).lower()
+        if slot == "base" and any(word in name for word in WRIST):
+            wrong.append(f"slot base is given '{key}', a wrist camera by its name")
+        for side, other in (("left", "right"), ("right", "left")):
+            if side in slot and other in name and side not in name:
+                wrong.append(f"slot {slot} is given '{key}', of the {other} by its name")
+    if wrong:
+        right = assign_cameras(list(cameras.values()), {})
+        cure = (
+            f"train with --policy.cameras='{json.dumps(right)}'" if right != cameras else "see the pictures"
+        )
+        yield warning(
+            "a camera stands in a slot that its name does not fit", listed(wrong), f"{cure} (--output=FOLDER)"
+        )
+
+
+def features_fit(subject: Subject) -> Iterator[Finding]:
+    """The dataset has a camera, a state and an action that a policy can be made for."""
+    assert subject.metadata is not None
+    try:
+        fit_to(Pi0Config(device="cpu"), subject.metadata)
+    except ValueError as reason:
+        yield error("a policy cannot be made for this dataset", str(reason), "record what is missing")
+
+
+def dataset_shapes(subject: Subject) -> Iterator[Finding]:
+    """The dataset's pictures have the height : width that the policy was trained on."""
+    yield from _shapes(subject, "dataset", subject.recorded_cameras)
+
+
+def robot_shapes(subject: Subject) -> Iterator[Finding]:
+    """The robot's pictures have the height : width that the policy was trained on."""
+    yield from _shapes(subject, "robot", subject.robot_cameras)
+
+
+def _shapes(subject: Subject, whose: str, there: dict[str, tuple[int, int]]) -> Iterator[Finding]:
+    for key, trained in subject.policy_cameras.items():
+        if key not in there or there[key] == trained:
+            continue
+        (h, w), (th, tw) = there[key], trained
+        if abs((h / w) / (th / tw) - 1) > SHAPE:
+            yield warning(
+                f"the {whose}'s '{key}' has another shape than in training",
+                f"{w}×{h} (width × height), trained on {tw}×{th}: letterboxed, things have another size "
+                "and place",
+                f"record with {tw}×{th}"
+                + (
+                    " (width and height in --robot.cameras)"
+                    if whose == "robot"
+                    else ", or train on this data"
+                ),
+            )
+        else:
+            yield note(f"the {whose}'s '{key}' is {w}×{h}, in training {tw}×{th}: the same shape")
+
+
+def squares_are_used(subject: Subject) -> Iterator[Finding]:
+    """Pictures are not so wide that most of the model's square stays black."""
+    size = subject.config.vision.image_size
+    for key, (height, width) in subject.recorded_cameras.items():
+        used = min(height, width) / max(height, width)
+        if used < USED:
+            yield warning(
+                f"'{key}' fills {used:.0%} of the square that the model sees",
+                f"{width}×{height} becomes {int(size * min(1, width / height))}×"
+                f"{int(size * min(1, height / width))} of {size}×{size}; the rest is black",
+                "record a picture nearer to a square, or crop it before recording",
+            )
+
+
+def pictures_show_something(subject: Subject) -> Iterator[Finding]:
+    """No picture is black or of one colour."""
+    for key, images in _pictures(subject).items():
+        mean, spread = images.mean((1, 2, 3)), images.std((2, 3)).amax(1)
+        dark, flat = mean < DARK, spread < FLAT
+        where = _where(subject, dark | flat)
+        if (share := (dark | flat).float().mean().item()) > 0:
+            yield error(
+                f"'{key}' is {'black' if dark.any() else 'of one colour'} in {share:.0%} of the pictures",
+                f"{where}; mean brightness {mean[dark | flat].mean() * 255:.0f} of 255",
+                "look at it with `lerobot-dataset-viz`; drop these episodes (`lerobot-edit-dataset "
+                "--operation.type=delete_episodes`), or record again (lens cap, exposure, cable)",
+            )
+
+
+def pictures_change(subject: Subject) -> Iterator[Finding]:
+    """No camera stands still while the robot moves."""
+    states = torch.stack([frame["observation.state"] for frame in subject.frames]).numpy()
+    span = np.ptp(subject.columns.state, axis=0)
+    moves = np.abs(np.diff(states, axis=0)) > MOVED * np.maximum(span, 1e-9)
+    moves &= span > 0
+    episodes = torch.stack([frame["episode_index"] for frame in subject.frames]).numpy()
+    pairs = np.flatnonzero(moves.any(1) & (np.diff(episodes) == 0))
+    for key, images in _pictures(subject).items():
+        still = [int(i) for i in pairs if (images[i + 1] - images[i]).abs().mean() < STILL]
+        if still:
+            yield (error if len(still) * 2 >= len(pairs) else warning)(
+                f"'{key}' is frozen: it shows the same picture while the robot moves",
+                f"in {len(still)} of {len(pairs)} pairs of pictures, as in {_place(subject, still[0])} and "
+                f"{_place(subject, still[0] + 1)}",
+                "drop these episodes and record again: the camera or its cable stopped giving pictures",
+            )
+
+
+def pictures_differ(subject: Subject) -> Iterator[Finding]:
+    """No two cameras show the same picture."""
+    pictures = _pictures(subject)
+    for (a, one), (b, other) in itertools.combinations(pictures.items(), 2):
+        if one.shape == other.shape and (one - other).abs().mean() < STILL:
+            yield error(
+                f"'{a}' and '{b}' show the same picture",
+                f"their mean difference is {(one - other).abs().mean() * 255:.2f} of 255",
+                "both names point at one camera (index_or_path of --robot.cameras): record again",
+            )
+    if pictures:
+        yield fine(
+            f"{next(iter(pictures.values())).shape[0]} pictures of each camera decoded: light and moving"
+        )
+
+
+def contact_sheet(subject: Subject, file: Path) -> None:
+    """What the model sees, letterboxed: a row for each slot, a column for each episode decoded."""
+    from PIL import Image, ImageDraw
+
+    size, caption = subject.config.vision.image_size, 16
+    tile = max(size, 160)
+    pictures = _pictures(subject)
+    slots = {slot: key for slot, key in subject.config.cameras.items() if key in pictures}
+    slots |= {_short(key): key for key in pictures if key not in slots.values()}
+    # One of each episode, each a little later in it.
+    episodes = torch.stack([frame["episode_index"] for frame in subject.frames])
+    firsts = [int((episodes == episode).nonzero()[0]) for episode in episodes.unique()]
+    shown = [min(first + i, len(episodes) - 1) for i, first in enumerate(firsts)]
+    page = Image.new("RGB", (tile * len(shown), (tile + caption) * len(slots)), "white")
+    draw = ImageDraw.Draw(page)
+    for row, (slot, key) in enumerate(slots.items()):
+        top = row * (tile + caption)
+        draw.text((4, top + 2), f"{slot} <- {key}, {size} x {size}", fill="black")
+        for column, i in enumerate(shown):
+            square = (letterbox(pictures[key][i : i + 1], size)[0] * 255).round().byte()
+            picture = Image.fromarray(square.permute(1, 2, 0).numpy())
+            page.paste(picture.resize((tile, tile), Image.Resampling.NEAREST), (column * tile, top + caption))
+    page.save(file)
+
+
+def _pictures(subject: Subject) -> dict[str, Tensor]:
+    """The decoded frames of each camera (n, 3, height, width) in [0, 1], by the policy's names."""
+    names = {subject.rename_map.get(key, key): key for key in subject.frames[0]}
+    stacks = {
+        key: torch.stack([frame[names[key]] for frame in subject.frames])
+        for key in subject.recorded_cameras
+        if key in names and subject.frames[0][names[key]].shape[0] == 3
+    }
+    return {key: x.float() / 255 if x.dtype == torch.uint8 else x for key, x in stacks.items()}
+
+
+def _where(subject: Subject, wrong: Tensor) -> str:
+    episodes = sorted({int(subject.frames[i]["episode_index"]) for i in wrong.nonzero().flatten().tolist()})
+    return f"in episodes {listed(episodes)} of those decoded"
+
+
+def _place(subject: Subject, i: int) -> str:
+    frame = subject.frames[i]
+    return f"episode {int(frame['episode_index'])}, frame {int(frame['frame_index'])}"
+
+
+def _slots(cameras: dict[str, str]) -> str:
+    return ", ".join(f"{slot} ← {key}" for slot, key in cameras.items())
+
+
+def _short(key: str) -> str:
+    return key.removeprefix(f"{OBS_IMAGES}.").removeprefix("observation.")

@@ -1,0 +1,137 @@
+"""All checks, in one table: causes before what they cause, for the first finding is where people begin."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from lerobot_pi0.tools.doctor import (
+    behaviour,
+    cameras,
+    checkpoint,
+    joints,
+    machine,
+    motion,
+    prompts,
+    scales,
+    timing,
+)
+from lerobot_pi0.tools.doctor.finding import Finding, Severity, error
+from lerobot_pi0.tools.doctor.subject import Subject
+
+Look = Callable[[Subject], Iterator[Finding]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A question, the parts that it needs, and the checks without whose answer it makes no sense."""
+
+    area: str
+    look: Look
+    needs: tuple[str, ...]
+    after: tuple[Look, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As JSON has it: area.question."""
+        return f"{self.area}.{self.look.__name__}"
+
+
+SYMPTOMS = "policy"  # an area: what the policy does at the dataset's frames
+P, D, R = ("policy",), ("dataset",), ("robot",)
+PD, PR, DR = P + D, P + R, D + R
+
+_files, _loads = checkpoint.files_are_there, checkpoint.policy_loads
+_here, _finite = motion.frames_are_here, motion.values_are_finite
+# What has to be so before the policy can be run on the dataset.
+_runs = (_files, _loads, _here, _finite, cameras.slots_are_filled, joints.dataset_has_the_policys)
+
+CHECKS = (
+    Check("checkpoint", _files, P),
+    Check("checkpoint", checkpoint.statistics_are_whole, P, (_files,)),
+    Check("checkpoint", checkpoint.weights_are_numbers, P),
+    Check("checkpoint", checkpoint.weights_are_trained, P),
+    Check("checkpoint", _loads, P, (_files,)),
+    Check("cameras", cameras.features_fit, D),
+    Check("cameras", cameras.slots_are_filled, PD),
+    Check("cameras", cameras.robot_fills_slots, PR),
+    Check("cameras", cameras.slots_fit_names, P),
+    Check("data", _here, D),
+    Check("cameras", cameras.pictures_show_something, D, (_here,)),
+    Check("cameras", cameras.pictures_differ, D, (_here,)),
+    Check("cameras", cameras.pictures_change, D, (_here, cameras.pictures_show_something)),
+    Check("cameras", cameras.dataset_shapes, PD, (cameras.slots_are_filled,)),
+    Check("cameras", cameras.robot_shapes, PR, (cameras.robot_fills_slots,)),
+    Check("cameras", cameras.squares_are_used, D),
+    Check("joints", joints.dataset_has_the_policys, PD, (_here,)),
+    Check("joints", joints.robot_has_the_policys, PR),
+    Check("data", _finite, D, (_here,)),
+    Check("joints", joints.actions_follow_their_names, D, (_here, _finite)),
+    Check("data", motion.actions_are_no_copies, D, (_here, _finite)),
+    Check(
+        "data",
+        motion.actions_come_before_movement,
+        D,
+        (_here, _finite, joints.actions_follow_their_names, motion.actions_are_no_copies),
+    ),
+    Check("data", motion.joints_move, D, (_here, _finite)),
+    Check("data", motion.values_have_no_spikes, D, (_here, _finite)),
+    Check("data", motion.actions_leave_their_limits, D, (_here, _finite)),
+    Check("data", motion.episodes_are_no_waiting, D, (_here, _finite)),
+    Check("time", timing.frames_are_evenly_spaced, D, (_here,)),
+    Check("time", timing.chunks_fit_episodes, D, (_here,)),
+    Check("time", timing.cameras_keep_up, DR),
+    Check("statistics", scales.recorded_statistics_are_the_datas, D, (_here, _finite)),
+    Check("statistics", scales.actions_are_of_the_policys_kind, PD, _runs),
+    Check("statistics", scales.policy_has_the_datas_statistics, PD, _runs),
+    Check("prompts", prompts.prompts_say_something, D, (_here,)),
+    Check("prompts", prompts.prompts_are_whole, PD, (_files,)),
+    Check("prompts", prompts.prompts_are_those_trained_on, PD),
+    Check(SYMPTOMS, behaviour.actions_move, PD, _runs),
+    Check(SYMPTOMS, checkpoint.loss_is_below_blind, PD, _runs),
+    Check(SYMPTOMS, behaviour.actions_stay_in_range, PD, _runs),
+    Check(SYMPTOMS, behaviour.actions_are_those_demonstrated, PD, _runs),
+    Check("machine", machine.device_is_here, P),
+    Check("machine", machine.policy_fits, P),
+)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finding, and the check that found it."""
+
+    check: Check
+    finding: Finding
+
+
+def examine(subject: Subject) -> list[Answer]:
+    """Ask everything that can be asked of a subject; worst first, then in the table's order.
+
+    What the policy does is a symptom, which comes after all that may be its cause. What cannot be looked at,
+    because something in the files is broken, is a finding too.
+    """
+    parts = {"policy": subject.checkpoint, "dataset": subject.metadata, "robot": subject.robot}
+    answers, failed = [], set()
+    for check in CHECKS:
+        if any(parts[part] is None for part in check.needs) or not failed.isdisjoint(check.after):
+            continue
+        try:
+            found = list(check.look(subject))
+        except (OSError, RuntimeError, ValueError, KeyError) as reason:
+            found = [_broken(check, reason)]
+        if any(finding.severity is Severity.ERROR for finding in found):
+            failed.add(check.look)
+        answers += [Answer(check, finding) for finding in found]
+    return sorted(answers, key=_rank)
+
+
+def _rank(answer: Answer) -> tuple[bool, bool, int]:
+    severity = answer.finding.severity
+    wrong = severity in (Severity.ERROR, Severity.WARNING)
+    return not wrong, wrong and answer.check.area == SYMPTOMS, list(Severity).index(severity)
+
+
+def _broken(check: Check, reason: Exception) -> Finding:
+    return error(
+        f"{check.look.__name__.replace('_', ' ')}? It could not be looked at",
+        f"{type(reason).__name__}: {reason}",
+        "mend what this names, and ask again",
+    )

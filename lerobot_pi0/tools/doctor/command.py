@@ -1,0 +1,74 @@
+"""The flags of `lerobot-pi0 doctor`, and its exit code."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lerobot.robots import Robot, RobotConfig, make_robot_from_config
+
+# Registers the robots and cameras that LeRobot has.
+from lerobot.scripts import lerobot_rollout  # noqa: F401
+
+from lerobot_pi0.tools.doctor.cameras import contact_sheet
+from lerobot_pi0.tools.doctor.checks import examine
+from lerobot_pi0.tools.doctor.finding import Severity
+from lerobot_pi0.tools.doctor.page import as_json, page
+from lerobot_pi0.tools.doctor.subject import Subject
+from lerobot_pi0.tools.inputs import DatasetFlags, PolicyFlags
+
+
+@dataclass
+class DoctorConfig:
+    """Say what is wrong with a policy, a dataset and a robot, worst first, and how to mend it.
+
+    Exit code 1 if there are errors; warnings and notes do not change it.
+    """
+
+    # The checkpoint; left out, the dataset is examined as one for a new policy.
+    policy: PolicyFlags = field(default_factory=PolicyFlags)
+    # The dataset that it was trained on, or is to be.
+    dataset: DatasetFlags = field(default_factory=DatasetFlags)
+    # The robot that it is to drive, as lerobot-rollout takes it (--robot.type=…); it is not connected to.
+    robot: RobotConfig | None = None
+    # Camera of dataset or robot → camera of the policy, as lerobot-rollout takes it.
+    rename_map: dict[str, str] = field(default_factory=dict)
+    # Folder for cameras.png, which shows what the policy sees, and page.txt.
+    output: Path | None = None
+    # Print JSON instead of a page.
+    json: bool = False
+
+
+def main(config: DoctorConfig) -> tuple[str, int]:
+    """The page, or JSON, and the exit code."""
+    logging.getLogger("lerobot_pi0").setLevel(logging.ERROR)  # what is worth saying is on the page
+    policy = config.policy if config.policy.path else None
+    dataset = config.dataset if config.dataset.repo_id or config.dataset.root else None
+    if policy is None and dataset is None:
+        raise ValueError(
+            "which policy or dataset? Name one or both: --policy.path=outputs/…/pretrained_model, "
+            "--dataset.repo_id=user/name"
+        )
+    subject = Subject(policy, dataset, _robot(config.robot), config.rename_map)
+    answers = examine(subject)
+    text = as_json(subject, answers) if config.json else page(subject, answers)
+    if config.output:
+        config.output.mkdir(parents=True, exist_ok=True)
+        (config.output / "page.txt").write_text(page(subject, answers) + "\n", encoding="utf-8")
+        if dataset:
+            contact_sheet(subject, config.output / "cameras.png")
+        if not config.json:
+            shown = "cameras.png, page.txt" if dataset else "page.txt"
+            text += f"\n\nIn {config.output}: {shown}"
+    return text, int(any(answer.finding.severity is Severity.ERROR for answer in answers))
+
+
+def _robot(config: RobotConfig | None) -> Robot | None:
+    """The robot, not connected. Raises ValueError when its software is not installed."""
+    if config is None:
+        return None
+    try:
+        return make_robot_from_config(config)
+    except ImportError as reason:
+        raise ValueError(
+            f"the robot '{config.type}' cannot be made to ask for its joints and cameras: {reason}"
+        ) from reason

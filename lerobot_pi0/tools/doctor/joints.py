@@ -1,0 +1,117 @@
+"""Joints: the same ones, in the same order, at the policy, in the dataset and at the robot?
+
+Vectors carry no names on their way, so a wrong order raises nothing and gives each joint another's value.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+
+from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
+from lerobot_pi0.tools.doctor.subject import Subject
+
+FOLLOWS, STRANGER = (
+    0.9,
+    0.5,
+)  # correlations of an action with the state's joint of another and of its own name
+
+
+def dataset_has_the_policys(subject: Subject) -> Iterator[Finding]:
+    """The dataset's joints are those that the policy was trained on."""
+    recorded = subject.recorded
+    columns = subject.columns
+    yield from _compare(
+        subject,
+        "dataset",
+        (recorded.state_feature_names, columns.state.shape[1]),
+        (recorded.action_feature_names, columns.action.shape[1]),
+    )
+
+
+def robot_has_the_policys(subject: Subject) -> Iterator[Finding]:
+    """The robot's joints, as lerobot-rollout hands them over, are those that the policy was trained on."""
+    assert subject.robot is not None
+    # lerobot-rollout passes positions and velocities of the base on, nothing else.
+    state, action = (
+        [name for name, kind in features.items() if kind is float and name.endswith((".pos", ".vel"))]
+        for features in (subject.robot.observation_features, subject.robot.action_features)
+    )
+    yield from _compare(subject, "robot", (state, len(state)), (action, len(action)))
+
+
+def _compare(
+    subject: Subject, whose: str, state: tuple[list[str] | None, int], action: tuple[list[str] | None, int]
+) -> Iterator[Finding]:
+    config, fits = subject.config, []
+    for kind, trained, feature, (names, size) in (
+        ("state", config.state_feature_names, config.robot_state_feature, state),
+        ("action", config.action_feature_names, config.action_feature, action),
+    ):
+        expected = feature.shape[0] if feature else size
+        if trained and names and trained != names:
+            yield _difference(kind, whose, trained, names)
+        elif size != expected:
+            yield error(
+                f"the {whose}'s {kind} has {size} dimensions, the policy's {expected}",
+                f"{whose}: {listed(names, 8) if names else size}; policy: {listed(trained or [expected], 8)}",
+                "use the robot and the dataset that the policy was trained with, or train on these",
+            )
+        elif not trained or not names:
+            who = "policy" if not trained else whose
+            yield note(
+                f"the order of the {kind}'s joints cannot be checked: the {who} does not name them",
+                f"{size} dimensions at both",
+            )
+        else:
+            fits.append(f"{kind} ({listed(names, 3)})")
+    if fits:
+        yield fine(f"{whose}: the same {' and '.join(fits)}, in the same order")
+
+
+def _difference(kind: str, whose: str, trained: Sequence[str], found: Sequence[str]) -> Finding:
+    missing = [name for name in trained if name not in found]
+    added = [name for name in found if name not in trained]
+    evidence = f"policy: {listed(trained, 8)}; {whose}: {listed(found, 8)}"
+    if not missing and not added:
+        moved = [f"{a} gets {b}" for a, b in zip(trained, found, strict=True) if a != b]
+        return error(
+            f"the {whose}'s {kind} has its joints in another order: {listed(moved)}",
+            evidence,
+            "use the robot type and version that the data was recorded with"
+            if whose == "robot"
+            else "use the dataset that the policy was trained on, or train on this one",
+        )
+    if len(missing) == len(added) and len(trained) == len(found):
+        return warning(
+            f"the {whose}'s {kind} calls its joints otherwise: {listed(missing)} → {listed(added)}",
+            evidence,
+            "if they are the same joints in the same units, tell the policy: "
+            f"--policy.{kind}_feature_names='{json.dumps(list(found))}'; if not, train on this data",
+        )
+    lacks = [f"lacks {listed(missing)}"] if missing else []
+    return error(
+        f"the {whose}'s {kind} "
+        f"{' and '.join([*lacks, *([f'has {listed(added)} besides'] if added else [])])}",
+        evidence,
+        "use the robot and the dataset that the policy was trained with, or train on these",
+    )
+
+
+def actions_follow_their_names(subject: Subject) -> Iterator[Finding]:
+    """Each action moves the joint of its name and not another one: columns were not swapped in recording."""
+    pair = subject.pairing
+    if not pair.by_name:
+        return
+    names = [name for name, smooth in zip(pair.names, pair.smooth, strict=True) if smooth]
+    table = pair.table
+    swapped = [
+        f"'{names[i]}' moves '{names[j]}' ({table[i, j]:.2f}; its own joint {table[i, i]:.2f})"
+        for i, j in enumerate(table.argmax(1))
+        if i != j and table[i, j] > FOLLOWS and table[i, i] < STRANGER
+    ]
+    if swapped:
+        yield error(
+            "actions and states are not in the same order, whatever their names say",
+            f"correlation of an action with the joints: {listed(swapped)}",
+            "the recording mixed up columns: mend the names in meta/info.json or the order of the data, or "
+            "record again",
+        )

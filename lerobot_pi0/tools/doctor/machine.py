@@ -1,0 +1,67 @@
+"""The machine: is the policy's device here, and does the policy fit into its memory?"""
+
+import json
+import os
+from collections.abc import Iterator
+
+import torch
+from lerobot.utils.device_utils import is_torch_device_available
+
+from lerobot_pi0.footprint import footprint
+from lerobot_pi0.planning import CONTEXT, FRAGMENTATION, GIGABYTE, on_cpu
+from lerobot_pi0.tools.doctor.finding import Finding, error, fine, note
+from lerobot_pi0.tools.doctor.subject import Subject
+
+TRAINING_BATCH = 8
+
+
+def device_is_here(subject: Subject) -> Iterator[Finding]:
+    """The device that the checkpoint names is one of this machine."""
+    named = json.loads((subject.folder / "config.json").read_text(encoding="utf-8")).get("device")
+    if named and not is_torch_device_available(named):
+        yield note(
+            f"the checkpoint was trained on '{named}', which this machine does not have",
+            f"LeRobot then takes '{subject.config.device}'",
+            f"--policy.device={subject.config.device} says so on purpose",
+        )
+
+
+def policy_fits(subject: Subject) -> Iterator[Finding]:
+    """Running the policy needs less memory than there is."""
+    config = subject.config
+    with torch.device("meta"):
+        from lerobot_pi0.modeling_pi0 import Pi0Policy
+
+        model = Pi0Policy(config).model
+    size = getattr(torch, config.dtype).itemsize
+    needs = sum(parameter.numel() for parameter in model.parameters()) * size
+    if config.device and config.device.startswith("cuda"):
+        memory, where = torch.cuda.get_device_properties(config.device).total_memory, "GPU"
+    else:
+        memory, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "machine"
+    if needs > memory:
+        yield error(
+            f"the policy's weights do not fit into this {where}",
+            f"{needs / GIGABYTE:.1f} GB in {config.dtype}, the {where} has {memory / GIGABYTE:.1f} GB",
+            "--policy.dtype=bfloat16 halves them, --policy.int8=true halves them again on a CPU; or a "
+            "larger machine",
+        )
+    else:
+        yield fine(
+            f"weights {_gigabytes(needs)} in {config.dtype}, the {where} has {_gigabytes(memory)}; training "
+            f"it in batches of {TRAINING_BATCH} takes {_gigabytes(_training(subject))}"
+        )
+
+
+def _training(subject: Subject) -> float:
+    gpu = bool(subject.config.device and not subject.config.device.startswith("cpu"))
+    of = footprint(subject.config, device="gpu" if gpu else "cpu")
+    if gpu:
+        return of.held + (1 + FRAGMENTATION) * of.step(TRAINING_BATCH) + CONTEXT
+    return on_cpu(of, TRAINING_BATCH)
+
+
+def _gigabytes(num_bytes: float) -> str:
+    if num_bytes < GIGABYTE / 10:
+        return f"{num_bytes / 1e6:.1f} MB"
+    return f"{num_bytes / GIGABYTE:.1f} GB"

@@ -1,0 +1,108 @@
+"""Findings as a page of text, and as JSON."""
+
+import json
+from textwrap import fill
+from typing import Any
+
+from lerobot_pi0.tools.doctor.checks import Answer
+from lerobot_pi0.tools.doctor.finding import Severity
+from lerobot_pi0.tools.doctor.subject import Subject
+
+WIDTH = 100
+_LABEL = 14
+
+
+def page(subject: Subject, answers: list[Answer]) -> str:
+    """What was examined, what is wrong with it, worst first, and what is in order, area by area."""
+    parts = ["\n".join(_row(name, text) for name, text in about(subject).items()), _verdict(answers)]
+    for number, answer in enumerate(_of(answers, Severity.ERROR, Severity.WARNING, Severity.NOTE), 1):
+        finding = answer.finding
+        title = fill(f"{number}. {finding.severity.upper()}  {finding.what}", WIDTH, subsequent_indent="   ")
+        rows = [
+            _row(name, text, 3) for name, text in (("", finding.evidence), ("cure", finding.cure)) if text
+        ]
+        parts.append("\n".join([title, *rows]))
+    if fine := _of(answers, Severity.FINE):
+        rows, last = [], ""
+        for answer in fine:
+            area = answer.check.area
+            rows.append(_row("" if area == last else area, answer.finding.what, 2))
+            last = area
+        parts.append("\n".join(["In order", *rows]))
+    if left_out := _left_out(subject):
+        parts.append(left_out)
+    return "\n\n".join(parts)
+
+
+def as_json(subject: Subject, answers: list[Answer]) -> str:
+    """The same for machines: {"examined": {…}, "findings": [{check, severity, what, evidence, cure}, …]}."""
+    findings: list[dict[str, Any]] = [
+        {
+            "check": answer.check.name,
+            "severity": answer.finding.severity,
+            "what": answer.finding.what,
+            "evidence": answer.finding.evidence,
+            "cure": answer.finding.cure,
+        }
+        for answer in answers
+    ]
+    return json.dumps({"examined": about(subject), "findings": findings}, indent=2, ensure_ascii=False)
+
+
+def about(subject: Subject) -> dict[str, str]:
+    """Part → what it is, in a line."""
+    lines = {}
+    if subject.policy_flags:
+        config = subject.config
+        lines["policy"] = f"{subject.policy_flags.path}, chunks of {config.chunk_size} actions" + (
+            ", relative" if config.relative_actions else ""
+        )
+    if data := subject.metadata:
+        minutes = data.total_frames / data.fps / 60
+        lasts = f"{minutes:.0f} minutes" if minutes > 10 else f"{60 * minutes:.0f} s"
+        lines["dataset"] = (
+            f"{data.repo_id}: {data.total_episodes:,} episodes, {data.total_frames:,} frames at {data.fps} "
+            f"per second ({lasts}), {data.total_tasks} task{'s' if data.total_tasks > 1 else ''}"
+        )
+    if subject.robot:
+        cameras = ", ".join(subject.robot_cameras) or "no cameras"
+        lines["robot"] = f"{subject.robot.name}: {len(subject.robot.action_features)} actions, {cameras}"
+    return lines
+
+
+def _verdict(answers: list[Answer]) -> str:
+    counts = [
+        (len(_of(answers, severity)), severity)
+        for severity in (Severity.ERROR, Severity.WARNING, Severity.NOTE)
+    ]
+    said = ", ".join(f"{count} {severity}{'s' if count > 1 else ''}" for count, severity in counts if count)
+    worst = counts[0][0] + counts[1][0]
+    if not said:
+        return "Nothing is wrong."
+    return f"{said[0].upper()}{said[1:]}." if worst else f"Nothing is wrong. {said}."
+
+
+def _left_out(subject: Subject) -> str:
+    parts = {
+        "policy": (subject.policy_flags, "--policy.path=CHECKPOINT"),
+        "dataset": (subject.dataset_flags, "--dataset.repo_id=NAME"),
+        "robot": (subject.robot, "--robot.type=TYPE"),
+    }
+    missing = [f"{part} ({flag})" for part, (given, flag) in parts.items() if given is None]
+    return f"Not given, not examined: {', '.join(missing)}." if missing else ""
+
+
+def _of(answers: list[Answer], *severities: Severity) -> list[Answer]:
+    return [answer for answer in answers if answer.finding.severity in severities]
+
+
+def _row(name: str, text: str, indent: int = 0) -> str:
+    first = f"{'':{indent}}{name:<{_LABEL - indent}}"
+    return fill(
+        text,
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=" " * _LABEL,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -1,0 +1,134 @@
+"""Prompts: does every instruction of the dataset reach the policy, whole and apart from the others?"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.constants import HF_LEROBOT_HOME
+
+from lerobot_pi0.processor_pi0 import Pi0TokenizerStep, clean_prompt
+from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
+from lerobot_pi0.tools.doctor.subject import Subject
+
+RARE = 0.02  # of the frames, where tasks are few
+FEW_TASKS = 20
+MODIFY = "lerobot-edit-dataset --operation.type=modify_tasks"
+_quoted = partial(map, repr)
+
+
+def prompts_say_something(subject: Subject) -> Iterator[Finding]:
+    """No instruction is empty, none is written in two ways, none is missing from the data."""
+    assert subject.metadata is not None
+    tasks, frames = _tasks(subject), subject.columns.task
+    counts = np.bincount(frames, minlength=max(tasks, default=0) + 1)
+    if strangers := sorted({*np.unique(frames).tolist()} - tasks.keys()):
+        yield error(
+            f"frames name tasks that the dataset does not have: {listed(strangers)}",
+            f"{int(np.isin(frames, strangers).sum())} frames; the tasks are {sorted(tasks)}",
+            f"give their episodes an instruction: {MODIFY}",
+        )
+    empty = [index for index, text in tasks.items() if not clean_prompt(text)]
+    if empty:
+        share = sum(counts[index] for index in empty) / len(frames)
+        yield error(
+            f"{share:.0%} of the frames have an empty instruction",
+            f"task {listed(empty)} of meta/tasks.parquet is {tasks[empty[0]]!r}",
+            f"say what is done there: {MODIFY}; lerobot-record takes --dataset.single_task",
+        )
+    spellings = defaultdict(list)
+    for text in tasks.values():
+        spellings[" ".join(clean_prompt(text).lower().split()).rstrip(".")].append(text)
+    for same in spellings.values():
+        if len(same) > 1:
+            yield warning(
+                f"one instruction is written in {len(same)} ways",
+                listed(_quoted(same)),
+                f"write it in one way: {MODIFY}. At run time it has to be the same again",
+            )
+    if 1 < len(tasks) <= FEW_TASKS:
+        rare = [index for index in tasks if counts[index] < RARE * len(frames)]
+        if rare:
+            yield note(
+                f"{listed(_quoted(tasks[index] for index in rare))}: less than {RARE:.0%} of the frames",
+                f"{', '.join(str(counts[index]) for index in rare)} of {len(frames):,} frames",
+            )
+        shares = ", ".join(f"{counts[index] / len(frames):.0%}" for index in tasks)
+        yield fine(f"{len(tasks)} instructions, in {shares} of the frames")
+    else:
+        yield fine(
+            f"{len(tasks)} instruction{'s' if len(tasks) > 1 else ''}: {listed(_quoted(tasks.values()), 2)}"
+        )
+
+
+def prompts_are_whole(subject: Subject) -> Iterator[Finding]:
+    """No instruction is cut by the tokenizer's length, and none becomes another one by that."""
+    step, tasks = _tokenizer(subject), _tasks(subject)
+    limit = step.max_length
+    step.max_length = 10_000
+    rows = {text: step.encode(text) for text in tasks.values() if clean_prompt(text)}
+    cut = {text: len(row) for text, row in rows.items() if len(row) > limit}
+    collided = Counter(tuple(row[:limit]) for row in rows.values())
+    alike = [text for text, row in rows.items() if collided[tuple(row[:limit])] > 1]
+    longest = max(map(len, rows.values()), default=0)
+    if alike and cut:
+        yield error(
+            f"{len(alike)} instructions are the same to the policy, because they are cut",
+            f"{listed(_quoted(alike), 2)}: up to {longest} tokens, cut to {limit}",
+            f"train with --policy.tokenizer_max_length={-(-longest // 8) * 8}, or shorten the "
+            f"instructions: {MODIFY}",
+        )
+    elif cut:
+        yield warning(
+            f"{len(cut)} of {len(tasks)} instructions are cut to {limit} tokens",
+            f"the longest has {longest}: {max(cut, key=lambda text: cut[text])!r}",
+            f"train with --policy.tokenizer_max_length={-(-longest // 8) * 8}, or shorten them: {MODIFY}",
+        )
+    else:
+        yield fine(f"the longest prompt has {longest} of {limit} tokens")
+
+
+def prompts_are_those_trained_on(subject: Subject) -> Iterator[Finding]:
+    """The policy has seen each instruction, where the dataset that it was trained on is still there."""
+    assert subject.metadata is not None
+    file = subject.folder / "train_config.json"
+    if not file.is_file():
+        return
+    trained = json.loads(file.read_text(encoding="utf-8"))["dataset"]
+    name, root = trained["repo_id"], trained.get("root")
+    known = Path(root or HF_LEROBOT_HOME / name) / "meta" / "tasks.parquet"
+    if known.parent.parent.resolve() == Path(subject.metadata.root).resolve():
+        yield fine(f"'{name}' is what the policy was trained on")
+        return
+    elsewhere = f"the policy was trained on '{name}', this is '{subject.metadata.repo_id}'"
+    if not known.is_file():
+        if name != subject.metadata.repo_id:
+            yield note(elsewhere)
+        return
+    seen = {clean_prompt(str(text)) for text in pyarrow.parquet.read_table(known)["task"].to_pylist()}
+    new = [text for text in _tasks(subject).values() if clean_prompt(text) not in seen]
+    if new:
+        yield warning(
+            f"the policy never saw {len(new)} of the instructions: {listed(_quoted(new), 2)}",
+            f"{elsewhere}, whose instructions are {listed(_quoted(sorted(seen)), 3)}",
+            "instruct it in the words that it was trained with, or train on this dataset",
+        )
+
+
+def _tasks(subject: Subject) -> dict[int, str]:
+    assert subject.metadata is not None
+    table = subject.metadata.tasks
+    assert table is not None
+    return {int(index): str(text) for text, index in table["task_index"].items()}
+
+
+def _tokenizer(subject: Subject) -> Pi0TokenizerStep:
+    """The checkpoint's own."""
+    pipeline = PolicyProcessorPipeline.from_pretrained(
+        subject.folder, config_filename="policy_preprocessor.json"
+    )
+    return next(step for step in pipeline.steps if isinstance(step, Pi0TokenizerStep))

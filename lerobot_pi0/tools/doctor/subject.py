@@ -1,0 +1,260 @@
+"""What is examined: a checkpoint, a dataset, a robot, or several of them; each opened once, when needed.
+
+Columns are read from parquet, of all frames. Pictures are decoded of a few: `EPISODES` × `MOMENTS`.
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lerobot.configs import FeatureType
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.processor import RenameObservationsProcessorStep
+from lerobot.robots import Robot
+from lerobot.utils.constants import ACTION, OBS_STATE
+from torch.utils.data import default_collate
+
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.model.flow import sample_time
+from lerobot_pi0.planning import fit_to
+from lerobot_pi0.statistics import read_columns
+from lerobot_pi0.tools.doctor.columns import Columns
+from lerobot_pi0.tools.doctor.pairing import Pairing
+from lerobot_pi0.tools.inputs import (
+    DatasetFlags,
+    LoadedPolicy,
+    PolicyFlags,
+    dataset_metadata,
+    load_policy,
+    open_dataset,
+    read_config,
+)
+
+EPISODES, MOMENTS = 4, 4
+FLOW_SAMPLES = 8  # (noise, time) pairs of each frame, for a loss that chance moves little
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A policy at n frames of the dataset, beside what was demonstrated there; in the robot's units."""
+
+    predicted: np.ndarray  # (n, chunk, dims)
+    demonstrated: np.ndarray  # (n, chunk, dims)
+    real: np.ndarray  # (n, chunk): False beyond an episode's end
+    state: np.ndarray  # (n, dims)
+    loss: float  # flow-matching loss
+    blind_loss: float  # the least that is possible when knowing the mean and spread of each joint alone
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What the flags name. Parts that are not given are None."""
+
+    policy_flags: PolicyFlags | None
+    dataset_flags: DatasetFlags | None
+    robot: Robot | None
+    given_rename_map: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def checkpoint(self) -> tuple[Pi0Config, Path] | None:
+        """The policy's config and folder."""
+        return read_config(self.policy_flags) if self.policy_flags else None
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint's."""
+        assert self.checkpoint is not None
+        return self.checkpoint[1]
+
+    @cached_property
+    def config(self) -> Pi0Config:
+        """The policy's; without one that of a new policy on the dataset, whose features may not fit."""
+        if self.checkpoint:
+            return self.checkpoint[0]
+        config = Pi0Config(device="cpu")
+        if self.metadata:
+            config.set_dataset_feature_metadata(self.metadata.features)
+            with suppress(ValueError):  # a check of its own says so
+                fit_to(config, self.metadata)
+        return config
+
+    @cached_property
+    def metadata(self) -> LeRobotDatasetMetadata | None:
+        """What the dataset says of itself."""
+        return dataset_metadata(self.dataset_flags) if self.dataset_flags else None
+
+    @cached_property
+    def recorded(self) -> Pi0Config:
+        """The names of the dataset's joints, as a config has them."""
+        assert self.metadata is not None
+        config = Pi0Config(device="cpu")
+        config.set_dataset_feature_metadata(self.metadata.features)
+        return config
+
+    @cached_property
+    def columns(self) -> Columns:
+        """Of the frames on this disk: of a dataset on the hub, those that the pictures were fetched with."""
+        assert self.metadata is not None
+        _ = self.dataset
+        keys = [OBS_STATE, ACTION, "episode_index", "frame_index", "timestamp", "task_index"]
+        missing = [key for key in keys if key not in self.metadata.features]
+        found = {} if missing else read_columns(self.metadata, keys)
+        if not found:
+            raise ValueError(
+                f"the dataset '{self.metadata.repo_id}' has no {missing or 'frames'} to examine: its "
+                f"features are {list(self.metadata.features)}"
+            )
+        flat = {key: found[key][:, 0] for key in keys[2:]}
+        return Columns(*flat.values(), state=found[OBS_STATE], action=found[ACTION])
+
+    @cached_property
+    def pairing(self) -> Pairing:
+        """The dataset's actions beside the joints that they move."""
+        assert self.metadata is not None
+        names = self.recorded
+        return Pairing.of(
+            self.columns, names.state_feature_names, names.action_feature_names, self.metadata.fps
+        )
+
+    @cached_property
+    def dataset(self) -> LeRobotDataset:
+        """A few episodes, each item with the chunk of actions to come."""
+        assert self.metadata is not None
+        assert self.dataset_flags is not None
+        chosen = self.dataset_flags.episodes
+        if not chosen:
+            total = self.metadata.total_episodes
+            chosen = sorted({int(i) for i in np.linspace(0, total - 1, min(EPISODES, total))})
+        return open_dataset(self.dataset_flags, self.config.chunk_size, chosen)
+
+    @cached_property
+    def frames(self) -> list[dict[str, Any]]:
+        """Items of the dataset: some moments of some episodes, the first among them and not the last."""
+        episodes = np.asarray(self.dataset.hf_dataset["episode_index"])
+        borders = np.flatnonzero(np.diff(episodes)) + 1
+        starts, stops = np.append(0, borders), np.append(borders, len(episodes))
+        keep = np.linspace(0, len(starts) - 1, min(EPISODES, len(starts))).astype(int)
+        rows = [
+            start + int((stop - start) * moment / MOMENTS)
+            for start, stop in zip(starts[keep].tolist(), stops[keep].tolist(), strict=True)
+            for moment in range(MOMENTS)
+        ]
+        return [cast(dict[str, Any], self.dataset[row]) for row in dict.fromkeys(rows)]
+
+    @cached_property
+    def rename_map(self) -> dict[str, str]:
+        """Dataset's key → policy's, by --rename_map: now, or when the policy was trained."""
+        if self.given_rename_map:
+            return self.given_rename_map
+        file = self.folder / "policy_preprocessor.json" if self.checkpoint else None
+        if file is None or not file.is_file():
+            return {}
+        for step in json.loads(file.read_text())["steps"]:
+            if step.get("registry_name") == "rename_observations_processor":
+                return step["config"].get("rename_map", {})
+        return {}
+
+    @cached_property
+    def recorded_cameras(self) -> dict[str, tuple[int, int]]:
+        """The dataset's cameras by the policy's names: (height, width)."""
+        assert self.metadata is not None
+        cameras = {}
+        for key, feature in self.metadata.features.items():
+            if feature["dtype"] in ("image", "video") and len(feature["shape"]) == 3:
+                cameras[self.rename_map.get(key, key)] = _size(feature["shape"])
+        return cameras
+
+    @cached_property
+    def robot_cameras(self) -> dict[str, tuple[int, int]]:
+        """The robot's cameras by the policy's names: (height, width)."""
+        assert self.robot is not None
+        cameras = {
+            f"observation.images.{name}": _size(shape)
+            for name, shape in self.robot.observation_features.items()
+            if isinstance(shape, tuple)
+        }
+        return {self.rename_map.get(key, key): shape for key, shape in cameras.items()}
+
+    @cached_property
+    def policy_cameras(self) -> dict[str, tuple[int, int]]:
+        """The cameras that the policy looks at: (height, width) of what it was trained on."""
+        shapes = {
+            key: feature.shape
+            for key, feature in (self.config.input_features or {}).items()
+            if feature.type is FeatureType.VISUAL
+        }
+        return {key: _size(shapes[key]) for key in self.config.cameras.values() if key in shapes}
+
+    @cached_property
+    def loaded(self) -> LoadedPolicy:
+        """The policy. Raises what loading raises."""
+        assert self.policy_flags is not None
+        loaded = load_policy(self.policy_flags)
+        loaded.policy._guard = None  # which would hide how far actions leave the data
+        for step in loaded.preprocess.steps:
+            if isinstance(step, RenameObservationsProcessorStep):
+                step.rename_map = self.rename_map
+        return loaded
+
+    @cached_property
+    def load_error(self) -> str:
+        """Why the policy cannot be loaded; empty if it can."""
+        try:
+            _ = self.loaded
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            return str(error) or type(error).__name__
+        return ""
+
+    @cached_property
+    def trial(self) -> Trial:
+        """The policy at the decoded frames; the same noise each time."""
+        policy, config = self.loaded.policy, self.loaded.config
+        raw = default_collate([_plain(frame) for frame in self.frames])
+        batch = self.loaded.preprocess(raw)
+        config.num_flow_samples, before = FLOW_SAMPLES, config.num_flow_samples
+        with torch.no_grad():
+            loss, _ = policy.forward(batch)
+        config.num_flow_samples = before
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(len(self.frames), config.chunk_size, config.max_action_dim, generator=generator)
+        chunk = policy.predict_action_chunk(batch, noise=noise.to(batch[OBS_STATE].device))
+        predicted = self.loaded.postprocess(chunk).float().cpu().numpy()
+        padded = raw.get("action_is_pad", torch.zeros(raw[ACTION].shape[:2], dtype=torch.bool))
+        target, anchor = batch[ACTION].float(), policy._anchor(batch)
+        target = target if anchor is None else target - anchor[:, None]
+        return Trial(
+            predicted=predicted,
+            demonstrated=raw[ACTION].float().numpy(),
+            real=~padded.numpy(),
+            state=raw[OBS_STATE].float().numpy(),
+            loss=loss.item(),
+            blind_loss=blind_loss(target[~padded.to(target.device)].var(0), config.max_action_dim),
+        )
+
+
+def blind_loss(variance: torch.Tensor, max_action_dim: int) -> float:
+    """The least flow-matching loss without looking, for joints (dims,) of such variance, the rest padding.
+
+    At time t the velocity noise − a, seen through x = t · noise + (1 − t) · a, leaves the variance
+    v / (t² + (1 − t)² v) to whoever knows of a only that it is normal with variance v.
+    """
+    times = sample_time((torch.arange(1000) + 0.5) / 1000)[:, None]
+    v = variance.double().cpu()
+    return (v / (times**2 + (1 - times) ** 2 * v)).mean(0).sum().item() / max_action_dim
+
+
+def _size(shape: Sequence[int]) -> tuple[int, int]:
+    """Height and width of a picture, wherever its channels stand."""
+    height, width = shape[1:] if shape[0] in (1, 3) else shape[:2]
+    return height, width
+
+
+def _plain(frame: dict[str, Any]) -> dict[str, Any]:
+    """What can stand in a batch."""
+    return {key: value for key, value in frame.items() if isinstance(value, torch.Tensor | str)}
