@@ -27,6 +27,7 @@ SUBCOMMANDS = {
     "demo": ("lerobot_pi0.demo.demo:main", "record, train and evaluate a small π0 in Meta-World"),
     "merge": ("lerobot_pi0.merge:main", "make one plain checkpoint of LoRA adapters and their base"),
     "plan": ("lerobot_pi0.planning:main", "which fine-tuning fits a GPU, how long it takes, which command"),
+    "report": ("lerobot_pi0.tools.report:main", "compare a policy with recorded actions and naive guesses: a page"),
     "record": ("lerobot_pi0.demo.record:main", "record scripted Meta-World experts as a LeRobotDataset"),
 }
 

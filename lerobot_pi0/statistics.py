@@ -177,7 +177,7 @@ def check_first_batch(config: Pi0Config, statistics: Prepared, dataset: Any, bat
         return
     indices = batch["index"].flatten().cpu().numpy()
     keys = [key for key in (OBS_STATE, ACTION) if key in dataset.features]
-    frames = _read_columns(dataset, keys, indices)
+    frames = read_columns(dataset, keys, indices)
     if not frames:
         return
     rows = np.searchsorted(frames["index"], indices).clip(max=len(frames["index"]) - 1)
@@ -310,7 +310,7 @@ def relative_statistics(
 def _with_relative(config: Pi0Config, absolute: dict[str, Any], dataset: Any) -> dict[str, Any]:
     """The statistics of actions, those of relative joints computed from the dataset's frames."""
     joints = relative_joints(config)
-    frames = {} if dataset is None else _read_columns(dataset, [ACTION, OBS_STATE, "episode_index"])
+    frames = {} if dataset is None else read_columns(dataset, [ACTION, OBS_STATE, "episode_index"])
     if not frames:
         raise ValueError(
             "--policy.relative_actions=true needs the statistics of relative actions, which are computed "
@@ -441,7 +441,7 @@ def _files(dataset: Any) -> list[Path]:
     return sorted(Path(root).glob("data/*/*.parquet")) if root else []
 
 
-def _read_columns(
+def read_columns(
     dataset: Any, columns: Sequence[str], indices: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
     """Columns (frames, dims) of a dataset's frames on disk, all or some, and "index" (frames,), ascending.
