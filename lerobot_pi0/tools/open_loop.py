@@ -5,9 +5,10 @@ Letters in shapes: F frames of a dataset, N of them looked at, K noise samples, 
 (dimensions of an action). Actions are in the robot's units.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,11 +135,15 @@ class Selection:
 
 
 def select_episodes(
-    chosen: list[int] | None, metadata: LeRobotDatasetMetadata, checkpoint: Path, count: int
+    chosen: list[int] | None,
+    metadata: LeRobotDatasetMetadata,
+    checkpoint: Path,
+    count: int,
+    instructions: Container[str] | None = None,
 ) -> Selection:
     """`chosen`, or up to `count` episodes: the first of each task, then the second, held-out ones if any.
 
-    Raises ValueError for an episode that does not exist.
+    `instructions`: of these tasks alone. Raises ValueError for an episode that does not exist.
     """
     trained, everything = trained_episodes(checkpoint, metadata), range(metadata.total_episodes)
     if chosen is not None:
@@ -149,13 +154,13 @@ def select_episodes(
             )
         episodes = list(dict.fromkeys(chosen))
     else:
-        candidates = [episode for episode in everything if episode not in (trained or ())] or list(everything)
-        of_task: dict[str, int] = {}
-        ranks = {}
-        for episode, tasks in zip(everything, _first_tasks(metadata), strict=True):
-            if episode in candidates:
-                ranks[episode] = of_task[tasks] = of_task.get(tasks, -1) + 1
-        episodes = sorted(sorted(candidates, key=lambda episode: ranks[episode])[:count])
+        tasks = _first_tasks(metadata)
+        wanted = [e for e in everything if instructions is None or tasks[e] in instructions]
+        of_task: dict[str, list[int]] = {}
+        for episode in [e for e in wanted if e not in (trained or ())] or wanted:
+            of_task.setdefault(tasks[episode], []).append(episode)
+        rounds = itertools.zip_longest(*of_task.values())
+        episodes = sorted([e for turn in rounds for e in turn if e is not None][:count])
     if trained is None:
         return Selection(
             episodes,

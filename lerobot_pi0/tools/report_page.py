@@ -20,7 +20,8 @@ PICTURE = 200  # pixels: the longer side of a key frame
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 720px;
-  padding: 1rem; overflow-wrap: anywhere; }
+  padding: 1rem; }
+p, h3 { overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
@@ -34,7 +35,8 @@ img { display: block; max-width: 100%; height: auto; margin: .5rem auto; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .4rem; text-align: right; border-bottom: 1px solid #e5e5e5; vertical-align: top; }
-th { font-weight: 600; }
+th { font-weight: 600; vertical-align: bottom; }
+td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 .bar { height: .5rem; min-width: 2px; margin-top: .15rem; }
 """
