@@ -23,12 +23,16 @@ BENCHMARKS = "lerobot_pi0.benchmarks" if Path(__file__).with_name("benchmarks").
 
 # Name: (module:function, what it does).
 SUBCOMMANDS = {
+    "attention": ("lerobot_pi0.tools.attention:main", "where the actions look: at which patches and words"),
     "bench": (f"{BENCHMARKS}.bench:main", "measure this π0 beside LeRobot's in-tree one, on this machine"),
     "demo": ("lerobot_pi0.demo.demo:main", "record, train and evaluate a small π0 in Meta-World"),
     "language": ("lerobot_pi0.tools.language:main", "does a policy follow its instruction? Swap it and see"),
     "merge": ("lerobot_pi0.merge:main", "make one plain checkpoint of LoRA adapters and their base"),
     "plan": ("lerobot_pi0.planning:main", "which fine-tuning fits a GPU, how long it takes, which command"),
-    "report": ("lerobot_pi0.tools.report:main", "compare a policy with recorded actions and naive guesses: a page"),
+    "report": (
+        "lerobot_pi0.tools.report:main",
+        "compare a policy with recorded actions and naive guesses: a page",
+    ),
     "record": ("lerobot_pi0.demo.record:main", "record scripted Meta-World experts as a LeRobotDataset"),
 }
 

@@ -95,6 +95,28 @@ class Pi0TokenizerStep(ProcessorStep):
             )
         return ids[: self.max_length]
 
+    def words(self, prompt: str) -> list[tuple[str, int]]:
+        """The words of a prompt, each with the number of its tokens, in the order of `encode`.
+
+        The beginning of sequence and the newline are words of their own; a cut prompt has fewer.
+        """
+        left = len(self.encode(prompt))  # loads the tokenizer
+        assert self._tokenizer is not None
+        text = clean_prompt(prompt)
+        words = [("<bos>", 1)]
+        for start, end in self._tokenizer.encode(text, add_special_tokens=False).offsets:
+            # A word's first token may begin with the space before it.
+            is_new = len(words) == 1 or text[start:end][:1].isspace() or text[:start][-1:].isspace()
+            if is_new:
+                words.append((text[start:end].strip(), 1))
+            else:
+                words[-1] = (words[-1][0] + text[start:end], words[-1][1] + 1)
+        words.append(("newline", 1))
+        counts = [
+            min(count, max(left - sum(n for _, n in words[:i]), 0)) for i, (_, count) in enumerate(words)
+        ]
+        return [(word, count) for (word, _), count in zip(words, counts, strict=True) if count]
+
     def get_config(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer, "max_length": self.max_length, "vocab_size": self.vocab_size}
 

@@ -5,9 +5,9 @@ same noise. What its actions then do is held against what demonstrations of the 
 
     followed = ⟨change of the actions, change of the demonstration⟩ / |change of the demonstration|²
 
-0: the words make no difference, or none towards the other task; 1: the actions become the other task's. Frames
-where both tasks are done alike weigh little by themselves. A policy that was trained on several tasks can
-have a low loss and ignore its instruction, when a scene tells what is to be done in it.
+0: the words make no difference, or none towards the other task; 1: the actions become the other task's.
+Frames where both tasks are done alike weigh little by themselves. A policy trained on several tasks can have
+a low loss and ignore its instruction, where a scene tells what is to be done in it.
 """
 
 import json
@@ -112,9 +112,7 @@ def main(config: LanguageConfig) -> str:
     for i, item in enumerate(observations(dataset, recording.index[frames], "telling")):
         noise = draw_noise(loaded.config, config.num_samples, seed=i)
         own = int(recording.task[frames[i]])
-        planned = {
-            task: plan(loaded, item, noise, recording.instructions[task]) for task in {own, *tasks}
-        }
+        planned = {task: plan(loaded, item, noise, recording.instructions[task]) for task in {own, *tasks}}
         swaps += compare(recording, int(frames[i]), planned)
     pairs = summarise(swaps)
     lines = verdict(pairs, everything := pooled(swaps))
@@ -175,7 +173,7 @@ def compare(recording: Recording, frame: int, planned: dict[int, np.ndarray]) ->
 
 
 def summarise(swaps: list[Swap]) -> list[Pair]:
-    """Both directions of each pair of instructions together. Raises ValueError when there was none to swap."""
+    """Both directions of each pair of instructions together. Raises ValueError if there was none to swap."""
     if not swaps:
         raise ValueError(
             "there is no other instruction to tell: the dataset's demonstrations have one task, or --tasks "
@@ -247,7 +245,9 @@ def verdict(pairs: list[Pair], everything: tuple[float, float | None, float | No
     elif kinds == {IGNORES}:
         first = "This policy ignores its instruction."
     elif FOLLOWS in kinds:
-        first = "This policy follows its instruction between some tasks, and not between others: see the table."
+        first = (
+            "This policy follows its instruction between some tasks, and not between others: see the table."
+        )
     else:
         first = "It is not clear whether this policy follows its instruction: look at more episodes."
     return [first, how_far]
@@ -271,14 +271,17 @@ def _table(pairs: list[Pair], recording: Recording) -> list[str]:
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     return [*(f"{task}: {recording.instructions[task]}" for task in tasks), "", *table]
 
 
 def _legend() -> list[str]:
     return [
         "followed: 0, the words make no difference; 1, the actions become the other task's",
-        "change: of the actions by the instruction, in standard deviations of the data; noise: by another noise",
+        "change: of the actions by the instruction, in standard deviations of the data",
+        "noise: the same by another noise sample",
         "nearer to the other: share of frames where the actions as told are nearer to the other task's",
     ]
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -89,8 +89,8 @@ def read_recording(metadata: LeRobotDatasetMetadata, config: Pi0Config) -> Recor
     if not columns or columns[ACTION].shape[1] != size:
         found = columns[ACTION].shape[1] if columns else "no"
         raise ValueError(
-            f"the dataset has actions of {found} dimensions, the policy was made for {size}: name the dataset "
-            "of this robot with --dataset.repo_id and --dataset.root"
+            f"the dataset has actions of {found} dimensions, the policy was made for {size}: name a dataset "
+            "of its robot with --dataset.repo_id and --dataset.root"
         )
     stats: Any = (metadata.stats or {}).get(ACTION, {})
     actions = columns[ACTION].astype(np.float32)
@@ -101,7 +101,9 @@ def read_recording(metadata: LeRobotDatasetMetadata, config: Pi0Config) -> Recor
         states=columns[OBS_STATE].astype(np.float32),
         episode=columns["episode_index"][:, 0],
         task=columns["task_index"][:, 0],
-        instructions={int(row["task_index"]): str(text) for text, row in metadata.tasks.iterrows()},
+        instructions={
+            int(row["task_index"]): str(text) for text, row in cast(Any, metadata.tasks).iterrows()
+        },
         joints=config.action_feature_names or [f"joint {i}" for i in range(size)],
         mean=np.asarray(stats.get("mean", actions.mean(0)), np.float64).ravel(),
         scale=np.where(spread < NEARLY_CONSTANT, FLOOR, spread),
@@ -150,7 +152,7 @@ def select_episodes(
         unknown = sorted(set(chosen) - set(everything))
         if unknown or not chosen:
             raise ValueError(
-                f"--dataset.episodes={chosen}, but the dataset has episodes 0 to {metadata.total_episodes - 1}"
+                f"--dataset.episodes={chosen}, but the dataset has episodes 0 to {everything[-1]}"
             )
         episodes = list(dict.fromkeys(chosen))
     else:
@@ -207,10 +209,12 @@ def observations(
     """The dataset's items at some of its frames, with a bar on standard error."""
     rows = {int(index): row for row, index in enumerate(dataset.hf_dataset.data.column("index").to_numpy())}
     for index in tqdm(indices, desc=progress, unit="frame"):
-        yield dataset[rows[int(index)]]
+        yield cast(dict[str, Any], dataset[rows[int(index)]])
 
 
-def plan(loaded: LoadedPolicy, item: dict[str, Any], noise: torch.Tensor, task: str | None = None) -> np.ndarray:
+def plan(
+    loaded: LoadedPolicy, item: dict[str, Any], noise: torch.Tensor, task: str | None = None
+) -> np.ndarray:
     """The chunks that a policy plans at a dataset's item, (K, C, D), from noise (K, C, padded size).
 
     `task` is said instead of the item's own instruction.
@@ -231,4 +235,4 @@ def draw_noise(config: Pi0Config, num_samples: int, seed: int) -> torch.Tensor:
 
 def _first_tasks(metadata: LeRobotDatasetMetadata) -> list[str]:
     """The instruction that each episode begins with."""
-    return [tasks[0] if tasks else "" for tasks in metadata.episodes["tasks"]]
+    return [tasks[0] if tasks else "" for tasks in cast(Any, metadata.episodes)["tasks"]]

@@ -92,7 +92,7 @@ class Joint:
 
 @dataclass(frozen=True)
 class Seams:
-    """How far the action jumps where a chunk ends and the next one takes over; None: not measured."""
+    """How far the action jumps where a chunk ends and the next one takes over."""
 
     count: int
     jump: float  # mean over seams and joints, in standard deviations of the data
@@ -160,9 +160,10 @@ class Report:
         if self.seams:
             s = self.seams
             lines.append(
-                f"Where one chunk takes over from another the action jumps by {s.jump:.2f} standard deviations; "
-                f"a step within a chunk is {s.step:.2f}, a recorded one there {s.recorded:.2f}. The largest "
-                f"jump: {s.worst:.3g} of {s.worst_joint} at frame {s.worst_frame} of episode {s.worst_episode}."
+                f"Where one chunk takes over from another the action jumps by {s.jump:.2f} standard "
+                f"deviations; a step within a chunk is {s.step:.2f}, a recorded one there {s.recorded:.2f}. "
+                f"The largest jump: {s.worst:.3g} of {s.worst_joint} at frame {s.worst_frame} of episode "
+                f"{s.worst_episode}."
             )
         for g in self.grippers:
             if g.recorded or g.extra:
@@ -196,8 +197,12 @@ def main(config: ReportConfig) -> str:
             }
     planned = np.stack(chunks)
     report = evaluate(recording, frames, planned, stride)
-    page = write_page(config.output, config.policy.path, report, recording, frames, planned, selection, pictures)
-    summary = {"policy": config.policy.path, "dataset": metadata.repo_id} | asdict(selection) | asdict(report)
+    page = write_page(
+        config.output, config.policy.path, report, recording, frames, planned, selection, pictures
+    )
+    summary: dict[str, Any] = (
+        {"policy": config.policy.path, "dataset": metadata.repo_id} | asdict(selection) | asdict(report)
+    )
     summary["verdict"] = report.verdict()
     (config.output / "report.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     warning = [] if selection.trained_on is False else [f"Mind: {selection.note}"]

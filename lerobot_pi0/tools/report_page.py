@@ -1,4 +1,4 @@
-"""The page of `lerobot-pi0 report`: one HTML file with its pictures in it, readable on a phone; and its figures."""
+"""The page of `lerobot-pi0 report`: one HTML file with its pictures in it, readable on a phone."""
 
 import base64
 import io
@@ -19,8 +19,8 @@ WIDTH, DPI = 4.8, 150  # inches: text of 9 points is 10 pixels high where the pa
 PICTURE = 200  # pixels: the longer side of a key frame
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; max-width: 720px;
-  padding: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto;
+  max-width: 720px; padding: 1rem; }
 p, h3 { overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; border-top: 1px solid #ddd; padding-top: 1rem; }
@@ -69,15 +69,15 @@ def write_page(
         _comparison(report),
         "<h2>Error against the horizon</h2>",
         _inline(_png(_horizon(report)), folder / "horizon.png", "Error at each step of a chunk"),
-        "<p>How far the chunks are from the recorded actions, and how far the policy's own samples are from one "
-        f"another: {report.spread:.2f} on average. Many samples far apart where the error is small is a task "
-        "with several ways; samples close together where it is large is a policy that is sure and wrong.</p>",
+        "<p>How far the chunks are from the recorded actions, and how far the policy's own samples are from "
+        f"their mean: {report.spread:.2f} on average. Samples far apart say that the policy is not sure, or "
+        "knows several ways; samples close together where the error is large, that it is sure and wrong.</p>",
         "<h2>Joint by joint</h2>",
         _joints(report),
         *_grippers(report),
         "<h2>Episodes</h2>",
         '<p class="note">Black: recorded. Coloured: chunks, each from its dot on, as planned from one noise '
-        "sample. Shaded: the standard deviation of all samples over the steps that a robot would execute.</p>",
+        "sample. Shaded: the standard deviation of all samples, over the steps that a robot executes.</p>",
     ]
     for episode in report.episodes:
         own = np.flatnonzero(recording.episode[frames] == episode)
@@ -92,13 +92,13 @@ def write_page(
         body.append(_inline(_png(figure), folder / f"episode_{episode}.png", alt))
     body += [
         "<h2>How it was measured</h2>",
-        '<p class="note">Every chunk is planned from a recorded observation (open loop): errors do not add up '
-        "as they do on a robot, and a policy that does well here may still fail there. Errors are mean absolute "
-        "differences over the steps within the episode, averaged over the noise samples, each joint divided by "
-        "the standard deviation of its actions in the dataset. Holding still repeats the last action, which is "
-        "standing still for an arm that is told positions. The mean action is the dataset's. The nearest "
-        "demonstration is what followed the nearest state (not picture) of the same task in another episode. "
-        "Intervals: 95 %, whole episodes resampled. The numbers are in report.json.</p>",
+        '<p class="note">Every chunk is planned from a recorded observation (open loop): errors do not add '
+        "up as they do on a robot, and a policy that does well here may still fail there. Errors are mean "
+        "absolute differences over the steps within the episode, averaged over the noise samples, each joint "
+        "divided by the standard deviation of its actions in the dataset. Holding still repeats the last "
+        "action: an arm that is told positions then stands still. The mean action is the dataset's. The "
+        "nearest demonstration is what followed the nearest state (not picture) of the same task in another "
+        "episode. Intervals: 95 %, whole episodes resampled. The numbers are in report.json.</p>",
     ]
     page = folder / "report.html"
     head = (
@@ -129,7 +129,9 @@ def _comparison(report: Report) -> str:
 
 
 def _joints(report: Report) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("joint", "error", "of&nbsp;σ", *PHASES, "best guess", "seam"))
+    head = "".join(
+        f"<th>{name}</th>" for name in ("joint", "error", "of&nbsp;σ", *PHASES, "best guess", "seam")
+    )
     most = max(joint.normalised for joint in report.joints)
     rows = []
     for joint in report.joints:
@@ -144,13 +146,13 @@ def _joints(report: Report) -> str:
     if report.seams:
         s = report.seams
         seam = (
-            f"Seam: the jump to the next chunk, over {s.count} seams; on average {s.jump:.2f}, a step within a "
-            f"chunk {s.step:.2f}, a recorded step there {s.recorded:.2f}."
+            f"Seam: the jump to the next chunk, over {s.count} seams; {s.jump:.2f} on average, where a step "
+            f"within a chunk is {s.step:.2f} and a recorded one {s.recorded:.2f}."
         )
     return (
         f'<div class="table"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
-        '<p class="note">Error in the robot\'s units; all else in standard deviations (σ) of the joint in the '
-        f"data: over all steps, in the first, middle and last third of episodes. {seam}</p>"
+        '<p class="note">Error in the robot\'s units; all else in standard deviations (σ) of the joint in '
+        f"the data: over all steps, in the first, middle and last third of episodes. {seam}</p>"
     )
 
 
@@ -166,11 +168,13 @@ def _grippers(report: Report) -> list[str]:
         return []
     rows = "".join(
         f"<tr><td>{escape(g.name)}</td><td>{g.recorded}</td><td>{len(g.offsets)}</td>"
-        f"<td>{f'{np.median(g.offsets):+.2f} s' if g.offsets else '–'}</td><td>{g.missed}</td><td>{g.extra}</td>"
-        "</tr>"
+        f"<td>{f'{np.median(g.offsets):+.2f} s' if g.offsets else '–'}</td>"
+        f"<td>{g.missed}</td><td>{g.extra}</td></tr>"
         for g in moving
     )
-    head = "".join(f"<th>{name}</th>" for name in ("gripper", "recorded", "made", "late by", "missed", "extra"))
+    head = "".join(
+        f"<th>{name}</th>" for name in ("gripper", "recorded", "made", "late by", "missed", "extra")
+    )
     return [
         "<h2>Openings and closings</h2>",
         f'<div class="table"><table><tr>{head}</tr>{rows}</table></div>',
@@ -223,7 +227,11 @@ def _episode(
             length = min(planned.shape[2], rows[-1] + 1 - frames[i])
             start, colour = frames[i] - rows[0], ("#1f5fbf", "#c2410c")[n % 2]
             axes.plot(
-                np.arange(start, start + length), planned[i, 0, :length, j], color=colour, linewidth=0.8, alpha=0.8
+                np.arange(start, start + length),
+                planned[i, 0, :length, j],
+                color=colour,
+                linewidth=0.8,
+                alpha=0.8,
             )
             axes.plot(start, planned[i, 0, 0, j], ".", color=colour, markersize=4)
         axes.set_title(recording.joints[j], fontsize=9, loc="left", pad=2)
