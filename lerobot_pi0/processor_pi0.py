@@ -5,6 +5,7 @@ LeRobot's standard steps, and a tokenizer that travels with the checkpoint.
 
 import logging
 import math
+import re
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -103,19 +104,22 @@ class Pi0TokenizerStep(ProcessorStep):
         left = len(self.encode(prompt))  # loads the tokenizer
         assert self._tokenizer is not None
         text = clean_prompt(prompt)
-        words = [("<bos>", 1)]
-        for start, end in self._tokenizer.encode(text, add_special_tokens=False).offsets:
-            # A word's first token may begin with the space before it.
-            is_new = len(words) == 1 or text[start:end][:1].isspace() or text[:start][-1:].isspace()
-            if is_new:
-                words.append((text[start:end].strip(), 1))
-            else:
-                words[-1] = (words[-1][0] + text[start:end], words[-1][1] + 1)
-        words.append(("newline", 1))
-        counts = [
-            min(count, max(left - sum(n for _, n in words[:i]), 0)) for i, (_, count) in enumerate(words)
+        spans = [word.span() for word in re.finditer(r"\S+", text)]
+        counts = [0] * len(spans)
+        for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets:
+            # A token that is a space alone belongs to the word behind it, or to the last one.
+            counts[min(sum(stop < end for _, stop in spans), len(spans) - 1)] += 1
+        words = [
+            ("<bos>", 1),
+            *((text[a:b], n) for (a, b), n in zip(spans, counts, strict=True)),
+            ("newline", 1),
         ]
-        return [(word, count) for (word, _), count in zip(words, counts, strict=True) if count]
+        kept = []
+        for word, count in words:
+            if left > 0:
+                kept.append((word, min(count, left)))
+            left -= count
+        return kept
 
     def get_config(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer, "max_length": self.max_length, "vocab_size": self.vocab_size}

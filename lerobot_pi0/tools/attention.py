@@ -29,7 +29,7 @@ from lerobot_pi0.tools.inputs import (
     open_dataset,
     read_config,
 )
-from lerobot_pi0.tools.open_loop import draw_noise, observations, read_recording, select_episodes
+from lerobot_pi0.tools.open_loop import draw_noise, observations, prepare, read_recording, select_episodes
 
 NUM_SAMPLES = 4  # of noise, that attention is averaged over
 COLOUR, WIDTH, DPI = "#1f5fbf", 3.0, 120
@@ -64,7 +64,7 @@ class Look:
     def shares(self) -> list[tuple[str, float]]:
         """What is looked at, and how much."""
         return [
-            *((camera, float(patches.sum())) for camera, patches in self.cameras.items()),
+            *((_short(camera), float(patches.sum())) for camera, patches in self.cameras.items()),
             ("instruction", sum(share for _, share in self.words)),
             ("state", self.state),
             ("actions", self.actions),
@@ -81,45 +81,53 @@ def main(config: AttentionConfig) -> str:
     metadata = dataset_metadata(config.dataset)
     (episode, *_) = select_episodes(config.dataset.episodes, metadata, folder, 1).episodes
     dataset = open_dataset(config.dataset, episodes=[episode])
-    recording = read_recording(metadata, policy_config)
+    recording = read_recording(dataset.meta, policy_config)
     rows = recording.frames(episode)
     frame = len(rows) // 2 if config.frame is None else config.frame
     if not 0 <= frame < len(rows):
         raise ValueError(f"--frame={frame}, but episode {episode} has frames 0 to {len(rows) - 1}")
     loaded = load_policy(config.policy)
     (item,) = observations(dataset, recording.index[rows[[frame]]], "looking")
-    seen = look(loaded, item, config.layer, config.head)
-    pictures = {key: item[key] for key in seen.cameras}
+    batch = prepare(loaded, item)
+    words = tokenizer_of(loaded).words(item["task"])
+    seen = look(loaded, batch, words, config.layer, config.head)
+    pictures = {key: batch[key][0].cpu() for key in seen.cameras}
     title = f"Episode {episode}, frame {frame}: {item['task']}"
     config.output.parent.mkdir(parents=True, exist_ok=True)
     _figure(seen, pictures, title, policy_config.vision.image_size).savefig(config.output, dpi=DPI)
     shares = ", ".join(f"{name} {share:.0%}" for name, share in seen.shares())
-    words = ", ".join(f"{word!r} {share:.1%}" for word, share in seen.words)
-    return f"{title}\nThe actions look at: {shares}\nWords: {words}\nPicture: {config.output}"
+    told = ", ".join(f"{word!r} {share:.1%}" for word, share in seen.words)
+    return f"{title}\nThe actions look at: {shares}\nWords: {told}\nPicture: {config.output}"
 
 
 @torch.no_grad()
 def look(
-    loaded: LoadedPolicy, item: dict[str, Any], layer: int | None = None, head: int | None = None
+    loaded: LoadedPolicy,
+    batch: dict[str, Any],
+    words: Sequence[tuple[str, int]],
+    layer: int | None = None,
+    head: int | None = None,
 ) -> Look:
-    """Where the actions look at a dataset's item: the mean over denoising steps, actions and a few samples of
-    noise; over layers and heads too, unless one is named."""
+    """Where the actions look at a prepared item, whose instruction has these words, each of so many tokens.
+
+    The mean over denoising steps, actions and a few samples of noise; over layers and heads too, unless one
+    is named.
+    """
     policy, config = loaded.policy, loaded.config
-    observation = {key: value for key, value in item.items() if key.startswith("observation.")}
-    batch = loaded.preprocess(observation | {"task": item["task"]})
-    noise = draw_noise(config, NUM_SAMPLES, seed=0).to(policy.model.action_out_proj.weight.device)
-    seen = policy.observation(batch)
-    attention = sampling_attention(policy.model, seen, noise, config.num_inference_steps)
+    observation = policy.observation(batch)
+    noise = draw_noise(config, NUM_SAMPLES, seed=0).to(observation.state.device)
+    attention = sampling_attention(policy.model, observation, noise, config.num_inference_steps)
     attention = attention.mean(0) if layer is None else attention[layer]
     attention = attention.mean(0) if head is None else attention[head]
-    (tokenizer,) = (step for step in loaded.preprocess.steps if isinstance(step, Pi0TokenizerStep))
-    return divide(
-        attention.double().cpu().numpy(),
-        list(config.cameras.values()),
-        config.vision.image_size // config.vision.patch_size,
-        tokenizer.words(item["task"]),
-        seen.tokens.shape[1],
-    )
+    grid = config.vision.image_size // config.vision.patch_size
+    cameras = list(config.cameras.values())
+    return divide(attention.double().cpu().numpy(), cameras, grid, words, observation.tokens.shape[1])
+
+
+def tokenizer_of(loaded: LoadedPolicy) -> Pi0TokenizerStep:
+    """The step of a policy's processors that tokenizes."""
+    (step,) = (step for step in loaded.preprocess.steps if isinstance(step, Pi0TokenizerStep))
+    return step
 
 
 def divide(
@@ -200,20 +208,25 @@ def _figure(seen: Look, pictures: dict[str, Tensor], title: str, size: int) -> A
     figure = Figure(figsize=(2 * WIDTH, WIDTH * count + 2.6), layout="constrained")
     grid = figure.add_gridspec(count + 1, 2, height_ratios=[*[WIDTH] * count, 2.4])
     figure.suptitle(title, fontsize=10)
-    brightest = max(patches.max() for patches in seen.cameras.values()) or 1.0
+    all_patches = np.concatenate([patches.ravel() for patches in seen.cameras.values()])
+    least, most = all_patches.min(), all_patches.max()
     for row, (camera, picture) in enumerate(pictures.items()):
         pixels = picture.float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
-        heat = without_letterbox(seen.cameras[camera], size, *pixels.shape[:2]) / brightest
+        heat = without_letterbox(seen.cameras[camera], size, *pixels.shape[:2])
+        heat = (heat - least) / max(most - least, np.finfo(float).tiny)
         grey = np.repeat(pixels.mean(2, keepdims=True), 3, axis=2) * 0.8
         for column, shown in enumerate((pixels, grey)):
             axes = figure.add_subplot(grid[row, column])
             axes.imshow(shown)
             axes.set_axis_off()
             if column:
-                axes.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.2 + 0.6 * heat)
-                axes.set_title(f"{seen.cameras[camera].sum():.0%} of the attention", fontsize=9)
+                axes.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.8 * heat)
+                share = seen.cameras[camera].sum()
+                axes.set_title(
+                    f"{share:.0%} of the attention; grey: {least:.2%} a patch, yellow: {most:.2%}", fontsize=7
+                )
             else:
-                axes.set_title(camera, fontsize=9)
+                axes.set_title(_short(camera), fontsize=9)
     for column, (heading, shares) in enumerate((("all", seen.shares()), ("instruction", seen.words))):
         axes = figure.add_subplot(grid[count, column])
         names, values = [name for name, _ in shares], [100 * share for _, share in shares]
@@ -226,3 +239,8 @@ def _figure(seen: Look, pictures: dict[str, Tensor], title: str, size: int) -> A
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     return figure
+
+
+def _short(camera: str) -> str:
+    """A camera's name without LeRobot's prefix."""
+    return camera.removeprefix("observation.").removeprefix("images.")

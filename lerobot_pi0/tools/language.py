@@ -28,6 +28,8 @@ from lerobot_pi0.tools.open_loop import (
     draw_noise,
     observations,
     plan,
+    prepare,
+    read_instructions,
     read_recording,
     select_episodes,
 )
@@ -98,12 +100,13 @@ def main(config: LanguageConfig) -> str:
     """Run `lerobot-pi0 language`."""
     policy_config, folder = read_config(config.policy)
     metadata = dataset_metadata(config.dataset)
-    recording = read_recording(metadata, policy_config)
-    tasks = _tasks(config.tasks, recording)
-    told = [recording.instructions[task] for task in tasks]
+    instructions = read_instructions(metadata)
+    tasks = _tasks(config.tasks, instructions)
+    told = [instructions[task] for task in tasks]
     count = config.episodes_per_task * len(tasks)
     selection = select_episodes(config.dataset.episodes, metadata, folder, count, told)
     dataset = open_dataset(config.dataset, episodes=selection.episodes)
+    recording = read_recording(dataset.meta, policy_config)
     loaded = load_policy(config.policy)
     frames = np.concatenate(
         [_spread(recording.frames(episode), config.frames_per_episode) for episode in selection.episodes]
@@ -112,7 +115,9 @@ def main(config: LanguageConfig) -> str:
     for i, item in enumerate(observations(dataset, recording.index[frames], "telling")):
         noise = draw_noise(loaded.config, config.num_samples, seed=i)
         own = int(recording.task[frames[i]])
-        planned = {task: plan(loaded, item, noise, recording.instructions[task]) for task in {own, *tasks}}
+        planned = {
+            task: plan(loaded, prepare(loaded, item, instructions[task]), noise) for task in {own, *tasks}
+        }
         swaps += compare(recording, int(frames[i]), planned)
     pairs = summarise(swaps)
     lines = verdict(pairs, everything := pooled(swaps))
@@ -121,14 +126,14 @@ def main(config: LanguageConfig) -> str:
             "policy": config.policy.path,
             "dataset": metadata.repo_id,
             "verdict": lines,
-            "instructions": {task: recording.instructions[task] for task in tasks},
+            "instructions": {task: instructions[task] for task in tasks},
             "followed": everything,
             "pairs": [asdict(pair) for pair in pairs],
             **asdict(selection),
         }
         return json.dumps(numbers, indent=1)
     warning = [] if selection.trained_on is False else [f"Mind: {selection.note}"]
-    return "\n".join([*lines, "", *_table(pairs, recording), "", *_legend(), *warning])
+    return "\n".join([*lines, "", *_table(pairs, instructions), "", *_legend(), *warning])
 
 
 def compare(recording: Recording, frame: int, planned: dict[int, np.ndarray]) -> list[Swap]:
@@ -253,7 +258,7 @@ def verdict(pairs: list[Pair], everything: tuple[float, float | None, float | No
     return [first, how_far]
 
 
-def _table(pairs: list[Pair], recording: Recording) -> list[str]:
+def _table(pairs: list[Pair], instructions: dict[int, str]) -> list[str]:
     tasks = sorted({task for pair in pairs for task in pair.tasks})
     rows = [("tasks", "verdict", "followed", "95 %", "change", "noise", "nearer to the other", "frames")]
     for pair in pairs:
@@ -274,7 +279,7 @@ def _table(pairs: list[Pair], recording: Recording) -> list[str]:
     table = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    return [*(f"{task}: {recording.instructions[task]}" for task in tasks), "", *table]
+    return [*(f"{task}: {instructions[task]}" for task in tasks), "", *table]
 
 
 def _legend() -> list[str]:
@@ -286,13 +291,13 @@ def _legend() -> list[str]:
     ]
 
 
-def _tasks(chosen: list[int] | None, recording: Recording) -> list[int]:
-    present = sorted({int(task) for task in recording.task})
+def _tasks(chosen: list[int] | None, instructions: dict[int, str]) -> list[int]:
+    present = sorted(instructions)
     if chosen is None:
         return present[:MOST_TASKS]
     unknown = sorted(set(chosen) - set(present))
     if unknown:
-        listed = ", ".join(f"{task}: {recording.instructions[task]!r}" for task in present[:20])
+        listed = ", ".join(f"{task}: {instructions[task]!r}" for task in present[:20])
         raise ValueError(f"--tasks={chosen}, but the dataset has no task {unknown[0]}. It has {listed}")
     return sorted(set(chosen))
 

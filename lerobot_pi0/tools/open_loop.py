@@ -101,14 +101,17 @@ def read_recording(metadata: LeRobotDatasetMetadata, config: Pi0Config) -> Recor
         states=columns[OBS_STATE].astype(np.float32),
         episode=columns["episode_index"][:, 0],
         task=columns["task_index"][:, 0],
-        instructions={
-            int(row["task_index"]): str(text) for text, row in cast(Any, metadata.tasks).iterrows()
-        },
+        instructions=read_instructions(metadata),
         joints=config.action_feature_names or [f"joint {i}" for i in range(size)],
         mean=np.asarray(stats.get("mean", actions.mean(0)), np.float64).ravel(),
         scale=np.where(spread < NEARLY_CONSTANT, FLOOR, spread),
         fps=float(metadata.fps),
     )
+
+
+def read_instructions(metadata: LeRobotDatasetMetadata) -> dict[int, str]:
+    """The instructions of a dataset by their task_index."""
+    return {int(row["task_index"]): str(text) for text, row in cast(Any, metadata.tasks).iterrows()}
 
 
 def baselines(recording: Recording, frames: np.ndarray, length: int) -> dict[str, np.ndarray]:
@@ -167,7 +170,8 @@ def select_episodes(
         return Selection(
             episodes,
             None,
-            "The checkpoint does not say which episodes it was trained on (no train_config.json).",
+            "The checkpoint does not say whether it was trained on these episodes: it has no "
+            "train_config.json, or one that names another dataset. If it was, memory counts as skill here.",
         )
     seen = [episode for episode in episodes if episode in trained]
     if not seen:
@@ -184,14 +188,16 @@ def select_episodes(
 def trained_episodes(checkpoint: Path, metadata: LeRobotDatasetMetadata) -> set[int] | None:
     """The episodes of a dataset that a checkpoint was trained on, as its train_config.json has them.
 
-    Of a dataset with another name, none. None where the checkpoint does not say.
+    None where it does not say, or names another dataset, which may be the same one elsewhere.
     """
     file = checkpoint / "train_config.json"
     if not file.is_file():
         return None
     dataset = json.loads(file.read_text(encoding="utf-8"))["dataset"]
-    if dataset["repo_id"] != metadata.repo_id:
-        return set()
+    root = dataset.get("root")
+    same_root = root is not None and Path(root).resolve() == Path(metadata.root).resolve()
+    if dataset["repo_id"] != metadata.repo_id and not same_root:
+        return None
     episodes = dataset["episodes"]
     episodes = list(range(metadata.total_episodes)) if episodes is None else episodes
     # As lerobot-train splits: the last ones of each task are held out.
@@ -212,18 +218,24 @@ def observations(
         yield cast(dict[str, Any], dataset[rows[int(index)]])
 
 
-def plan(
-    loaded: LoadedPolicy, item: dict[str, Any], noise: torch.Tensor, task: str | None = None
-) -> np.ndarray:
-    """The chunks that a policy plans at a dataset's item, (K, C, D), from noise (K, C, padded size).
-
-    `task` is said instead of the item's own instruction.
-    """
+def prepare(loaded: LoadedPolicy, item: dict[str, Any], task: str | None = None) -> dict[str, Any]:
+    """A dataset's item as the policy takes it; `task` is said instead of the item's own instruction."""
     observation = {key: value for key, value in item.items() if key.startswith("observation.")}
-    batch = loaded.preprocess(observation | {"task": item["task"] if task is None else task})
+    return loaded.preprocess(observation | {"task": item["task"] if task is None else task})
+
+
+def plan(loaded: LoadedPolicy, batch: dict[str, Any], noise: torch.Tensor) -> np.ndarray:
+    """The chunks that a policy plans at a prepared item, (K, C, D), from noise (K, C, padded size).
+
+    Raises ValueError when they are not finite.
+    """
     context = loaded.policy.encode(batch)
-    device = batch[OBS_STATE].device
-    chunks = loaded.policy.plan(context, noise.to(device), num_samples=len(noise))
+    chunks = loaded.policy.plan(context, noise.to(batch[OBS_STATE].device), num_samples=len(noise))
+    if not chunks.isfinite().all():
+        raise ValueError(
+            "the policy plans actions that are not finite: its weights or its statistics are broken. "
+            "Try an earlier checkpoint"
+        )
     return loaded.postprocess(chunks).float().cpu().numpy()
 
 

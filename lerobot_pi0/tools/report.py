@@ -28,6 +28,7 @@ from lerobot_pi0.tools.open_loop import (
     draw_noise,
     observations,
     plan,
+    prepare,
     read_recording,
     select_episodes,
 )
@@ -183,18 +184,16 @@ def main(config: ReportConfig) -> str:
     metadata = dataset_metadata(config.dataset)
     selection = select_episodes(config.dataset.episodes, metadata, folder, config.max_episodes)
     dataset = open_dataset(config.dataset, episodes=selection.episodes)
-    recording = read_recording(metadata, policy_config)
+    recording = read_recording(dataset.meta, policy_config)
     loaded = load_policy(config.policy)
     stride = config.stride or _stride(loaded.config.n_action_steps, recording, selection)
     frames = np.concatenate([recording.frames(episode)[::stride] for episode in selection.episodes])
     chunks, pictures = [], {}
     for i, item in enumerate(observations(dataset, recording.index[frames], "planning")):
-        noise = draw_noise(loaded.config, config.num_samples, seed=i)
-        chunks.append(plan(loaded, item, noise))
+        batch = prepare(loaded, item)
+        chunks.append(plan(loaded, batch, draw_noise(loaded.config, config.num_samples, seed=i)))
         if frames[i] in _key_frames(recording, frames, frames[i]):
-            pictures[int(frames[i])] = {
-                key: item[key] for key in loaded.config.cameras.values() if key in item
-            }
+            pictures[int(frames[i])] = {key: batch[key][0].cpu() for key in loaded.config.cameras.values()}
     planned = np.stack(chunks)
     report = evaluate(recording, frames, planned, stride)
     page = write_page(

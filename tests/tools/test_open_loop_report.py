@@ -179,7 +179,9 @@ def test_gripper_that_closes_late_or_never_is_told_in_seconds():
 def test_episodes_that_training_held_out_are_looked_at(tmp_path):
     """As lerobot-train splits: of each task the last ones, rounded up."""
     tasks = [["a"]] * 5 + [["b"]] * 3
-    metadata: Any = SimpleNamespace(total_episodes=8, episodes={"tasks": tasks}, repo_id="me/data")
+    metadata: Any = SimpleNamespace(
+        total_episodes=8, episodes={"tasks": tasks}, repo_id="me/data", root=tmp_path
+    )
 
     def trained(**dataset: Any) -> set[int] | None:
         config = {"dataset": {"repo_id": "me/data", "episodes": None, "eval_split": 0.0} | dataset}
@@ -188,7 +190,8 @@ def test_episodes_that_training_held_out_are_looked_at(tmp_path):
 
     assert trained_episodes(tmp_path, metadata) is None
     assert trained() == set(range(8))
-    assert trained(repo_id="somebody/else") == set()
+    assert trained(repo_id="somebody/else") is None
+    assert trained(repo_id="somebody/else", root=str(tmp_path)) == set(range(8))
     assert trained(episodes=[0, 6]) == {0, 6}
     assert trained(eval_split=0.3) == {0, 1, 2, 5, 6}
     held_out = select_episodes(None, metadata, tmp_path, 2)
@@ -220,7 +223,7 @@ def test_page_of_an_untrained_policy_says_so_and_needs_no_other_file(page):
     assert numbers["episodes"] == [0, 1, 2, 3]
     assert numbers["num_chunks"] == 4 * math.ceil(FRAMES / 3)  # one every n_action_steps
     assert all(escape(line) in text for line in numbers["verdict"])
-    assert "does not say which episodes" in text
+    assert "does not say whether it was trained on these episodes" in text
     assert all(escape(task) in text for task in TASKS)
     sources = re.findall(r'(?:src|href)="([^"]{30})', text)
     assert sources
