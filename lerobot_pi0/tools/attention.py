@@ -213,7 +213,7 @@ def _figure(seen: Look, pictures: dict[str, Tensor], title: str, size: int) -> A
     for row, (camera, picture) in enumerate(pictures.items()):
         pixels = picture.float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
         heat = without_letterbox(seen.cameras[camera], size, *pixels.shape[:2])
-        heat = (heat - least) / max(most - least, np.finfo(float).tiny)
+        heat = (heat - least) / (most - least or 1.0)
         grey = np.repeat(pixels.mean(2, keepdims=True), 3, axis=2) * 0.8
         for column, shown in enumerate((pixels, grey)):
             axes = figure.add_subplot(grid[row, column])

@@ -75,8 +75,8 @@ class Comparison:
 
     @property
     def is_beaten(self) -> bool:
-        """Whether the policy is better beyond chance."""
-        return (self.ratio if self.high is None else self.high) < 1
+        """Whether the policy is better beyond chance, and by more than a thousandth."""
+        return (self.ratio if self.high is None else self.high) < 0.999
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_dataset import make_checkpoint, make_dataset
 from tiny_policy import batch, noise, tiny_config, tiny_policy
 
 from lerobot_pi0 import cli
@@ -106,9 +105,8 @@ def test_words_of_a_prompt_have_its_tokens(prompt):
 
 
 @pytest.mark.slow
-def test_picture_is_drawn_and_shares_are_told(tmp_path, monkeypatch, capsys):
-    dataset, checkpoint = make_dataset(tmp_path / "data"), make_checkpoint(tmp_path / "policy")
-    flags = [f"--policy.path={checkpoint}", f"--dataset.root={dataset}", f"--output={tmp_path / 'a.png'}"]
+def test_picture_is_drawn_and_shares_are_told(tiny, tmp_path, monkeypatch, capsys):
+    flags = [*tiny, f"--output={tmp_path / 'a.png'}"]
     monkeypatch.setattr("sys.argv", ["lerobot-pi0", "attention", *flags, "--frame=3", "--head=1"])
     cli.main()
     said = capsys.readouterr().out

@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_open_loop_report import recorded
-from tiny_dataset import make_checkpoint, make_dataset
+from tiny_dataset import recorded
 
 from lerobot_pi0 import cli
 from lerobot_pi0.tools.language import (
@@ -32,7 +31,7 @@ def two_tasks() -> Recording:
     length = len(actions) // 4
     actions[length : 2 * length] = actions[:length] + 0.01
     actions[3 * length :] = actions[2 * length : 3 * length] + 0.01
-    return Recording(**vars(recording) | {"actions": actions})
+    return Recording(**vars(recording) | {"actions": actions, "states": np.roll(actions, 1, axis=0)})
 
 
 def swaps_of(obedience: float, recording: Recording, noise: float = 0.3) -> list[Swap]:
@@ -81,10 +80,10 @@ def test_policy_whose_actions_change_at_random_does_not_follow():
 
 def test_tasks_that_are_demonstrated_alike_are_not_judged():
     recording = two_tasks()
-    length = len(recording.actions) // 4
-    alike = Recording(**vars(recording) | {"actions": np.tile(recording.actions[:length], (4, 1))})
-    noisy = alike.actions + 0.05 * np.random.default_rng(0).standard_normal(alike.actions.shape)
-    alike = Recording(**vars(recording) | {"actions": noisy.astype(np.float32)})
+    once = recording.actions[: len(recording.actions) // 4]
+    noise = 0.05 * np.random.default_rng(0).standard_normal(recording.actions.shape)
+    actions = (np.tile(once, (4, 1)) + noise).astype(np.float32)
+    alike = Recording(**vars(recording) | {"actions": actions, "states": np.roll(actions, 1, axis=0)})
     swaps = swaps_of(0.0, alike)
     (pair,) = summarise(swaps)
     assert pair.verdict == SAME
@@ -101,15 +100,13 @@ def test_one_task_alone_is_refused():
 
 
 @pytest.mark.slow
-def test_untrained_policy_ignores_its_instruction(tmp_path, monkeypatch, capsys):
-    dataset, checkpoint = make_dataset(tmp_path / "data"), make_checkpoint(tmp_path / "policy")
-    flags = [f"--policy.path={checkpoint}", f"--dataset.root={dataset}", "--json"]
-    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "language", *flags])
+def test_untrained_policy_ignores_its_instruction(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "language", *tiny, "--json"])
     cli.main()
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["verdict"][0] == "This policy ignores its instruction."
     assert list(numbers["instructions"].values()) == ["open the faucet", "close the faucet"]
-    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "language", *flags[:2], "--tasks=[5]"])
+    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "language", *tiny, "--tasks=[5]"])
     with pytest.raises(SystemExit):
         cli.main()
     assert "the dataset has no task 5" in capsys.readouterr().err

@@ -12,37 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_dataset import FRAMES, TASKS, make_checkpoint, make_dataset
+from tiny_dataset import EPISODES, FRAMES, JOINTS, LENGTH, TASKS, recorded
 
 from lerobot_pi0 import cli
 from lerobot_pi0.tools.open_loop import HOLD, MEAN, NEAREST, Recording, select_episodes, trained_episodes
 from lerobot_pi0.tools.report import evaluate
 
-LENGTH, EPISODES, CHUNK, STRIDE, SAMPLES = 30, 4, 8, 4, 3
-JOINTS = ["lift", "turn", "gripper"]
-
-
-def recorded() -> Recording:
-    """Four episodes of two tasks, smooth and each its own, whose gripper closes in the middle."""
-    generator, at = np.random.default_rng(0), np.arange(LENGTH)
-    actions = []
-    for _ in range(EPISODES):
-        phase, speed = generator.uniform(0, 2 * np.pi), generator.uniform(0.2, 0.4)
-        gripper = np.where(at < LENGTH // 2, 0.0, 100.0)
-        actions.append(np.stack((10 * np.sin(phase + speed * at), np.cos(phase + speed * at), gripper), 1))
-    joined = np.concatenate(actions).astype(np.float32)
-    return Recording(
-        index=np.arange(len(joined)),
-        actions=joined,
-        states=np.roll(joined, 1, axis=0),
-        episode=np.repeat(np.arange(EPISODES), LENGTH),
-        task=np.repeat([0, 0, 1, 1], LENGTH),
-        instructions={0: "lift", 1: "turn"},
-        joints=JOINTS,
-        mean=joined.mean(0),
-        scale=joined.std(0),
-        fps=10,
-    )
+CHUNK, STRIDE, SAMPLES = 8, 4, 3
 
 
 def frames_of(recording: Recording) -> np.ndarray:
@@ -73,7 +49,7 @@ def test_policy_that_holds_still_is_no_better_than_holding_still():
     held = recording.last_action(frames_of(recording))[:, None, None]
     report = report_of(recording, np.broadcast_to(held, perfect(recording).shape))
     (hold,) = (c for c in report.comparisons if c.baseline == HOLD)
-    assert hold.ratio == 1
+    assert hold.ratio == pytest.approx(1)
     assert report.verdict()[0].startswith(f"This policy is no better than {HOLD}")
 
 
@@ -99,7 +75,7 @@ def test_steps_beyond_the_episode_do_not_count():
     planned[np.broadcast_to(~valid[:, None], planned.shape[:3])] = 1e6
     report = report_of(recording, planned)
     assert report.error == 0
-    assert report.spread == 0
+    assert report.spread == pytest.approx(0, abs=1e-6)
     assert all(joint.error == 0 for joint in report.joints)
 
 
@@ -204,15 +180,14 @@ def test_episodes_that_training_held_out_are_looked_at(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory) -> Path:
+def page(tiny, tmp_path_factory) -> Path:
     """The page of an untrained policy on a small dataset."""
     folder = tmp_path_factory.mktemp("report")
-    dataset, checkpoint = make_dataset(folder / "data"), make_checkpoint(folder / "policy")
     with pytest.MonkeyPatch.context() as patch:
-        flags = [f"--policy.path={checkpoint}", f"--dataset.root={dataset}", f"--output={folder / 'out'}"]
-        patch.setattr("sys.argv", ["lerobot-pi0", "report", *flags, "--num_samples=2"])
+        flags = [*tiny, f"--output={folder}", "--num_samples=2"]
+        patch.setattr("sys.argv", ["lerobot-pi0", "report", *flags])
         cli.main()
-    return folder / "out" / "report.html"
+    return folder / "report.html"
 
 
 @pytest.mark.slow
@@ -258,6 +233,7 @@ def test_page_fits_a_phone_in_a_browser(page, tmp_path):
         [
             browser,
             "--headless",
+            "--hide-scrollbars",
             "--no-sandbox",
             "--disable-gpu",
             "--no-first-run",
