@@ -212,9 +212,9 @@ def trained_episodes(checkpoint: Path, metadata: LeRobotDatasetMetadata) -> set[
 def observations(
     dataset: LeRobotDataset, indices: Sequence[int] | np.ndarray, progress: str
 ) -> Iterator[dict[str, Any]]:
-    """The dataset's items at some of its frames, with a bar on standard error."""
+    """The dataset's items at some of its frames, with a bar on standard error if they are many."""
     rows = {int(index): row for row, index in enumerate(dataset.hf_dataset.data.column("index").to_numpy())}
-    for index in tqdm(indices, desc=progress, unit="frame"):
+    for index in tqdm(indices, desc=progress, unit="frame", disable=len(indices) == 1):
         yield cast(dict[str, Any], dataset[rows[int(index)]])
 
 

@@ -39,6 +39,7 @@ th { font-weight: 600; vertical-align: bottom; }
 td { white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 .bar { height: .5rem; min-width: 2px; margin-top: .15rem; }
+@media (max-width: 480px) { table { font-size: .72rem; } th, td { padding: .3rem .2rem; } }
 """
 
 
