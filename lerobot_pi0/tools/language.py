@@ -39,6 +39,10 @@ NOTICEABLE = 0.15  # untrained policies come to ±0.1
 ALIKE = 1.5  # demonstrations of two tasks this many times as far apart as those of one are of different tasks
 _RESAMPLES = 2000
 
+NOTHING_TO_TELL = (
+    "there is no other instruction to tell: the dataset has one task, or no demonstration of another one on "
+    "this disk. A policy of one task has nothing to follow"
+)
 FOLLOWS, IGNORES, UNCLEAR, SAME = "follows", "ignores", "unclear", "done alike"
 
 
@@ -101,6 +105,8 @@ def main(config: LanguageConfig) -> str:
     policy_config, folder = read_config(config.policy)
     metadata = dataset_metadata(config.dataset)
     instructions = read_instructions(metadata)
+    if len(instructions) < 2:
+        raise ValueError(NOTHING_TO_TELL)
     tasks = _tasks(config.tasks, instructions)
     told = [instructions[task] for task in tasks]
     count = config.episodes_per_task * len(tasks)
@@ -127,7 +133,7 @@ def main(config: LanguageConfig) -> str:
             "dataset": metadata.repo_id,
             "verdict": lines,
             "instructions": {task: instructions[task] for task in tasks},
-            "followed": everything,
+            **dict(zip(("followed", "low", "high"), everything, strict=True)),
             "pairs": [asdict(pair) for pair in pairs],
             **asdict(selection),
         }
@@ -180,10 +186,7 @@ def compare(recording: Recording, frame: int, planned: dict[int, np.ndarray]) ->
 def summarise(swaps: list[Swap]) -> list[Pair]:
     """Both directions of each pair of instructions together. Raises ValueError if there was none to swap."""
     if not swaps:
-        raise ValueError(
-            "there is no other instruction to tell: the dataset's demonstrations have one task, or --tasks "
-            "names one. A policy of one task has nothing to follow"
-        )
+        raise ValueError(NOTHING_TO_TELL)
     groups: dict[tuple[int, int], list[Swap]] = {}
     for swap in swaps:
         groups.setdefault((min(swap.task, swap.told), max(swap.task, swap.told)), []).append(swap)
