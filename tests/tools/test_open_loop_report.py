@@ -53,6 +53,13 @@ def test_policy_that_holds_still_is_no_better_than_holding_still():
     assert report.verdict()[0].startswith(f"This policy is no better than {HOLD}")
 
 
+def test_last_action_is_of_the_same_episode():
+    """An episode's first frame has none, and takes its own."""
+    recording = recorded()
+    frames = np.array([0, 7, LENGTH, LENGTH + 1])
+    np.testing.assert_array_equal(recording.last_action(frames), recording.actions[[0, 6, LENGTH, LENGTH]])
+
+
 def test_policy_slightly_better_than_chance_is_not_said_to_beat():
     """As good as the mean action in half of the episodes, a little worse in one, a little better in one."""
     recording = recorded()
