@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_policy import batch, noise, tiny_config, tiny_policy
+from tiny_policy import VLM, batch, noise, tiny_config, tiny_policy
 
 from lerobot_pi0 import cli
 from lerobot_pi0.model.gemma import Cache
@@ -17,10 +17,11 @@ from lerobot_pi0.tools.attention import attend_visibly, divide, sampling_attenti
 PATCHES = 16
 
 
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
 @torch.no_grad()
-def test_attention_is_the_networks_own():
+def test_attention_is_the_networks_own(num_kv_heads):
     """The same velocity comes of it; each row sums to 1; what is masked gets none."""
-    policy = tiny_policy()
+    policy = tiny_policy(vlm=replace(VLM, num_kv_heads=num_kv_heads))
     observation = policy.observation(batch())
     assert not observation.token_mask.all()
     context = policy.model.with_state(policy.model.prefix(observation), observation.state)
