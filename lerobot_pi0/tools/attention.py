@@ -222,9 +222,8 @@ def _figure(seen: Look, pictures: dict[str, Tensor], title: str, size: int) -> A
             if column:
                 axes.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.8 * heat)
                 share = seen.cameras[camera].sum()
-                axes.set_title(
-                    f"{share:.0%} of the attention; grey: {least:.2%} a patch, yellow: {most:.2%}", fontsize=7
-                )
+                scale = f"a patch: {least:.1%} (grey) to {most:.1%} (yellow)"
+                axes.set_title(f"{share:.0%} of the attention\n{scale}", fontsize=8)
             else:
                 axes.set_title(_short(camera), fontsize=9)
     for column, (heading, shares) in enumerate((("all", seen.shares()), ("instruction", seen.words))):
