@@ -24,13 +24,19 @@ BENCHMARKS = "lerobot_pi0.benchmarks" if Path(__file__).with_name("benchmarks").
 
 # Name: (module:function, what it does).
 SUBCOMMANDS = {
+    "attention": ("lerobot_pi0.tools.attention:main", "where the actions look: at which patches and words"),
     "bench": (f"{BENCHMARKS}.bench:main", "measure this π0 beside LeRobot's in-tree one, on this machine"),
     "demo": ("lerobot_pi0.demo.demo:main", "record, train and evaluate a small π0 in Meta-World"),
     "doctor": ("lerobot_pi0.tools.doctor.command:main", "what is wrong with a policy, its data, its robot"),
+    "language": ("lerobot_pi0.tools.language:main", "does a policy follow its instruction? Swap it and see"),
     "latency": ("lerobot_pi0.control.latency:main", "how long a chunk takes, and how to drive with that"),
     "merge": ("lerobot_pi0.merge:main", "make one plain checkpoint of LoRA adapters and their base"),
     "plan": ("lerobot_pi0.planning:main", "which fine-tuning fits a GPU, how long it takes, which command"),
     "record": ("lerobot_pi0.demo.record:main", "record scripted Meta-World experts as a LeRobotDataset"),
+    "report": (
+        "lerobot_pi0.tools.report:main",
+        "compare a policy with recorded actions and naive guesses: a page",
+    ),
     "rollout": (
         "lerobot_pi0.control.rollout:main",
         "lerobot-rollout with checks before it moves, and a trace",

@@ -5,6 +5,7 @@ LeRobot's standard steps, and a tokenizer that travels with the checkpoint.
 
 import logging
 import math
+import re
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
@@ -94,6 +95,31 @@ class Pi0TokenizerStep(ProcessorStep):
                 prompt,
             )
         return ids[: self.max_length]
+
+    def words(self, prompt: str) -> list[tuple[str, int]]:
+        """The words of a prompt, each with the number of its tokens, in the order of `encode`.
+
+        The beginning of sequence and the newline are words of their own; a cut prompt has fewer.
+        """
+        left = len(self.encode(prompt))  # loads the tokenizer
+        assert self._tokenizer is not None
+        text = clean_prompt(prompt)
+        spans = [word.span() for word in re.finditer(r"\S+", text)]
+        counts = [0] * len(spans)
+        for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets:
+            # A token that is a space alone belongs to the word behind it, or to the last one.
+            counts[min(sum(stop < end for _, stop in spans), len(spans) - 1)] += 1
+        words = [
+            ("<bos>", 1),
+            *((text[a:b], n) for (a, b), n in zip(spans, counts, strict=True)),
+            ("newline", 1),
+        ]
+        kept = []
+        for word, count in words:
+            if left > 0:
+                kept.append((word, min(count, left)))
+            left -= count
+        return kept
 
     def get_config(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer, "max_length": self.max_length, "vocab_size": self.vocab_size}

@@ -1,0 +1,245 @@
+"""`lerobot-pi0 attention`: where the action tokens look: at which patches of the pictures, which words, the
+state, one another.
+
+The model's own attention, computed here and not in the network, which keeps no probabilities:
+`attend_visibly` runs the expert's layers by their parts, to the same output. What is attended to need not be
+what matters for the actions; `lerobot-pi0 language` tests that for words.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lerobot_pi0.model import Observation, Pi0
+from lerobot_pi0.model.flow import step_times
+from lerobot_pi0.model.gemma import Cache, DecoderLayer, rotate, rotation
+from lerobot_pi0.processor_pi0 import Pi0TokenizerStep
+from lerobot_pi0.tools.inputs import (
+    DatasetFlags,
+    LoadedPolicy,
+    PolicyFlags,
+    dataset_metadata,
+    load_policy,
+    open_dataset,
+    read_config,
+)
+from lerobot_pi0.tools.open_loop import draw_noise, observations, prepare, read_recording, select_episodes
+
+NUM_SAMPLES = 4  # of noise, that attention is averaged over
+COLOUR, WIDTH, DPI = "#1f5fbf", 3.0, 120
+
+
+@dataclass
+class AttentionConfig:
+    """Show where the actions look in a frame of a dataset: a picture, and shares in words."""
+
+    policy: PolicyFlags = field(default_factory=PolicyFlags)
+    # The first of --dataset.episodes is looked at.
+    dataset: DatasetFlags = field(default_factory=DatasetFlags)
+    # Frame of the episode. Default: the one in its middle.
+    frame: int | None = None
+    # Layer of the expert, from 0. Default: the mean of all.
+    layer: int | None = None
+    # Head of attention, from 0. Default: the mean of all.
+    head: int | None = None
+    # The picture to write.
+    output: Path = Path("outputs/attention.png")
+
+
+@dataclass(frozen=True)
+class Look:
+    """Shares of the action tokens' attention, which sum to 1."""
+
+    cameras: dict[str, np.ndarray]  # patches (rows, columns) of the square that the model sees, by camera
+    words: list[tuple[str, float]]
+    state: float
+    actions: float
+
+    def shares(self) -> list[tuple[str, float]]:
+        """What is looked at, and how much."""
+        return [
+            *((_short(camera), float(patches.sum())) for camera, patches in self.cameras.items()),
+            ("instruction", sum(share for _, share in self.words)),
+            ("state", self.state),
+            ("actions", self.actions),
+        ]
+
+
+def main(config: AttentionConfig) -> str:
+    """Run `lerobot-pi0 attention`."""
+    policy_config, folder = read_config(config.policy)
+    for name, limit in (("layer", policy_config.vlm.depth), ("head", policy_config.vlm.num_heads)):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < limit:
+            raise ValueError(f"--{name}={value}, but the policy has {name}s 0 to {limit - 1}")
+    metadata = dataset_metadata(config.dataset)
+    (episode, *_) = select_episodes(config.dataset.episodes, metadata, folder, 1).episodes
+    dataset = open_dataset(config.dataset, episodes=[episode])
+    recording = read_recording(dataset.meta, policy_config)
+    rows = recording.frames(episode)
+    frame = len(rows) // 2 if config.frame is None else config.frame
+    if not 0 <= frame < len(rows):
+        raise ValueError(f"--frame={frame}, but episode {episode} has frames 0 to {len(rows) - 1}")
+    loaded = load_policy(config.policy)
+    (item,) = observations(dataset, recording.index[rows[[frame]]], "looking")
+    batch = prepare(loaded, item)
+    words = tokenizer_of(loaded).words(item["task"])
+    seen = look(loaded, batch, words, config.layer, config.head)
+    pictures = {key: batch[key][0].cpu() for key in seen.cameras}
+    title = f"Episode {episode}, frame {frame}: {item['task']}"
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    _figure(seen, pictures, title, policy_config.vision.image_size).savefig(config.output, dpi=DPI)
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in seen.shares())
+    told = ", ".join(f"{word!r} {share:.1%}" for word, share in seen.words)
+    return f"{title}\nThe actions look at: {shares}\nWords: {told}\nPicture: {config.output}"
+
+
+@torch.no_grad()
+def look(
+    loaded: LoadedPolicy,
+    batch: dict[str, Any],
+    words: Sequence[tuple[str, int]],
+    layer: int | None = None,
+    head: int | None = None,
+) -> Look:
+    """Where the actions look at a prepared item, whose instruction has these words, each of so many tokens.
+
+    The mean over denoising steps, actions and a few samples of noise; over layers and heads too, unless one
+    is named.
+    """
+    policy, config = loaded.policy, loaded.config
+    observation = policy.observation(batch)
+    noise = draw_noise(config, NUM_SAMPLES, seed=0).to(observation.state.device)
+    attention = sampling_attention(policy.model, observation, noise, config.num_inference_steps)
+    attention = attention.mean(0) if layer is None else attention[layer]
+    attention = attention.mean(0) if head is None else attention[head]
+    grid = config.vision.image_size // config.vision.patch_size
+    cameras = list(config.cameras.values())
+    return divide(attention.double().cpu().numpy(), cameras, grid, words, observation.tokens.shape[1])
+
+
+def tokenizer_of(loaded: LoadedPolicy) -> Pi0TokenizerStep:
+    """The step of a policy's processors that tokenizes."""
+    (step,) = (step for step in loaded.preprocess.steps if isinstance(step, Pi0TokenizerStep))
+    return step
+
+
+def divide(
+    attention: np.ndarray, cameras: Sequence[str], grid: int, words: Sequence[tuple[str, int]], padded: int
+) -> Look:
+    """Attention (T,) by what the tokens stand for.
+
+    They are `grid` by `grid` patches of each camera, the words' tokens (a prompt of `padded` in all), the
+    state, and the actions.
+    """
+    patches, rest = np.split(attention, [len(cameras) * grid**2])
+    prompt, rest = np.split(rest, [padded])
+    ends = np.cumsum([count for _, count in words])
+    return Look(
+        cameras=dict(zip(cameras, patches.reshape(-1, grid, grid), strict=True)),
+        words=[
+            (word, float(prompt[end - count : end].sum()))
+            for (word, count), end in zip(words, ends, strict=True)
+        ],
+        state=float(rest[0]),
+        actions=float(rest[1:].sum()),
+    )
+
+
+def sampling_attention(model: Pi0, observation: Observation, noise: Tensor, num_steps: int) -> Tensor:
+    """Attention (layers, H, T) of the action tokens while chunks are sampled from noise (K, A, E) at one
+    observation: the mean over steps, actions and samples."""
+    context = model.with_state(model.prefix(observation), observation.state).repeat(len(noise))
+    x, total = noise, torch.zeros(())
+    for time in step_times(num_steps):
+        velocity, attention = attend_visibly(model, context, x, x.new_full((len(x),), time))
+        x = x - velocity / num_steps
+        total = total.to(x.device) + attention.mean((1, 3)) / num_steps
+    return total
+
+
+def attend_visibly(model: Pi0, context: Cache, actions: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+    """What `model.velocity` gives, and the attention (layers, B, H, A, T) that it came by, in float32."""
+    x = model.embed_actions(actions, time)
+    own = context.mask.new_ones(x.shape[:2])
+    mask = torch.cat((context.mask, own), 1)[:, None, None]
+    positions = own.cumsum(1) - 1 + context.mask.sum(1, keepdim=True)
+    by = rotation(positions, model.expert.head_dim)
+    attention = []
+    layers = cast(Iterable[DecoderLayer], model.expert.layers)
+    for layer, (past_keys, past_values) in zip(layers, context.layers, strict=True):
+        h = layer.attention_norm(x)
+        q, k, v = (
+            project(h).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
+            for project in (layer.q_proj, layer.k_proj, layer.v_proj)
+        )
+        q, k = rotate(q, by), rotate(k, by)
+        shared_by = q.shape[1] // k.shape[1]
+        keys = torch.cat((past_keys, k), 2).repeat_interleave(shared_by, 1)
+        values = torch.cat((past_values, v), 2).repeat_interleave(shared_by, 1)
+        logits = q.float() @ keys.float().mT * layer.head_dim**-0.5
+        attention.append(logits.masked_fill(~mask, -torch.inf).softmax(-1))
+        x = x + layer.o_proj((attention[-1].to(x.dtype) @ values).transpose(1, 2).flatten(2))
+        h = layer.mlp_norm(x)
+        x = x + layer.down_proj(F.gelu(layer.gate_proj(h), approximate="tanh") * layer.up_proj(h))
+    return model.action_out_proj(model.expert.norm(x).float()), torch.stack(attention)
+
+
+def without_letterbox(patches: np.ndarray, size: int, height: int, width: int) -> np.ndarray:
+    """A square map of patches as one over the picture (height, width) that was fitted into `size` pixels."""
+    ratio = max(height, width) / size
+    new_height, new_width = int(height / ratio), int(width / ratio)
+    top, left = (size - new_height) // 2, (size - new_width) // 2
+    rows = (top + (np.arange(height) + 0.5) * new_height / height) * len(patches) // size
+    columns = (left + (np.arange(width) + 0.5) * new_width / width) * patches.shape[1] // size
+    return patches[np.ix_(rows.astype(int), columns.astype(int))]
+
+
+def _figure(seen: Look, pictures: dict[str, Tensor], title: str, size: int) -> Any:
+    from matplotlib.figure import Figure
+
+    count = len(pictures)
+    figure = Figure(figsize=(2 * WIDTH, WIDTH * count + 2.6), layout="constrained")
+    grid = figure.add_gridspec(count + 1, 2, height_ratios=[*[WIDTH] * count, 2.4])
+    figure.suptitle(title, fontsize=10)
+    all_patches = np.concatenate([patches.ravel() for patches in seen.cameras.values()])
+    least, most = all_patches.min(), all_patches.max()
+    for row, (camera, picture) in enumerate(pictures.items()):
+        pixels = picture.float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+        heat = without_letterbox(seen.cameras[camera], size, *pixels.shape[:2])
+        heat = (heat - least) / (most - least or 1.0)
+        grey = np.repeat(pixels.mean(2, keepdims=True), 3, axis=2) * 0.8
+        for column, shown in enumerate((pixels, grey)):
+            axes = figure.add_subplot(grid[row, column])
+            axes.imshow(shown)
+            axes.set_axis_off()
+            if column:
+                axes.imshow(heat, cmap="inferno", vmin=0, vmax=1, alpha=0.8 * heat)
+                share = seen.cameras[camera].sum()
+                scale = f"a patch: {least:.1%} (grey) to {most:.1%} (yellow)"
+                axes.set_title(f"{share:.0%} of the attention\n{scale}", fontsize=8)
+            else:
+                axes.set_title(_short(camera), fontsize=9)
+    for column, (heading, shares) in enumerate((("all", seen.shares()), ("instruction", seen.words))):
+        axes = figure.add_subplot(grid[count, column])
+        names, values = [name for name, _ in shares], [100 * share for _, share in shares]
+        axes.barh(range(len(names)), values, color=COLOUR, height=0.7)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_xlabel("% of the attention", fontsize=8)
+        axes.set_title(heading, fontsize=9, loc="left")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return figure
+
+
+def _short(camera: str) -> str:
+    """A camera's name without LeRobot's prefix."""
+    return camera.removeprefix("observation.").removeprefix("images.")

@@ -1,0 +1,121 @@
+"""Attention computed apart from the network: its own, and shown where it belongs."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_policy import VLM, batch, noise, tiny_config, tiny_policy
+
+from lerobot_pi0 import cli
+from lerobot_pi0.model.gemma import Cache
+from lerobot_pi0.model.observation import letterbox
+from lerobot_pi0.processor_pi0 import Pi0TokenizerStep
+from lerobot_pi0.tools.attention import attend_visibly, divide, sampling_attention, without_letterbox
+
+PATCHES = 16
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+@torch.no_grad()
+def test_attention_is_the_networks_own(num_kv_heads):
+    """The same velocity comes of it; each row sums to 1; what is masked gets none."""
+    policy = tiny_policy(vlm=replace(VLM, num_kv_heads=num_kv_heads))
+    observation = policy.observation(batch())
+    assert not observation.token_mask.all()
+    context = policy.model.with_state(policy.model.prefix(observation), observation.state)
+    time = torch.tensor([0.3, 0.9])
+    velocity, attention = attend_visibly(policy.model, context, noise(), time)
+    torch.testing.assert_close(velocity, policy.model.velocity(context, noise(), time), rtol=0, atol=1e-5)
+    torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+    padding = torch.nn.functional.pad(~observation.token_mask, (PATCHES, 1 + noise().shape[1]))
+    assert attention.permute(1, 4, 0, 2, 3)[padding].max() == 0
+    assert attention.permute(1, 4, 0, 2, 3)[~padding].min() > 0
+
+
+@torch.no_grad()
+def test_camera_that_is_not_there_is_not_looked_at():
+    policy = tiny_policy()
+    observation = policy.observation(batch())
+    two = replace(
+        observation,
+        images=observation.images.repeat(1, 2, 1, 1, 1),
+        image_mask=torch.tensor([[True, False]] * 2),
+    )
+    first = replace(two, **{key: getattr(two, key)[:1] for key in vars(two)})
+    attention = sampling_attention(policy.model, first, noise(1), 2)
+    seen = divide(attention.mean((0, 1)).numpy(), ["front", "absent"], 4, [("all", 8)], two.tokens.shape[1])
+    assert seen.cameras["absent"].sum() == 0
+    assert seen.cameras["front"].min() > 0
+    assert sum(share for _, share in seen.shares()) == pytest.approx(1)
+
+
+@torch.no_grad()
+def test_attention_moves_with_the_patches():
+    """Patches that change places in the cache take their attention along, and the velocity stays."""
+    policy = tiny_policy()
+    observation = policy.observation(batch())
+    context = policy.model.with_state(policy.model.prefix(observation), observation.state)
+    order = torch.arange(context.mask.shape[1])
+    order[:PATCHES] = torch.randperm(PATCHES, generator=torch.Generator().manual_seed(0))
+    shuffled = Cache([(k[:, :, order], v[:, :, order]) for k, v in context.layers], context.mask[:, order])
+    time = torch.tensor([0.5, 0.5])
+    velocity, attention = attend_visibly(policy.model, context, noise(), time)
+    moved_velocity, moved = attend_visibly(policy.model, shuffled, noise(), time)
+    torch.testing.assert_close(moved_velocity, velocity, rtol=0, atol=1e-5)
+    torch.testing.assert_close(moved[..., : len(order)], attention[..., order], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (32, 32), (90, 200)])
+def test_patch_is_drawn_over_what_the_model_sees_there(height, width):
+    """A bright spot, found again in the square that the model sees, is where the map shows it."""
+    for row, column in ((0.1, 0.1), (0.5, 0.5), (0.9, 0.2), (0.4, 0.95)):
+        picture, y, x = torch.zeros(1, 1, height, width), int(row * height), int(column * width)
+        picture[..., y, x] = 1.0
+        square = letterbox(picture, 32)
+        patches = torch.nn.functional.avg_pool2d(square, 8)[0, 0].numpy()
+        hot = (patches == patches.max()).astype(float)
+        shown = without_letterbox(hot, 32, height, width)
+        assert shown.shape == (height, width)
+        near = shown[max(y - height // 16, 0) : y + height // 16, max(x - width // 16, 0) : x + width // 16]
+        assert near.max() == 1
+        assert shown.mean() < 0.3
+
+
+def test_attention_is_divided_by_what_the_tokens_stand_for():
+    attention = np.arange(2 * 4 + 8 + 1 + 3, dtype=float)
+    words = [("<bos>", 1), ("faucet", 2), ("newline", 1)]
+    seen = divide(attention, ["front", "wrist"], 2, words, 8)
+    np.testing.assert_array_equal(seen.cameras["wrist"], [[4, 5], [6, 7]])
+    assert seen.words == [("<bos>", 8.0), ("faucet", 9.0 + 10.0), ("newline", 11.0)]
+    assert (seen.state, seen.actions) == (16.0, 17.0 + 18.0 + 19.0)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["open the door", " Rotate_the faucet counter-clockwise", "schnell öffnen!"]
+)
+def test_words_of_a_prompt_have_its_tokens(prompt):
+    config = tiny_config()
+    step = Pi0TokenizerStep("small", 48, config.vlm.vocab_size)
+    words = step.words(prompt)
+    assert sum(count for _, count in words) == len(step.encode(prompt))
+    assert [word for word, _ in words[1:-1]] == prompt.strip().replace("_", " ").split()
+    short = Pi0TokenizerStep("small", 4, config.vlm.vocab_size).words(prompt)
+    assert sum(count for _, count in short) == 4
+
+
+@pytest.mark.slow
+def test_picture_is_drawn_and_shares_are_told(tiny, tmp_path, monkeypatch, capsys):
+    flags = [*tiny, f"--output={tmp_path / 'a.png'}"]
+    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "attention", *flags, "--frame=3", "--head=1"])
+    cli.main()
+    said = capsys.readouterr().out
+    assert "Episode 0, frame 3: open the faucet" in said
+    assert "front " in said
+    assert "'faucet' " in said
+    assert len(set(Image.open(tmp_path / "a.png").convert("RGB").get_flattened_data())) > 100
+    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "attention", *flags, "--frame=12"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "episode 0 has frames 0 to 11" in capsys.readouterr().err
