@@ -70,7 +70,7 @@ def golden_actions(policy: "Pi0Policy", inference_steps: int) -> Tensor:
         actions = policy.model.sample(policy.observation(batch), noise, inference_steps)
     actions = actions[0, :, : cast(PolicyFeature, policy.config.action_feature).shape[0]]
     anchor = policy._anchor(batch)
-    return (actions if anchor is None else actions + anchor).float().cpu()
+    return (actions if anchor is None else actions + anchor).float().cpu().contiguous()
 
 
 def write_certificate(policy: "Pi0Policy", folder: Path) -> None:

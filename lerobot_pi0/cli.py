@@ -24,7 +24,7 @@ BENCHMARKS = "lerobot_pi0.benchmarks" if Path(__file__).with_name("benchmarks").
 # Name: (module:function, what it does).
 SUBCOMMANDS = {
     "bench": (f"{BENCHMARKS}.bench:main", "measure this π0 beside LeRobot's in-tree one, on this machine"),
-    "convert": ("lerobot_pi0.tools.convert:main", "openpi's, LeRobot's and transformers' π0 ↔ this one"),
+    "convert": ("lerobot_pi0.conversion.convert:main", "openpi's, LeRobot's and transformers' π0 ↔ this one"),
     "demo": ("lerobot_pi0.demo.demo:main", "record, train and evaluate a small π0 in Meta-World"),
     "merge": ("lerobot_pi0.merge:main", "make one plain checkpoint of LoRA adapters and their base"),
     "plan": ("lerobot_pi0.planning:main", "which fine-tuning fits a GPU, how long it takes, which command"),

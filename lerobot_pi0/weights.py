@@ -145,7 +145,7 @@ def to_openpi[T](state_dict: Mapping[str, T]) -> dict[str, T]:
 
 @dataclass(frozen=True)
 class JaxPart:
-    """Where a tensor of `Pi0` is in an openpi JAX checkpoint: `cut` makes it of the leaf, or of one layer of it."""
+    """Where a tensor of ours is in openpi's JAX checkpoint: `cut` makes it of a leaf, or of a layer of it."""
 
     leaf: str
     layer: int | None
@@ -153,7 +153,7 @@ class JaxPart:
 
 
 def openpi_jax_parts(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, JaxPart]:
-    """Our names → their parts of an openpi JAX checkpoint, whose leaves are given by '/'-joined path and shape.
+    """Our names → their parts of an openpi JAX checkpoint; `leaves` has the shapes by '/'-joined path.
 
     Leaf by leaf and layer by layer, so that who reads in this order reads everything once.
     Raises CheckpointError for a leaf it does not know, LoRA leaves among them: merge those first.
@@ -175,8 +175,8 @@ def openpi_jax_parts(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, JaxPart
 def from_openpi_jax(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     """Tensors of an openpi JAX checkpoint (leaves by '/'-joined path, layers stacked), by the names of `Pi0`.
 
-    Raises CheckpointError for a leaf it does not know, LoRA leaves among them. `tools.orbax` reads openpi's
-    files, and merges LoRA.
+    Raises CheckpointError for a leaf it does not know, LoRA leaves among them. `conversion.orbax` reads
+    openpi's files, and merges LoRA.
     """
     leaves = {path.removeprefix("params/").removesuffix("/value"): leaf for path, leaf in params.items()}
     parts = openpi_jax_parts({path: leaf.shape for path, leaf in leaves.items()})
@@ -214,7 +214,7 @@ def load_weights(
 
 
 def check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Check that the tensors are the model's `wanted` ones, by name and shape; those of either may be meta ones.
+    """Check that the tensors are the model's `wanted` ones, by name and shape. Meta tensors will do.
 
     Raises CheckpointError with counts and first names when anything is missing, left over or mis-shaped.
     """

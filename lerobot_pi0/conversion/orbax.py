@@ -59,8 +59,8 @@ class OrbaxCheckpoint(Mapping[str, Tensor]):
     """The tensors of an openpi JAX checkpoint by our names, LoRA merged, each read when it is asked for.
 
     In the order of iteration everything is read once. With LoRA a tensor is as wide as its adapters.
-    `scratch`: a folder for the temporary file. `lora_alpha`: openpi's, which no checkpoint holds; default: the
-    rank, as in openpi's own configurations.
+    `scratch`: a folder for the temporary file. `lora_alpha`: openpi's, which no checkpoint holds; default:
+    the rank, as in openpi's own configurations.
     Raises CheckpointError for a damaged checkpoint or one of another family.
     """
 
@@ -150,7 +150,7 @@ class OrbaxCheckpoint(Mapping[str, Tensor]):
         return [leaf for lora, leaf in sorted(self._lora.items()) if self._over(lora) == path]
 
     def _over(self, lora: str) -> str:
-        """The leaf that a leaf of LoRA is over: `q_einsum/lora_a` → `q_einsum/w`; `linear_lora_a` → `linear`."""
+        """The leaf that a leaf of LoRA is over: q_einsum/lora_a → q_einsum/w, linear_lora_a → linear."""
         stem = lora.removesuffix("lora_a").removesuffix("lora_b")
         return f"{stem}w" if stem.endswith("/") else stem.removesuffix("_")
 
