@@ -14,10 +14,10 @@ def write_leaf(
     path: str,
     shape: tuple[int, ...],
     dtype: Any,
-    read: Callable[[int], np.ndarray],
+    numbers: np.ndarray | Callable[[int], np.ndarray],
     chunk: tuple[int, ...] | None = None,
 ) -> None:
-    """One array, of whose first axis part i is `read(i)`; in one piece, as orbax writes it, or in chunks."""
+    """An array, or what gives each part of its first axis; in one piece, as orbax writes it, or in chunks."""
     store = {
         "driver": "zarr",
         "kvstore": {
@@ -28,14 +28,9 @@ def write_leaf(
         "metadata": {"chunks": list(chunk or shape), "compressor": {"id": "zstd", "level": 1}},
     }
     array = tensorstore.open(store, create=True, dtype=np.dtype(dtype), shape=shape).result()
-    if chunk is not None and chunk[0] == 1:
-        for i in range(shape[0]):
-            array[i].write(read(i)).result()
-    else:
-        whole = np.empty(shape, dtype)
-        for i in range(shape[0]):
-            whole[i] = read(i)
-        array.write(whole).result()
+    if callable(numbers):
+        numbers = np.stack([numbers(i) for i in range(shape[0])])
+    array.write(numbers).result()
 
 
 def write_checkpoint(
@@ -51,7 +46,7 @@ def write_checkpoint(
             path,
             leaf.shape,
             leaf.dtype,
-            leaf.__getitem__,
+            leaf,
             None if chunk is None else chunk(leaf.shape),
         )
     if statistics is not None:

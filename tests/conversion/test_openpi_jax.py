@@ -11,12 +11,12 @@ import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from openpi_jax import write_checkpoint, write_statistics
+from small_policies import run
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 
 from lerobot_pi0.conversion import orbax
-from lerobot_pi0.conversion.convert import ConvertConfig, convert
 from lerobot_pi0.conversion.orbax import OrbaxCheckpoint
 from lerobot_pi0.model import Observation, pi0
 from lerobot_pi0.modeling_pi0 import Pi0Policy
@@ -104,7 +104,7 @@ def converted(tmp_path_factory) -> Path:
     """Both checkpoints, and what the command said of each."""
     folder = tmp_path_factory.mktemp("converted")
     for name, source in CHECKPOINTS.items():
-        (folder / f"{name}.txt").write_text(convert(ConvertConfig(str(source), folder / name, **FLAGS)))
+        (folder / f"{name}.txt").write_text(run(source, folder / name, **FLAGS))
     return folder
 
 
@@ -126,14 +126,14 @@ def test_the_proof_counts_and_says_what_was_found(converted):
         assert ("LoRA merged" in text) == (name == "lora")
 
 
-def test_alpha_of_lora_scales_attention_alone(lora_leaves, tmp_path, run, stored_time_embedding):
+def test_alpha_of_lora_scales_attention_alone(lora_leaves, tmp_path, stored_time_embedding):
     """alpha 8 over rank 4: attention twice, the MLP once."""
     write_checkpoint(tmp_path / "jax", lora_leaves)
     run(tmp_path / "jax", tmp_path / "ours", statistics=False, lora_alpha=8.0, **FLAGS)
     assert max(distances(tmp_path / "ours", of_alpha("alpha8/")).values()) < ROUNDING
 
 
-def test_dtypes_stay_unless_asked(converted, tmp_path, run):
+def test_dtypes_stay_unless_asked(converted, tmp_path):
     run(LORA, tmp_path / "narrow", **FLAGS, dtype="bfloat16")
     as_is = Pi0Policy.from_pretrained(converted / "lora").model.state_dict()
     # Frozen by openpi in bfloat16; merged with float32 adapters; trained.
@@ -171,7 +171,7 @@ def tokenizer(tmp_path) -> str:
     return str(tmp_path / "tokenizer")
 
 
-def test_processors_normalise_as_openpi_does_near_constant_dimensions_too(tokenizer, tmp_path, run):
+def test_processors_normalise_as_openpi_does_near_constant_dimensions_too(tokenizer, tmp_path):
     flags = {**FLAGS, "tokenizer": tokenizer, "cameras": {"base": "front"}}
     run(PLAIN, tmp_path / "ours", **flags)
     config = PreTrainedConfig.from_pretrained(tmp_path / "ours")
@@ -189,7 +189,7 @@ def test_processors_normalise_as_openpi_does_near_constant_dimensions_too(tokeni
     torch.testing.assert_close(finish(found["action"])[0], golden["actions"], rtol=1e-5, atol=1e-5)
 
 
-def test_masked_actions_are_relative_to_the_state(tokenizer, tmp_path, run):
+def test_masked_actions_are_relative_to_the_state(tokenizer, tmp_path):
     """As openpi's AbsoluteActions: what the network gives, in the robot's units, plus the state."""
     flags = {**FLAGS, "tokenizer": tokenizer, "cameras": {"base": "front"}}
     chunks, state = {}, torch.tensor([[0.3, -1.0, 0.5, 5.0, 0.01, 0.0, 4.0, -0.5]])
@@ -210,7 +210,7 @@ def copied(checkpoint: Path, folder: Path) -> Path:
     return folder / "jax"
 
 
-def refused(run: Any, source: Path, message: str, **flags: Any) -> None:
+def refused(source: Path, message: str, **flags: Any) -> None:
     """The reason is said, and nothing of the target is left."""
     target = source.parent / "target"
     with pytest.raises((ValueError, OSError), match=message):
@@ -218,71 +218,71 @@ def refused(run: Any, source: Path, message: str, **flags: Any) -> None:
     assert not [path for path in source.parent.iterdir() if path.name.startswith("target")]
 
 
-def test_cut_off_file(tmp_path, run):
+def test_cut_off_file(tmp_path):
     source = copied(PLAIN, tmp_path)
     for file in (source / "params").rglob("d/*"):
         file.chmod(0o644)
         file.write_bytes(file.read_bytes()[:1000])
-    refused(run, source, "params is damaged or incomplete.*download it again")
+    refused(source, "params is damaged or incomplete.*download it again")
 
 
-def test_missing_file(tmp_path, run):
+def test_missing_file(tmp_path):
     source = copied(PLAIN, tmp_path)
     largest = max((source / "params").rglob("d/*"), key=lambda file: file.stat().st_size)
     largest.parent.chmod(0o755)
     largest.unlink()
-    refused(run, source, "params is damaged or incomplete.*download it again")
+    refused(source, "params is damaged or incomplete.*download it again")
 
 
 @pytest.mark.parametrize("missing", ["PaliGemma/llm/layers/attn/q_einsum/w", "action_out_proj/bias"])
-def test_missing_leaf(leaves, missing, tmp_path, run):
+def test_missing_leaf(leaves, missing, tmp_path):
     rest = {path: leaf for path, leaf in leaves.items() if path != missing}
-    refused(run, write_checkpoint(tmp_path / "jax", rest), "incomplete|1 missing", statistics=False)
+    refused(write_checkpoint(tmp_path / "jax", rest), "incomplete|1 missing", statistics=False)
 
 
-def test_other_families_are_named(leaves, tmp_path, run):
+def test_other_families_are_named(leaves, tmp_path):
     pi05 = {**leaves, "time_mlp_in/kernel": np.zeros((4, 4), np.float32)}
-    refused(run, write_checkpoint(tmp_path / "jax", pi05), "π0.5 checkpoint", statistics=False)
+    refused(write_checkpoint(tmp_path / "jax", pi05), "π0.5 checkpoint", statistics=False)
 
 
-def test_numbers_that_are_none(leaves, tmp_path, run):
+def test_numbers_that_are_none(leaves, tmp_path):
     leaf = leaves["action_out_proj/kernel"].copy()
     leaf[3, 3] = np.nan
     source = write_checkpoint(tmp_path / "jax", {**leaves, "action_out_proj/kernel": leaf})
-    refused(run, source, r"action_out_proj.weight.*NaN", statistics=False)
+    refused(source, r"action_out_proj.weight.*NaN", statistics=False)
 
 
-def test_statistics_of_several_robots_are_chosen_from(tmp_path, run):
+def test_statistics_of_several_robots_are_chosen_from(tmp_path):
     source = copied(PLAIN, tmp_path)
     (source / "assets").chmod(0o755)
     of = {"mean": [0.0] * 6, "std": [1.0] * 6}
     write_statistics(source, "droid", {"state": of, "actions": of})
-    refused(run, source, r"several robots: --asset_id=... chooses one of \['droid', 'tiny'\]")
-    refused(run, source, r"no assets/aloha/", asset_id="aloha")
+    refused(source, r"several robots: --asset_id=... chooses one of \['droid', 'tiny'\]")
+    refused(source, r"no assets/aloha/", asset_id="aloha")
     assert "State of 6" in run(source, tmp_path / "droid", **FLAGS, asset_id="droid")
     assert "Without statistics" in run(source, tmp_path / "none", **FLAGS, statistics=False)
 
 
-def test_statistics_of_another_robot(tmp_path, run):
-    refused(run, copied(PLAIN, tmp_path), r"statistics of \[8\] dimensions.*the robot has 14", state_dim=14)
+def test_statistics_of_another_robot(tmp_path):
+    refused(copied(PLAIN, tmp_path), r"statistics of \[8\] dimensions.*the robot has 14", state_dim=14)
 
 
-def test_no_statistics_at_all(leaves, tmp_path, run):
-    refused(run, write_checkpoint(tmp_path / "jax", leaves), "has no statistics.*--statistics=false")
+def test_no_statistics_at_all(leaves, tmp_path):
+    refused(write_checkpoint(tmp_path / "jax", leaves), "has no statistics.*--statistics=false")
 
 
-def test_tokenizer_that_cannot_be_had_is_told_before_anything_is_written(tmp_path, run):
-    refused(run, copied(PLAIN, tmp_path), "tokenizer 'google/.*--tokenizer=FOLDER", tokenizer=None)
+def test_tokenizer_that_cannot_be_had_is_told_before_anything_is_written(tmp_path):
+    refused(copied(PLAIN, tmp_path), "tokenizer 'google/.*--tokenizer=FOLDER", tokenizer=None)
 
 
-def test_target_that_exists_is_left_alone(tmp_path, run):
+def test_target_that_exists_is_left_alone(tmp_path):
     (tmp_path / "ours").mkdir()
     with pytest.raises(FileExistsError, match="exists: give another TARGET"):
         run(PLAIN, tmp_path / "ours", **FLAGS)
     assert not list((tmp_path / "ours").iterdir())
 
 
-def test_without_tensorstore_the_error_says_what_to_install(tmp_path, run, monkeypatch):
+def test_without_tensorstore_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(orbax, "find_spec", lambda _: None)
     with pytest.raises(RuntimeError, match=r"pip install 'lerobot_policy_pi0\[openpi\]'"):
         run(PLAIN, tmp_path / "ours", **FLAGS)

@@ -1,6 +1,5 @@
 """Small policies of sizes that LeRobot's own π0 can be made to have, and the command that converts them."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,8 @@ EXPERT = ExpertConfig(width=32, mlp_dim=48)
 JOINTS = ["shoulder", "elbow", "wrist", "gripper"]
 
 
-@pytest.fixture
-def small_sizes(monkeypatch) -> None:
-    """ "gemma_2b" and "gemma_300m" are small, and so is what LeRobot's code fixes (SigLIP, vocabulary)."""
+def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sizes that have names are small ones, and so is what LeRobot's code fixes."""
     heads = VLM.num_heads, VLM.num_kv_heads, VLM.head_dim
     variants = {
         "gemma_2b": (VLM.width, VLM.depth, VLM.mlp_dim, *heads),
@@ -55,26 +53,18 @@ def small_sizes(monkeypatch) -> None:
     monkeypatch.setattr(in_tree, "get_gemma_config", lambda variant: in_tree.GemmaConfig(*variants[variant]))
 
 
-@pytest.fixture
-def save(tmp_path) -> Callable[..., Path]:
-    """save(**settings): a checkpoint of ours as training leaves it."""
-
-    def make(**settings: Any) -> Path:
-        config = small_config(**settings)
-        torch.manual_seed(0)
-        policy = Pi0Policy(config)
-        for parameter in policy.parameters():
-            spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
-            parameter.data = torch.randn_like(parameter) * spread
-        folder = tmp_path / "ours"
-        policy.save_pretrained(folder)
-        for pipeline in make_lerobot_pi0_pre_post_processors(
-            config, prepare_statistics(config, statistics())
-        ):
-            pipeline.save_pretrained(folder)
-        return folder
-
-    return make
+def save(folder: Path, **settings: Any) -> Path:
+    """A checkpoint of ours as training leaves it."""
+    config = small_config(**settings)
+    torch.manual_seed(0)
+    policy = Pi0Policy(config)
+    for parameter in policy.parameters():
+        spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
+        parameter.data = torch.randn_like(parameter) * spread
+    policy.save_pretrained(folder)
+    for pipeline in make_lerobot_pi0_pre_post_processors(config, prepare_statistics(config, statistics())):
+        pipeline.save_pretrained(folder)
+    return folder
 
 
 def small_config(**settings: Any) -> Pi0Config:
@@ -90,11 +80,6 @@ def small_config(**settings: Any) -> Pi0Config:
     return tiny_config(**{**sizes, **names, "input_features": features, **settings})
 
 
-@pytest.fixture
-def run() -> Callable[..., str]:
-    """run(source, target, **flags): what `lerobot-pi0 convert` prints."""
-
-    def call(source: Path, target: Path, **flags: Any) -> str:
-        return convert(ConvertConfig(str(source), target, **flags))
-
-    return call
+def run(source: Path, target: Path, **flags: Any) -> str:
+    """What `lerobot-pi0 convert` prints."""
+    return convert(ConvertConfig(str(source), target, **flags))
