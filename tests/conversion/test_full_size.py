@@ -115,8 +115,8 @@ def convert(source: Path, target: Path, *flags: str) -> int:
             time.sleep(0.05)
         assert process.returncode == 0
     print(
-        f"{source.name} → {target.name}: {time.monotonic() - started:.0f} s, {anonymous / 1e9:.2f} GB of its own "
-        f"at most, {peak / 1e9:.2f} GB with mapped files",
+        f"{source.name} → {target.name}: {time.monotonic() - started:.0f} s, {anonymous / 1e9:.2f} GB of its "
+        f"own at most, {peak / 1e9:.2f} GB with mapped files",
         flush=True,
     )
     return anonymous
