@@ -1,7 +1,8 @@
-"""Golden actions: written with a policy, compared where something else runs it, silent where nothing changed."""
+"""Golden actions: written with a policy, compared where something else runs it, else silent."""
 
 import hashlib
 import logging
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_policy import batch, statistics, tiny_config, tiny_policy
+from torch import Tensor
 
 from lerobot_pi0 import certificate, modeling_pi0
 from lerobot_pi0.certificate import CERTIFICATE_FILE, check_certificate, fixed_input, golden_actions
@@ -27,6 +29,10 @@ def saved(tmp_path) -> Path:
     return tmp_path / "saved"
 
 
+def assert_same(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def written_with(folder: Path, actions: Any = None, **environment: str) -> None:
     """Change what the certificate says."""
     file = folder / CERTIFICATE_FILE
@@ -39,7 +45,7 @@ def written_with(folder: Path, actions: Any = None, **environment: str) -> None:
 def test_a_saved_policy_carries_a_small_certificate(saved):
     file = saved / CERTIFICATE_FILE
     assert file.stat().st_size < 4096
-    assert torch.equal(load_file(file)["actions"], golden_actions(tiny_policy(), 10))
+    assert_same(load_file(file)["actions"], golden_actions(tiny_policy(), 10))
 
 
 def test_the_input_is_the_same_for_ever():
@@ -62,7 +68,7 @@ def test_the_same_actions_in_another_environment_are_found_once(saved, caplog):
     written_with(saved, torch="2.7.0")
     with caplog.at_level(logging.INFO, logger="lerobot_pi0"):
         policy = Pi0Policy.from_pretrained(saved)
-    assert f"torch 2.7.0 → {torch.__version__}" in caplog.text
+    assert f"torch 2.7.0 → {version('torch')}" in caplog.text
     assert "golden actions: the same" in caplog.text
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
     assert check_certificate(policy, saved) is None
@@ -92,7 +98,7 @@ def test_steps_of_inference_are_the_recorded_ones(saved):
     written_with(saved, torch="2.7.0")
     policy = Pi0Policy.from_pretrained(saved, config=tiny_config(num_inference_steps=3))
     certificate_file = saved / CERTIFICATE_FILE
-    assert torch.equal(golden_actions(policy, 10), load_file(certificate_file)["actions"])
+    assert_same(golden_actions(policy, 10), load_file(certificate_file)["actions"])
 
 
 def test_a_damaged_certificate_is_told_and_no_obstacle(saved, caplog):
@@ -126,7 +132,7 @@ def test_saving_in_training_changes_nothing_of_it(tmp_path):
     loaded = Pi0Policy.from_pretrained(tmp_path / "saved")
     found = golden_actions(loaded, 10)
     wanted = load_file(tmp_path / "saved" / CERTIFICATE_FILE)["actions"]
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert_same(found, wanted)
     assert (golden_actions(policy, 10) - wanted).abs().max() > 1e-3  # the weights are not the average
 
 

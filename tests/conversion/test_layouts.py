@@ -141,7 +141,9 @@ def test_lerobots_own_policy_loads_and_normalises_the_same(ours, in_tree, tmp_pa
         # Both tokenizers out of the way: "small" is none that transformers has.
         saved["steps"] = [step for step in saved["steps"] if "tokenizer" not in step["registry_name"]]
         (folder / "policy_preprocessor.json").write_text(json.dumps(saved))
-        prepare = PolicyProcessorPipeline.from_pretrained(folder, config_filename="policy_preprocessor.json")
+        prepare: Any = PolicyProcessorPipeline.from_pretrained(
+            folder, config_filename="policy_preprocessor.json"
+        )
         found[name] = prepare({"observation.state": state, "task": "push"})["observation.state"]
     assert torch.equal(found["ours"], found["in_tree"])
     assert [*policy.config.image_features] == ["observation.images.front", "observation.images.wrist"]
