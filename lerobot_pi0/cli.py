@@ -26,6 +26,7 @@ BENCHMARKS = "lerobot_pi0.benchmarks" if Path(__file__).with_name("benchmarks").
 SUBCOMMANDS = {
     "attention": ("lerobot_pi0.tools.attention:main", "where the actions look: at which patches and words"),
     "bench": (f"{BENCHMARKS}.bench:main", "measure this π0 beside LeRobot's in-tree one, on this machine"),
+    "convert": ("lerobot_pi0.conversion.convert:main", "openpi's, LeRobot's and transformers' π0 ↔ this one"),
     "demo": ("lerobot_pi0.demo.demo:main", "record, train and evaluate a small π0 in Meta-World"),
     "doctor": ("lerobot_pi0.tools.doctor.command:main", "what is wrong with a policy, its data, its robot"),
     "language": ("lerobot_pi0.tools.language:main", "does a policy follow its instruction? Swap it and see"),

@@ -22,6 +22,7 @@ from torch import distributed as dist
 
 from lerobot_pi0 import adapters
 from lerobot_pi0.augmentation import augment, drop_prompts
+from lerobot_pi0.certificate import check_certificate, write_certificate
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.guard import ChunkGuard, not_finite
 from lerobot_pi0.inference import Context, Sampler
@@ -202,7 +203,10 @@ class Pi0Policy(PreTrainedPolicy):
             config.pretrained_path = config.pretrained_revision = None
             logger.info("weights of another layout: the processors are new, and --rename_map has no effect")
         logger.info("%d tensors from %s, all of them used", len(checkpoint), folder)
-        return policy.eval()
+        policy.eval()
+        if checkpoint.is_ours and dataset_meta is None and not below_adapters:
+            check_certificate(policy, folder)
+        return policy
 
     def observation(self, batch: Batch) -> Observation:
         """The model's observation of a processed batch: cameras in slot order, state padded with zeros."""
@@ -451,6 +455,7 @@ class Pi0Policy(PreTrainedPolicy):
         unfinished = save_directory / f"{WEIGHTS_FILE}.unfinished"
         save_file(tensors, unfinished, metadata={"format": "pt"})
         unfinished.replace(save_directory / WEIGHTS_FILE)
+        write_certificate(self, save_directory)
 
     def _prefix(self, batch: Batch, observation: Observation) -> Cache:
         """The frozen model's prefix, without a graph: from the cache beside the dataset, or computed."""

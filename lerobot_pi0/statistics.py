@@ -264,14 +264,16 @@ def relative_joints(config: Pi0Config) -> list[tuple[int, int]]:
 
 
 def make_anchor(config: Pi0Config, statistics: Prepared) -> Anchor | None:
-    """What makes this config's relative actions absolute in normalised units; None if they are absolute.
+    """What makes this config's relative actions absolute in normalised units; None if they are absolute."""
+    return make_anchor_of(config, statistics, relative_joints(config)) if config.relative_actions else None
+
+
+def make_anchor_of(config: Pi0Config, statistics: Prepared, joints: Sequence[tuple[int, int]]) -> Anchor:
+    """What makes these dimensions of actions absolute, each relative to one of the state.
 
     With actions normalised as a · gain_a + offset_a, and offset_a of the relative ones, the normalised
     relative action is the normalised absolute one minus (raw state) · gain_a.
     """
-    if not config.relative_actions:
-        return None
-    joints = relative_joints(config)
     actions, states = [a for a, _ in joints], [s for _, s in joints]
     gain_of_action, _ = _affine(config, statistics, ACTION)
     gain_of_state, offset_of_state = _affine(config, statistics, OBS_STATE)

@@ -10,6 +10,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ _CHECKPOINT_FILES = [
     "config.json",
     "policy_p*processor*",
     "assets/*norm_stats.json",
+    "golden_actions.safetensors",
     ADAPTER_CONFIG,
     "adapter_model.safetensors",
 ]
@@ -130,7 +132,7 @@ def from_published[T](state_dict: Mapping[str, T]) -> dict[str, T]:
     return {_ours(name): tensor for name, tensor in named.items() if not _UNUSED.search(name)}
 
 
-def to_openpi(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_openpi[T](state_dict: Mapping[str, T]) -> dict[str, T]:
     """The reverse: names of openpi's PyTorch checkpoint, the embedding under the tied text head's name."""
     back = {ours: theirs for theirs, ours in _MODULES.items()}
     parameters = {ours: theirs for theirs, ours in _PARAMETERS.items()}
@@ -141,24 +143,55 @@ def to_openpi(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
+@dataclass(frozen=True)
+class JaxPart:
+    """Where a tensor of ours is in openpi's JAX checkpoint: `cut` makes it of a leaf, or of a layer of it."""
+
+    leaf: str
+    layer: int | None
+    cut: Callable[[np.ndarray], np.ndarray]
+
+
+def openpi_jax_parts(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, JaxPart]:
+    """Our names → their parts of an openpi JAX checkpoint; `leaves` has the shapes by '/'-joined path.
+
+    Leaf by leaf and layer by layer, so that who reads in this order reads everything once.
+    Raises CheckpointError for a leaf it does not know, LoRA leaves among them: merge those first.
+    """
+    _refuse_other_families(leaves)
+    parts = {}
+    for path, shape in leaves.items():
+        if path not in _JAX_LEAVES:
+            raise CheckpointError(f"'{path}' {shape} is no leaf of a plain π0 checkpoint of openpi")
+        cuts = _JAX_LEAVES[path].items()
+        if "#" not in next(iter(cuts))[0]:
+            parts |= {name: JaxPart(path, None, cut) for name, cut in cuts}
+            continue
+        for layer in range(shape[0]):
+            parts |= {name.replace("#", str(layer)): JaxPart(path, layer, cut) for name, cut in cuts}
+    return parts
+
+
 def from_openpi_jax(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     """Tensors of an openpi JAX checkpoint (leaves by '/'-joined path, layers stacked), by the names of `Pi0`.
 
-    Raises CheckpointError for a leaf it does not know, LoRA leaves among them: merge those first. The golden
-    tests read openpi's values through it; the reading of its orbax files is not part of the package yet.
+    Raises CheckpointError for a leaf it does not know, LoRA leaves among them. `conversion.orbax` reads
+    openpi's files, and merges LoRA.
     """
     leaves = {path.removeprefix("params/").removesuffix("/value"): leaf for path, leaf in params.items()}
-    _refuse_other_families(leaves)
-    tensors = {}
-    for path, leaf in leaves.items():
-        if path not in _JAX_LEAVES:
-            raise CheckpointError(f"'{path}' {leaf.shape} is no leaf of a plain π0 checkpoint of openpi")
-        for name, cut in _JAX_LEAVES[path].items():
-            layers = enumerate(leaf) if "#" in name else (("", leaf),)
-            for number, layer in layers:
-                array = np.ascontiguousarray(cut(layer))
-                tensors[name.replace("#", str(number))] = torch.from_numpy(array)
-    return tensors
+    parts = openpi_jax_parts({path: leaf.shape for path, leaf in leaves.items()})
+    return {
+        name: as_tensor(part.cut(leaves[part.leaf] if part.layer is None else leaves[part.leaf][part.layer]))
+        for name, part in parts.items()
+    }
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """The tensor of a numpy array; bfloat16 (of ml_dtypes) too, which torch does not take from numpy."""
+    array = np.ascontiguousarray(array)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def load_weights(
@@ -174,12 +207,23 @@ def load_weights(
     Raises CheckpointError with counts and first names when anything is missing, left over or mis-shaped.
     """
     wanted = model.state_dict()
+    check_fit(wanted, tensors)
+    found = {name: tensors[name] for name in wanted}
+    placed = {name: found.pop(name).to(device, dtypes[name] if dtypes else None) for name in wanted}
+    model.load_state_dict(placed, strict=True, assign=True)
+
+
+def check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Check that the tensors are the model's `wanted` ones, by name and shape. Meta tensors will do.
+
+    Raises CheckpointError with counts and first names when anything is missing, left over or mis-shaped.
+    """
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    found = {name: tensors[name] for name in wanted if name in tensors}
+    found = {name: tensors[name].shape for name in wanted if name in tensors}
     misshaped = [
-        f"{name} is {tuple(tensor.shape)}, the config says {tuple(wanted[name].shape)}"
-        for name, tensor in sorted(found.items())
-        if tensor.shape != wanted[name].shape
+        f"{name} is {tuple(shape)}, the config says {tuple(wanted[name].shape)}"
+        for name, shape in sorted(found.items())
+        if shape != wanted[name].shape
     ]
     problems = [
         f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
@@ -192,8 +236,6 @@ def load_weights(
             "come from the config (vision, vlm, expert, max_state_dim, max_action_dim): they must be the "
             "checkpoint's."
         )
-    placed = {name: found.pop(name).to(device, dtypes[name] if dtypes else None) for name in wanted}
-    model.load_state_dict(placed, strict=True, assign=True)
 
 
 def find_checkpoint(name: str | Path, **download: Any) -> Path:

@@ -31,6 +31,7 @@ from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.statistics import read_statistics
 from lerobot_pi0.weights import CheckpointError, to_openpi
 
+FILES = ["config.json", "golden_actions.safetensors", "model.safetensors"]
 TRAINING: dict[str, Any] = {"dataset_meta": SimpleNamespace(), "dataset_stats": statistics()}
 
 
@@ -249,7 +250,7 @@ def test_saved_file_holds_each_parameter_once_and_no_text_heads(saved):
     network = tiny_policy().model
     assert {name.removeprefix("model.") for name in tensors} == set(network.state_dict())
     assert sum(tensor.numel() for tensor in tensors.values()) == sum(p.numel() for p in network.parameters())
-    assert sorted(file.name for file in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in saved.iterdir()) == FILES
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -311,7 +312,7 @@ def test_saving_over_the_folder_that_the_weights_are_mapped_from_keeps_them(save
     assert file not in written  # safetensors before 0.8 writes in place
     for source in (policy.state_dict(), Pi0Policy.from_pretrained(saved).state_dict()):
         assert [name for name in before if not torch.equal(source[name], before[name])] == []
-    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in saved.iterdir()) == FILES
 
 
 def test_training_mapped_weights_leaves_the_file_alone(saved):

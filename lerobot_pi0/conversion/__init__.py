@@ -1,0 +1,1 @@
+"""`lerobot-pi0 convert`: π0 policies of other projects ↔ ours, with all that belongs to a policy."""

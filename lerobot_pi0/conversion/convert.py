@@ -1,0 +1,195 @@
+"""`lerobot-pi0 convert`: a π0 policy from one layout to another, and a proof that it is the same.
+
+Every source is read into one description (`sources`), and every target is written from it (`targets`).
+Tensors stream through in pieces. The target appears when it is complete and proven.
+"""
+
+import contextlib
+import hashlib
+import io
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lerobot_pi0.certificate import fixed_input, write_certificate
+from lerobot_pi0.configuration_pi0 import Dtype
+from lerobot_pi0.conversion.sources import IN_TREE, Policy, read_policy
+from lerobot_pi0.conversion.streaming import digest, write_safetensors
+from lerobot_pi0.conversion.targets import write_in_tree, write_openpi, write_ours
+from lerobot_pi0.modeling_pi0 import Pi0Policy
+from lerobot_pi0.weights import WEIGHTS_FILE, Checkpoint, load_weights, to_openpi
+
+Layout = Literal["lerobot_pi0", "lerobot", "openpi-pytorch"]
+
+EXPERT_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
+# Policies of up to this many parameters are run in both implementations without being asked.
+_COMPARED = 200_000_000
+# Largest difference of normalised actions in float32 between two implementations, over the largest action:
+# the time embedding of another precision alone makes 2e-4.
+_TOLERANCE = 1e-3
+
+
+@dataclass
+class ConvertConfig:
+    """Convert a π0 policy between openpi (JAX, PyTorch), LeRobot's own π0, transformers' and this one.
+
+    What SOURCE is, is recognised: a folder, or a repository on the hub. Weights are bit for bit those of the
+    source unless --dtype says otherwise.
+    """
+
+    # Checkpoint to read: openpi's JAX (with params/) or PyTorch, LeRobot's pi0, transformers' PI0, or ours.
+    source: str
+    # Folder to write, which must not exist.
+    target: Path
+    # Layout to write.
+    to: Layout = "lerobot_pi0"
+    # Of the weights in the file, and what the policy computes in. Default: as the source has them.
+    dtype: Dtype | None = None
+    # PaliGemma's tokenizer, if the source does not carry it: a folder with its tokenizer.json, or
+    # a repository.
+    tokenizer: str | None = None
+    # openpi does not name a robot's cameras: which feature fills which slot, as --policy.cameras. Default:
+    # the slots' own names (base, left_wrist, right_wrist), to be matched with --rename_map.
+    cameras: dict[str, str] = field(default_factory=dict)
+    # openpi keeps statistics by robot, in assets/<asset_id>: which of them to read, or the name to write.
+    asset_id: str | None = None
+    # Without statistics: a checkpoint to fine-tune, which cannot drive a robot as it is.
+    statistics: bool = True
+    # Dimensions of the robot's state and action. Default: as the source says, or its statistics.
+    state_dim: int | None = None
+    action_dim: int | None = None
+    # openpi's action_horizon. Default: as the source says, or 50.
+    chunk_size: int | None = None
+    # openpi's mask of actions that are relative to the state, as given to make_bool_mask: '[6, -1]'.
+    delta_mask: list[int] = field(default_factory=list)
+    # alpha of openpi's LoRA. Default: the rank.
+    lora_alpha: float | None = None
+    # Attention heads of a vision tower that is not SigLIP So400m, where the source does not say.
+    vision_heads: int | None = None
+    # Where one side is LeRobot's own π0: run it and ours, and compare. Needs 30 GB of memory at full size.
+    # Default: small policies only.
+    compare: bool | None = None
+
+
+def main(config: ConvertConfig) -> str:
+    """Run `lerobot-pi0 convert`."""
+    return convert(config)
+
+
+def convert(flags: ConvertConfig) -> str:
+    """Write the target; it appears when it is complete, and equal to the source. Returns the proof as a text.
+
+    Raises FileExistsError for a target that exists, CheckpointError or ValueError for a source that is
+    damaged, of another family or lacks what the target needs, OSError for a tokenizer that cannot be had.
+    """
+    target = flags.target
+    if target.exists():
+        raise FileExistsError(f"{target} exists: give another TARGET, or delete it")
+    unfinished = target.with_name(f"{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was interrupted
+    unfinished.mkdir(parents=True)
+    try:
+        policy = read_policy(flags, scratch=unfinished)
+        write = {"lerobot_pi0": write_ours, "lerobot": write_in_tree, "openpi-pytorch": write_openpi}[
+            flags.to
+        ]
+        settings = write(policy, unfinished, flags)  # small files first: what is missing is told at once
+        digests = _write_weights(policy, unfinished, flags)
+        proof = _proof(policy, unfinished, digests, flags)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return "\n".join([f"{target}: {proof}", *settings])
+
+
+def _write_weights(policy: Policy, folder: Path, flags: ConvertConfig) -> dict[str, str]:
+    """The weights in the target's layout; returns their digests by our names."""
+    dtype = None if flags.dtype is None else getattr(torch, flags.dtype)
+    meta = {name: tensor.to(dtype=dtype) for name, tensor in policy.meta.items()}
+    names = {name: name for name in meta}  # theirs → ours
+    prefix = "" if flags.to == "openpi-pytorch" else "model."
+    if flags.to == "lerobot_pi0":
+        names = {prefix + name: name for name in meta}
+    else:
+        names = {prefix + theirs: ours for theirs, ours in to_openpi(names).items()}
+    wanted = {theirs: meta[ours] for theirs, ours in names.items()}
+    if flags.to != "lerobot_pi0":
+        # Both load strictly, and neither uses it.
+        vocabulary, width = policy.config.vlm.vocab_size, policy.config.expert.width
+        head = torch.empty(vocabulary, width, dtype=meta["token_embedding.weight"].dtype, device="meta")
+        wanted[prefix + EXPERT_HEAD] = head
+
+    def read(theirs: str) -> Tensor:
+        if theirs in names:
+            return policy.tensors[names[theirs]]
+        return torch.zeros(1, dtype=wanted[theirs].dtype).expand(wanted[theirs].shape)
+
+    digests = write_safetensors(folder / WEIGHTS_FILE, wanted, read)
+    return {ours: digests[theirs] for theirs, ours in names.items()}
+
+
+def _proof(policy: Policy, folder: Path, digests: dict[str, str], flags: ConvertConfig) -> str:
+    """Read the target back, compare it with what was read from the source, and say so."""
+    written = Checkpoint(folder)
+    if written.keys() != digests.keys():
+        raise RuntimeError(
+            f"{folder} does not read back as it was written: {written.keys() ^ digests.keys()}"
+        )
+    whole, parameters, dtypes = hashlib.blake2b(digest_size=8), 0, set()
+    for name in sorted(digests):
+        tensor = written[name]
+        if digest(tensor) != digests[name]:
+            raise RuntimeError(
+                f"{name} reads back from {folder} differently from what was written: a faulty disk?"
+            )
+        whole.update(f"{name} {digests[name]}".encode())
+        parameters += tensor.numel()
+        dtypes.add(str(tensor.dtype).removeprefix("torch."))
+    text = (
+        f"{len(digests)} tensors, {parameters:,} parameters ({' and '.join(sorted(dtypes))}), from "
+        f"{policy.layout}; "
+        f"read back, all equal ({whole.hexdigest()})."
+    )
+    if flags.to == "lerobot_pi0":
+        ours = Pi0Policy.from_pretrained(folder, config=replace(policy.config, device="cpu"))
+        write_certificate(ours, folder)
+        text += " Its golden actions are beside it."
+    in_tree = folder if flags.to == "lerobot" else policy.folder if policy.layout == IN_TREE else None
+    if in_tree is None or not (parameters <= _COMPARED if flags.compare is None else flags.compare):
+        return text
+    difference, largest = _compare(policy, folder, in_tree)
+    if not difference <= _TOLERANCE * max(largest, 1):
+        raise RuntimeError(
+            f"LeRobot's own π0 and ours act differently on the same weights, by {difference:.1e} (the "
+            "largest "
+            f"action is {largest:.2f}): nothing was written. Please report this"
+        )
+    return (
+        f"{text} Run as LeRobot's own π0 and as ours: actions differ by {difference:.1e}, of {largest:.2f}."
+    )
+
+
+def _compare(policy: Policy, target: Path, in_tree: Path) -> tuple[float, float]:
+    """Largest difference of a chunk in float32 between ours and LeRobot's own π0, and the largest action."""
+    from lerobot.policies.pi0 import PI0Config, PI0Policy
+
+    # What makes relative actions absolute is in its processors.
+    config = replace(policy.config, device="cpu", dtype="float32", relative_actions=False, anchor=None)
+    with torch.device("meta"):
+        ours = Pi0Policy(config).eval()
+    load_weights(ours.model, Checkpoint(target), dict.fromkeys(policy.meta, torch.float32))
+    batch, noise = fixed_input(ours)
+    size = config.vision.image_size  # the model's own, lest resizing be compared
+    batch = {key: of[:, :, :size] / 255 if key in config.image_features else of for key, of in batch.items()}
+    wanted = ours.predict_action_chunk(batch, noise=noise)
+    theirs_config = PI0Config.from_pretrained(in_tree)
+    assert isinstance(theirs_config, PI0Config)
+    theirs_config.device, theirs_config.dtype = "cpu", "float32"
+    with contextlib.redirect_stdout(io.StringIO()):
+        theirs = PI0Policy.from_pretrained(in_tree, config=theirs_config)
+    found = theirs.predict_action_chunk(batch, noise=noise)  # pyrefly: ignore[unexpected-keyword]
+    return (found - wanted).abs().max().item(), wanted.abs().max().item()

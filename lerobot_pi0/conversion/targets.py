@@ -1,0 +1,232 @@
+"""A π0 policy's files in another layout, all but its weights."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from lerobot.configs import NormalizationMode, PolicyFeature
+from lerobot.utils.constants import ACTION, OBS_STATE
+
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.conversion.sources import OURS, Policy, is_absolute
+from lerobot_pi0.model import GemmaConfig, SiglipConfig
+from lerobot_pi0.processor_pi0 import load_tokenizer, make_lerobot_pi0_pre_post_processors
+from lerobot_pi0.statistics import EPSILON, Prepared
+
+if TYPE_CHECKING:
+    from lerobot_pi0.conversion.convert import ConvertConfig
+
+# The sizes that openpi and LeRobot's own π0 know by name: width, depth, MLP, heads, heads of keys, and the
+# size of a head.
+VARIANTS = {
+    "gemma_2b": (2048, 18, 16384, 8, 1, 256),
+    "gemma_300m": (1024, 18, 4096, 8, 1, 256),
+}
+VISION, VOCABULARY = SiglipConfig(), GemmaConfig().vocab_size  # and those that they have no name for
+
+
+def write_ours(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[str]:
+    """Config, processors, tokenizer; what is set is told."""
+    config = policy.config
+    if policy.layout == OURS:
+        for file in policy.folder.glob("policy_p*processor*"):
+            shutil.copy(file, folder)
+    else:
+        try:
+            load_tokenizer(config.tokenizer)
+        except OSError as error:
+            raise OSError(
+                f"{str(error).partition(' Ways out')[0]} A policy carries its tokenizer: give a folder "
+                "that has "
+                "it, --tokenizer=FOLDER, or accept the licence at "
+                "huggingface.co/google/paligemma-3b-pt-224 and "
+                "run `hf auth login`"
+            ) from error
+        pre, post = make_lerobot_pi0_pre_post_processors(config, policy.statistics)
+        cast(Any, pre.steps[0]).rename_map = policy.rename
+        pre.save_pretrained(folder)
+        post.save_pretrained(folder)
+        config.base_checkpoint = flags.source
+    config._save_pretrained(folder)
+    return _told(policy)
+
+
+def write_in_tree(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[str]:
+    """The same for LeRobot's own π0."""
+    from lerobot.policies.pi0 import PI0Config
+    from lerobot.policies.pi0.processor_pi0 import Pi0NewLineProcessor
+    from lerobot.processor import (
+        AbsoluteActionsProcessorStep,
+        ProcessorStep,
+        RelativeActionsProcessorStep,
+        TokenizerProcessorStep,
+        make_default_policy_processor_steps,
+        make_policy_processor_pipelines,
+    )
+
+    config = policy.config
+    paligemma, expert = _variants(config)
+    words, names = _in_tree_joints(config)
+    theirs = PI0Config(
+        paligemma_variant=paligemma,
+        action_expert_variant=expert,
+        dtype=config.dtype,
+        chunk_size=config.chunk_size,
+        n_action_steps=config.n_action_steps,
+        max_state_dim=config.max_state_dim,
+        max_action_dim=config.max_action_dim,
+        num_inference_steps=config.num_inference_steps,
+        use_relative_actions=config.relative_actions,
+        relative_exclude_joints=words,
+        action_feature_names=names,
+        image_resolution=(config.vision.image_size, config.vision.image_size),
+        normalization_mapping=config.normalization_mapping,
+        tokenizer_max_length=config.tokenizer_max_length,
+        input_features={
+            **{key: config.image_features[key] for key in config.cameras.values()},
+            OBS_STATE: cast(PolicyFeature, config.robot_state_feature),
+        },
+        output_features=config.output_features,
+        device=config.device,
+        repo_id=config.repo_id,
+    )
+    theirs._save_pretrained(folder)
+    steps = make_default_policy_processor_steps(theirs, policy.statistics)
+    steps.rename_observations.rename_map = policy.rename
+    steps.normalize.eps = steps.unnormalize.eps = 0.0  # it is in the statistics
+    # By the name alone: the tokenizer itself is gated, and is not needed to write this.
+    tokenize = TokenizerProcessorStep(
+        tokenizer=object(), max_length=config.tokenizer_max_length, padding_side="right", padding="max_length"
+    )
+    tokenize.tokenizer, tokenize.tokenizer_name = None, config.tokenizer
+    relative = RelativeActionsProcessorStep(config.relative_actions, words, names)
+    first: list[ProcessorStep] = [
+        steps.rename_observations,
+        steps.add_batch_dim,
+        Pi0NewLineProcessor(),
+        tokenize,
+        steps.to_device,
+        relative,
+        steps.normalize,
+    ]
+    last: list[ProcessorStep] = [
+        steps.unnormalize,
+        AbsoluteActionsProcessorStep(config.relative_actions, relative),
+        steps.to_cpu,
+    ]
+    for pipeline in make_policy_processor_pipelines(first, last):
+        pipeline.save_pretrained(folder)
+    return _told(policy)
+
+
+def write_openpi(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[str]:
+    """openpi's config and statistics; the rest is in openpi's code, and told."""
+    config, told = policy.config, _told(policy)
+    paligemma, expert = _variants(config)
+    saved = {
+        "action_dim": config.max_action_dim,
+        "action_horizon": config.chunk_size,
+        "paligemma_variant": paligemma,
+        "action_expert_variant": expert,
+        "precision": config.dtype,
+    }
+    (folder / "config.json").write_text(json.dumps(saved, indent=2))
+    if policy.statistics is not None:
+        asset_id = flags.asset_id or "lerobot"
+        file = folder / "assets" / asset_id / "norm_stats.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"norm_stats": _openpi_norm_stats(config, policy.statistics)}, indent=2))
+        told.append(f"openpi's train config must name these statistics: AssetsConfig(asset_id={asset_id!r}).")
+    if config.anchor is not None:
+        size = cast(PolicyFeature, config.action_feature).shape[0]
+        joints = _anchored(config)
+        mask = ["True" if i in joints else "False" for i in range(size)]
+        told.append(
+            f"Actions are relative: openpi needs DeltaActions and AbsoluteActions with the mask "
+            f"({', '.join(mask)})."
+        )
+    return told
+
+
+def _variants(config: Pi0Config) -> tuple[str, str]:
+    """openpi's names of the sizes of language model and expert. Raises ValueError where there are none."""
+    vlm, expert = config.vlm, config.expert
+    rest = vlm.num_heads, vlm.num_kv_heads, vlm.head_dim
+    by_size = {size: name for name, size in VARIANTS.items()}
+    found = (
+        by_size.get((vlm.width, vlm.depth, vlm.mlp_dim, *rest)),
+        by_size.get((expert.width, vlm.depth, expert.mlp_dim, *rest)),
+    )
+    if None in found or config.vision != VISION or vlm.vocab_size != VOCABULARY:
+        raise ValueError(
+            f"openpi and LeRobot's own π0 know SigLIP So400m at {VISION.image_size} pixels and Gemma as "
+            f"{' or '.join(VARIANTS)} with {VOCABULARY} words, and this policy is another size: only "
+            "this package "
+            "runs it"
+        )
+    return cast(tuple[str, str], found)
+
+
+def _in_tree_joints(config: Pi0Config) -> tuple[list[str], list[str] | None]:
+    """Words and names by which LeRobot's step finds the absolute joints."""
+    names = config.action_feature_names
+    if config.anchor is None:
+        return config.absolute_joints, names
+    size, relative = cast(PolicyFeature, config.action_feature).shape[0], _anchored(config)
+    names = names or [f"action {i:02}." for i in range(size)]
+    for words in (config.absolute_joints, [name for i, name in enumerate(names) if i not in relative]):
+        if [i for i in range(size) if not is_absolute(names, i, words)] == relative:
+            return words, names
+    raise ValueError(
+        f"LeRobot's own π0 tells relative joints from absolute ones by words in their names, and {names} "
+        "has no "
+        f"words for {[names[i] for i in relative]} alone"
+    )
+
+
+def _anchored(config: Pi0Config) -> list[int]:
+    """The relative dimensions of actions. Raises ValueError unless each is relative to its own number."""
+    assert config.anchor is not None
+    if config.anchor.actions != config.anchor.states:
+        raise ValueError(
+            "openpi and LeRobot's own π0 take an action to be relative to the dimension of the state "
+            "with the "
+            f"same number; here actions {config.anchor.actions} are relative to {config.anchor.states} "
+            "of the state"
+        )
+    return sorted(config.anchor.actions)
+
+
+def _openpi_norm_stats(config: Pi0Config, statistics: Prepared) -> dict[str, Any]:
+    """openpi's file: what openpi adds to deviations and ranges is taken off again."""
+    found = {}
+    for theirs, ours, kind in (("state", OBS_STATE, "STATE"), ("actions", ACTION, "ACTION")):
+        if config.normalization_mapping[kind] is not NormalizationMode.MEAN_STD:
+            raise ValueError(
+                f"openpi's π0 normalises by mean and standard deviation, and this policy's {kind} by "
+                f"{config.normalization_mapping[kind].value}"
+            )
+        of = {name: np.ravel(np.asarray(value, np.float64)) for name, value in statistics[ours].items()}
+        saved = {"mean": of["mean"], "std": np.maximum(of["std"] - EPSILON, 0)}
+        if {"q01", "q99"} <= of.keys():
+            saved |= {"q01": of["q01"], "q99": np.maximum(of["q99"] - EPSILON, of["q01"])}
+        found[theirs] = {name: value.tolist() for name, value in saved.items()}
+    return found
+
+
+def _told(policy: Policy) -> list[str]:
+    """What a person should look at, since it came from flags or defaults."""
+    config = policy.config
+    state, action = (
+        cast(PolicyFeature, of).shape[0] for of in (config.robot_state_feature, config.action_feature)
+    )
+    cameras = ", ".join(f"{slot} ← {key}" for slot, key in config.cameras.items())
+    lines = [
+        f"State of {state}, chunks of {config.chunk_size} actions of {action}, computed in {config.dtype}. "
+        f"Cameras: {cameras}.",
+    ]
+    if policy.statistics is None:
+        lines.append("Without statistics: fine-tune it before it drives a robot.")
+    return lines
