@@ -2,6 +2,7 @@
 
 import logging
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -32,8 +33,9 @@ def leftover(steps: int = CHUNK, seed: int = 3) -> torch.Tensor:
     return torch.randn(steps, ACTION, generator=torch.Generator().manual_seed(seed))
 
 
-def with_rtc(policy, **settings):
-    policy.config.rtc_config = RTCConfig(**{"execution_horizon": CHUNK} | settings)
+def with_rtc(policy, **settings: Any):
+    given: dict[str, Any] = {"execution_horizon": CHUNK} | settings
+    policy.config.rtc_config = RTCConfig(**given)
     policy.init_rtc_processor()
     return policy
 
@@ -163,6 +165,7 @@ def test_relative_leftovers_are_taken_from_the_new_observation():
     at = torch.randn(1, ACTION)
     left = leftover()
     found = read_leftover(left, 2, noise(1), at)
+    assert found is not None
     assert torch.allclose(found.actions[0, :, :ACTION], left - at)
     assert not found.actions[..., ACTION:].any()
 
@@ -260,7 +263,7 @@ def test_without_a_delay_training_is_as_it_was():
         policy.train()
         policy._trained.num_draws = 2  # where the delays are 2 and 0
         gradients.append(loss_gradient(policy, given))
-    assert not torch.allclose(*gradients)
+    assert not torch.allclose(gradients[0], gradients[1])
     policy.eval()
     plain = tiny_policy()
     assert torch.equal(policy.forward(given)[0], plain.forward(given)[0])  # a held-out loss is comparable

@@ -59,8 +59,9 @@ class ConvertConfig:
     asset_id: str | None = None
     # Without statistics: a checkpoint to fine-tune, which cannot drive a robot as it is.
     statistics: bool = True
-    # Dimensions of the robot's state and action. Default: as the source says, or its statistics.
+    # Dimensions of the robot's state. Default: as the source says, or its statistics.
     state_dim: int | None = None
+    # The same of its action.
     action_dim: int | None = None
     # openpi's action_horizon. Default: as the source says, or 50.
     chunk_size: int | None = None
