@@ -161,11 +161,12 @@ def late(latency: float, way: str, rtc: RTCConfig) -> Iterator[None]:
         policy.config.rtc_config = settings
         return chunk
 
-    Pi0Policy.predict_action_chunk = predict
+    kind: Any = Pi0Policy
+    kind.predict_action_chunk = predict
     try:
         yield
     finally:
-        Pi0Policy.predict_action_chunk = PREDICT
+        kind.predict_action_chunk = PREDICT
 
 
 def table() -> str:

@@ -112,7 +112,7 @@ def episode(env: MetaworldFastEnv, loaded: LoadedPolicy, predict: Any, delay: in
     """Whether an episode is solved when each chunk arrives `delay` steps after its observation."""
     torch.manual_seed(seed)
     env.reset(seed=seed)
-    chunk, at, arriving = predict(observation(env, loaded), 0, None), 0, None
+    chunk, at, arriving, waited = predict(observation(env, loaded), 0, None), 0, None, 0
     left = chunk[0]
     actions = loaded.postprocess(chunk)[0].numpy()
     for _ in range(EPISODE_LENGTH):

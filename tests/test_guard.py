@@ -141,6 +141,8 @@ def test_limits_are_the_datas_and_no_step_crosses_an_episode(tmp_path):
     actions = np.zeros((6, ACTION))
     actions[:3, 0], actions[3:, 0] = [0, 2, 3], [50, 49, 49.5]
     found = make_limits(tiny_config(), Prepared(statistics()), dataset(tmp_path, actions, [0, 0, 0, 1, 1, 1]))
+    assert found is not None
+    assert found.step is not None
     assert (found.low[0], found.high[0], found.step[0]) == (0, 50, 2)
     mean, std = (statistics()["action"][name][0].item() for name in ("mean", "std"))
     assert found.gain[0] * 50 + found.offset[0] == pytest.approx((50 - mean) / std, rel=1e-5)

@@ -31,7 +31,6 @@ LAYERS = (
     {
         "adapters",
         "augmentation",
-        "certificate",
         "guard",
         "model_card",
         "weights",
@@ -46,7 +45,7 @@ LAYERS = (
         "sharding",
         "training",
     },
-    {"processor_pi0", "modeling_pi0", ""},
+    {"processor_pi0", "certificate", "modeling_pi0", ""},
 )
 
 # What discovery may import of ours.
