@@ -150,6 +150,7 @@ def test_limits_are_the_datas_and_no_step_crosses_an_episode(tmp_path):
 
 def test_without_frames_on_disk_the_range_is_that_of_the_statistics():
     found = make_limits(tiny_config(), Prepared(statistics(), statistics()), None)
+    assert found is not None
     assert found.low == [-1, -2, -3, -4]
     assert found.step is None
     assert make_limits(tiny_config(), Prepared(statistics()), None) is None
