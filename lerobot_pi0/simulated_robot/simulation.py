@@ -136,6 +136,7 @@ class Simulation:
     def distance(self) -> float:
         """From the gripper's tip to where it is to be."""
         with self._lock:
+            self._advance()
             return self._distance()
 
     def _distance(self) -> float:
