@@ -147,14 +147,14 @@ def test_real_time_chunking_leaves_its_three_delays(rtc, tmp_path, delayed):
 
 
 def test_one_slow_chunk_is_not_the_delay_of_all_that_follow(rtc, tmp_path, delayed, monkeypatch):
-    """LeRobot's own estimate is the longest latency so far, here more than a chunk: no chunk could follow."""
+    """LeRobot's own estimate is the longest latency since the run began, whatever came after it."""
     # In the run, not in what is measured before it.
     monkeypatch.setattr(rollout, "check_latency", lambda *_: delayed(0.05, 0.05, 1.2, 0.05))
     rtc.fps, rtc.duration = 20, 6
     rollout.rollout(rtc, tmp_path)
     chunks = [event for event in read_trace(tmp_path) if event["event"] == "inference"]
     assert max(chunk["ended"] - chunk["began"] for chunk in chunks) > 1.1
-    assert max(chunk["given"] for chunk in chunks) == 19 > chunks[-1]["given"]
+    assert max(chunk["given"] for chunk in chunks) > 20 > chunks[-1]["given"]
 
 
 def test_a_robot_with_other_joints_is_refused_before_it_is_connected(sync, arms):
