@@ -16,6 +16,9 @@ logger = logging.getLogger(__name__)
 
 MARGIN = 0.1  # beyond the data's range, and its largest step, as a share of either
 LEAST = 1e-2  # of such a margin, in robot units: for dimensions that hardly move in the data
+# Any step may be so large, as a share of the range: what stands still within each episode (a gripper that
+# only opens between them) has no largest step to speak of.
+SMALL_STEP = 0.02
 
 
 def not_finite(values: Tensor, names: Sequence[str] | None) -> list[str]:
@@ -41,7 +44,7 @@ class ChunkGuard:
         self._step = None
         if limits.step is not None:
             step = torch.tensor(limits.step, device="cpu")
-            self._step = step + (MARGIN * step).clamp(min=LEAST)
+            self._step = (step + (MARGIN * step).clamp(min=LEAST)).maximum(SMALL_STEP * (high - low))
 
     def hold(self, chunk: Tensor) -> Tensor:
         """The chunk (b, a, d), normalised, where it keeps to the limits; at the limit where it does not."""
@@ -54,7 +57,9 @@ class ChunkGuard:
             if bool((held.diff(dim=1).abs() > step).any()):
                 actions = [held[:, 0]]
                 for action in held[:, 1:].unbind(1):
-                    actions.append(actions[-1] + (action - actions[-1]).clamp(-step, step))
+                    change = action - actions[-1]
+                    slowed = actions[-1] + change.clamp(-step, step)
+                    actions.append(torch.where(change.abs() > step, slowed, action))
                 held = torch.stack(actions, 1)
         if not torch.equal(held, chunk):
             self._tell(chunk, held)

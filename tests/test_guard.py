@@ -62,6 +62,23 @@ def test_steps_are_no_larger_than_the_datas_and_a_tenth():
     assert held[:, 0].tolist() == pytest.approx([0, 0, 11, 22, 33, 44], abs=1e-4)
 
 
+def test_only_what_is_too_fast_changes():
+    chunk = normalised([[[0.1 * i, 0.7 * i, 5 + 0.1 * i, 7.0] for i in range(20)]])
+    chunk[:, 10:, 0] += 3.0
+    held = ChunkGuard(LIMITS, NAMES).hold(chunk)
+    assert torch.equal(held[..., 1:], chunk[..., 1:])
+    assert not torch.equal(held[..., 0], chunk[..., 0])
+
+
+def test_what_never_moves_within_an_episode_may_do_so_a_little():
+    """A gripper that is open in some episodes and closed in others: the data has no step of it."""
+    limits = ActionLimits(LIMITS.low, LIMITS.high, [0.0] * ACTION, LIMITS.gain, LIMITS.offset)
+    chunk = still(4)
+    chunk[1][0], chunk[2][0], chunk[3][0] = 3.9, 0.0, 50.0
+    held = raw(ChunkGuard(limits, NAMES).hold(normalised([chunk])))[0]
+    assert held[:, 0].tolist() == pytest.approx([0, 3.9, 0, 4], abs=1e-4)  # a fiftieth of the range
+
+
 def test_each_joint_is_named_once_at_first_and_then_ever_less_often(caplog):
     guard = ChunkGuard(LIMITS, NAMES)
     caplog.set_level(logging.WARNING)
