@@ -119,10 +119,9 @@ def one(way: str, latency: float, folder: Path) -> dict[str, Any]:
         "--return_to_initial_position=false",
         f"--inference.type={engine}",
     ]
-    rtc = RTCConfig(execution_horizon=50, max_guidance_weight=5.0)
     if engine == "rtc":
-        arguments += ["--inference.rtc.execution_horizon=50", "--inference.rtc.max_guidance_weight=5.0"]
-    with late(latency, how, rtc):
+        arguments.append("--inference.rtc.execution_horizon=50")
+    with late(latency, how, RTCConfig(execution_horizon=50)):
         print(f"{way} at {latency} s\n{rollout(parse(arguments), folder)}", file=sys.stderr)
     seen = read_run(folder)
     report, std = make_report(seen), seen.start["std"]

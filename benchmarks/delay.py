@@ -98,7 +98,7 @@ def evaluate(policy: str, way: str, delay: int, task: str) -> str:
     torch.set_num_threads(1)
     folder = ROOT / policy / "checkpoints" / "last" / "pretrained_model"
     loaded = load_policy(PolicyFlags(path=str(folder)))
-    predict = predictor(loaded.policy, way, RTCConfig(execution_horizon=CHUNK, max_guidance_weight=5.0))
+    predict = predictor(loaded.policy, way, RTCConfig(execution_horizon=CHUNK))
     env = MetaworldFastEnv(task, task_instructions()[task])
     solved = [episode(env, loaded, predict, delay, seed) for seed in SEEDS]
     env.close()
