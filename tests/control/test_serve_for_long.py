@@ -7,8 +7,6 @@ import itertools
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from async_control import sent, server, start_client, wait_until
 from lerobot.configs import FeatureType, PolicyFeature
 from tiny_policy import FRONT, tiny_policy
 
@@ -58,10 +57,10 @@ def checkpoint(tmp_path) -> Path:
 
 def test_the_server_stands_still_while_clients_come_and_go(checkpoint, tmp_path):
     began: list[float] = []
-    with server(checkpoint, tmp_path) as (process, address), memory_of(process.pid) as memory:
+    with server(checkpoint, tmp_path, FPS) as (process, address), memory_of(process.pid) as memory:
         for number in range(CLIENTS):
             run = tmp_path / f"client_{number}"
-            client = start_client(address, checkpoint, run)
+            client = start_client(address, checkpoint, run, FPS)
             wait_until(lambda run=run: sent(run), client)
             began.append(time.monotonic())
             time.sleep(SECONDS / CLIENTS)
@@ -98,76 +97,6 @@ def test_the_server_stands_still_while_clients_come_and_go(checkpoint, tmp_path)
     assert log.count("loaded in") == 1
     assert max(longest) < 1.0  # a chunk lasts longer: it does not stop for any
     assert half[-1, 1] - driven[0, 1] < 20
-
-
-@contextmanager
-def server(checkpoint: Path, folder: Path) -> Iterator[tuple[subprocess.Popen, str]]:
-    """`lerobot-pi0 serve` in a process of its own; its address."""
-    with (folder / "server.txt").open("w") as log:
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "lerobot_pi0.cli",
-                "serve",
-                f"--policy.path={checkpoint}",
-                "--port=0",
-                f"--fps={FPS}",
-                f"--trace={folder / 'policy'}",
-            ],
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            line = r"serving on (127\.0\.0\.1:\d+)"
-            found = wait_until(lambda: re.search(line, (folder / "server.txt").read_text()), process)
-            yield process, found[1]
-        finally:
-            process.kill()
-            process.wait()
-
-
-def start_client(address: str, checkpoint: Path, run: Path) -> subprocess.Popen:
-    """LeRobot's own client, as a person starts it at the robot."""
-    run.mkdir()
-    with (run / "client.txt").open("w") as log:
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "lerobot.async_inference.robot_client",
-                "--robot.type=simulated_so101",
-                "--robot.id=soak",
-                f"--robot.trace={run}",
-                "--policy_type=lerobot_pi0",
-                f"--pretrained_name_or_path={checkpoint}",
-                f"--server_address={address}",
-                f"--actions_per_chunk={CHUNK}",
-                f"--fps={FPS}",
-                "--task=reach the block",
-            ],
-            cwd=run,  # it leaves a folder "logs" where it stands
-            env=os.environ | {"HF_LEROBOT_HOME": str(run / "home")},
-            stdout=log,
-            stderr=log,
-        )
-
-
-def sent(run: Path) -> list[float]:
-    """When each action reached the robot."""
-    if not (run / "robot.jsonl").is_file():
-        return []
-    return [event["t"] for event in read_trace(run) if event["event"] == "action"]
-
-
-def wait_until(condition: Any, process: subprocess.Popen) -> Any:
-    """What it returns as soon as that is true."""
-    for _ in range(600):
-        if value := condition():
-            return value
-        assert process.poll() is None, f"{process.args} ended"
-        time.sleep(0.5)
-    raise AssertionError(f"{process.args}: nothing within five minutes")
 
 
 @contextmanager

@@ -1,11 +1,14 @@
-"""LeRobot's own commands with the simulated arm: record, train, roll out in each way, replay."""
+"""LeRobot's own commands with the simulated arm: record, train, roll out in each way, async over loopback,
+replay."""
 
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from async_control import sent, server, start_client, wait_until
 from lerobot.datasets import LeRobotDataset
 from test_entry_points import checkpoint, run
 from tiny_policy import SIZES
@@ -92,6 +95,12 @@ def ran(tmp_path_factory) -> Path:
     ]
     done = run(folder, commands)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    policy = checkpoint(folder, "training")
+    with server(policy, folder, 30) as (_, address):
+        client = start_client(address, policy, folder / "async", 30)
+        wait_until(lambda: len(sent(folder / "async")) > 60, client)  # more than one chunk
+        client.send_signal(signal.SIGINT)
+        client.wait(60)
     return folder
 
 
@@ -118,7 +127,7 @@ def test_the_script_records_episodes_that_begin_at_home_and_reach_the_block(ran)
     assert tries[0].block != tries[1].block
 
 
-@pytest.mark.parametrize("name", ["sync", "rtc", "episodic"])
+@pytest.mark.parametrize("name", ["sync", "rtc", "episodic", "async"])
 def test_a_policy_that_was_trained_on_them_drives_the_arm(ran, name):
     policy = Pi0Policy.from_pretrained(checkpoint(ran, "training"))
     assert policy.config.cameras == {"base": "observation.images.front"}
