@@ -2,11 +2,13 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,8 @@ def start_client(address: str, checkpoint: Path, run: Path, fps: int) -> subproc
             ],
             cwd=run,  # it leaves a folder "logs" where it stands
             env=os.environ | {"HF_LEROBOT_HOME": str(run / "home")},
+            # Not ignored, as it is in what a shell starts in the background: Ctrl-C ends the client.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
             stdout=log,
             stderr=log,
         )
