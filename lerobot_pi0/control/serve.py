@@ -49,16 +49,17 @@ class ServeConfig:
 def main(config: ServeConfig) -> str:
     """Run `lerobot-pi0 serve`."""
     stop: queue.SimpleQueue[str] = queue.SimpleQueue()  # the one that a signal's handler may put into
-    with serving(config):
-        before = {
-            number: signal.signal(number, lambda number, _: stop.put(signal.Signals(number).name))
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
+    # Before a client can be there. A signal that comes while the policy loads counts when it is loaded.
+    before = {
+        number: signal.signal(number, lambda number, _: stop.put(signal.Signals(number).name))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        with serving(config):
             why = stop.get()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return f"{why}: the server has stopped"
 
 
