@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+from draccus.utils import ParsingError
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies.factory import make_pre_post_processors
@@ -13,6 +14,7 @@ from lerobot.utils.import_utils import require_package
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.modeling_pi0 import Pi0Policy
+from lerobot_pi0.planning import DatasetSource, read_dataset
 from lerobot_pi0.weights import ADAPTER_CONFIG, CheckpointError, find_checkpoint
 
 
@@ -77,7 +79,13 @@ def read_config(flags: PolicyFlags) -> tuple[Pi0Config, Path]:
     folder = find_checkpoint(flags.path, revision=flags.revision)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"'{flags.path}' has no config.json: it is no checkpoint of this policy")
-    config = PreTrainedConfig.from_pretrained(folder)
+    try:
+        config = PreTrainedConfig.from_pretrained(folder)
+    except (ValueError, ParsingError) as error:
+        raise CheckpointError(
+            f"the config.json of '{flags.path}' cannot be read ({str(error).strip().partition(chr(10))[0]}): "
+            "copy or download it again, or install the version that wrote it"
+        ) from error
     if not isinstance(config, Pi0Config):
         raise CheckpointError(
             f"'{flags.path}' is a policy of type '{config.type}'. To make one of ours of its weights: "
@@ -130,9 +138,7 @@ def dataset_metadata(flags: DatasetFlags) -> LeRobotDatasetMetadata:
     """What a dataset says of itself. Raises FileNotFoundError when there is none."""
     if not flags.repo_id and flags.root is None:
         raise ValueError("which dataset? Name it: --dataset.repo_id=user/name, or --dataset.root=FOLDER")
-    if flags.root is not None and not (flags.root / "meta" / "info.json").is_file():
-        raise FileNotFoundError(f"--dataset.root={flags.root} holds no dataset (no meta/info.json)")
-    return LeRobotDatasetMetadata(_repo_id(flags), root=flags.root, revision=flags.revision)
+    return read_dataset(DatasetSource(_repo_id(flags), flags.root, flags.revision))
 
 
 def open_dataset(
