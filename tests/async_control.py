@@ -42,11 +42,12 @@ def server(checkpoint: Path, folder: Path, fps: int) -> Iterator[tuple[subproces
             process.wait()
 
 
-def start_client(address: str, checkpoint: Path, run: Path, fps: int) -> subprocess.Popen:
-    """LeRobot's own client, as a person starts it at the robot."""
+@contextmanager
+def remote_client(address: str, checkpoint: Path, run: Path, fps: int) -> Iterator[subprocess.Popen]:
+    """LeRobot's own client, as a person starts it at the robot; ended with the block at the latest."""
     run.mkdir()
     with (run / "client.txt").open("w") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [
                 sys.executable,
                 "-m",
@@ -68,6 +69,11 @@ def start_client(address: str, checkpoint: Path, run: Path, fps: int) -> subproc
             stdout=log,
             stderr=log,
         )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
 
 def sent(run: Path) -> list[float]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from async_control import sent, server, start_client, wait_until
+from async_control import remote_client, sent, server, wait_until
 from lerobot.configs import FeatureType, PolicyFeature
 from tiny_policy import FRONT, tiny_policy
 
@@ -60,14 +60,14 @@ def test_the_server_stands_still_while_clients_come_and_go(checkpoint, tmp_path)
     with server(checkpoint, tmp_path, FPS) as (process, address), memory_of(process.pid) as memory:
         for number in range(CLIENTS):
             run = tmp_path / f"client_{number}"
-            client = start_client(address, checkpoint, run, FPS)
-            wait_until(lambda run=run: sent(run), client)
-            began.append(time.monotonic())
-            time.sleep(SECONDS / CLIENTS)
-            assert process.poll() is None
-            assert client.poll() is None
-            client.send_signal(signal.SIGKILL if number < CLIENTS - 1 else signal.SIGINT)
-            client.wait(60)
+            with remote_client(address, checkpoint, run, FPS) as client:
+                wait_until(lambda run=run: sent(run), client)
+                began.append(time.monotonic())
+                time.sleep(SECONDS / CLIENTS)
+                assert process.poll() is None
+                assert client.poll() is None
+                client.send_signal(signal.SIGKILL if number < CLIENTS - 1 else signal.SIGINT)
+                client.wait(60)
         ended = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from async_control import sent, server, start_client, wait_until
+from async_control import remote_client, sent, server, wait_until
 from lerobot.datasets import LeRobotDataset
 from test_entry_points import checkpoint, run
 from tiny_policy import SIZES
@@ -96,8 +96,10 @@ def ran(tmp_path_factory) -> Path:
     done = run(folder, commands)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     policy = checkpoint(folder, "training")
-    with server(policy, folder, 30) as (_, address):
-        client = start_client(address, policy, folder / "async", 30)
+    with (
+        server(policy, folder, 30) as (_, address),
+        remote_client(address, policy, folder / "async", 30) as client,
+    ):
         wait_until(lambda: len(sent(folder / "async")) > 60, client)  # more than one chunk
         client.send_signal(signal.SIGINT)
         client.wait(60)
