@@ -487,7 +487,7 @@ class Pi0Policy(PreTrainedPolicy):
             sampler, steps = self._sampler(), self.config.num_inference_steps
             if leftover is None:
                 return sampler.sample(observation, noise, steps)
-            if leftover.delay <= self.config.rtc_training_max_delay:
+            if 0 < self.config.rtc_training_max_delay >= leftover.delay:
                 return sampler.sample(observation, noise, steps, decided(leftover))
             bend = guidance(leftover, rtc.prefix_attention_schedule.value, horizon, rtc.max_guidance_weight)
             context = sampler.context(observation, self.config.chunk_size)

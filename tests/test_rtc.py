@@ -87,6 +87,12 @@ def test_guided_chunk_goes_on_where_the_last_one_is(policy, observation):
     assert not torch.equal(held, free)
 
 
+def test_a_leftover_guides_also_when_there_is_no_delay(policy, observation):
+    free = policy.predict_action_chunk(observation, noise=noise(1))
+    given = {"noise": noise(1), "inference_delay": 0, "prev_chunk_left_over": leftover()}
+    assert not torch.equal(with_rtc(policy).predict_action_chunk(observation, **given), free)
+
+
 def test_no_graph_outlives_a_step(policy, observation):
     context = policy.encode(observation).cache(CHUNK)
     alive = []
