@@ -31,8 +31,11 @@ def predictor(policy: Pi0Policy, way: str, rtc: RTCConfig) -> Predict:
             return predict(batch)
         size, config = left.shape[-1], policy.config
         noise = torch.randn(1, config.chunk_size, config.max_action_dim)
-        if read_leftover(left, delay, noise, None) is None:
+        anchor = policy._anchor(batch)
+        if read_leftover(left, delay, noise, anchor) is None:
             return predict(batch, noise=noise)
+        anchor = 0 if anchor is None else anchor[0]
+        left = left - anchor
         cache = policy.encode(batch).cache(config.chunk_size)
 
         def velocity(x: Tensor, time: Tensor) -> Tensor:
@@ -46,7 +49,7 @@ def predictor(policy: Pi0Policy, way: str, rtc: RTCConfig) -> Predict:
             )
 
         with torch.no_grad():
-            return integrate(velocity, noise, config.num_inference_steps)[..., :size]
+            return integrate(velocity, noise, config.num_inference_steps)[..., :size] + anchor
 
     ways: dict[str, Predict] = {
         "naive": lambda batch, delay, left: predict(batch),

@@ -8,12 +8,13 @@ import contextlib
 import hashlib
 import io
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lerobot_pi0.certificate import fixed_input, write_certificate
 from lerobot_pi0.configuration_pi0 import Dtype
@@ -157,6 +158,7 @@ def _proof(policy: Policy, folder: Path, digests: dict[str, str], flags: Convert
     )
     if flags.to == "lerobot_pi0":
         ours = Pi0Policy.from_pretrained(folder, config=replace(policy.config, device="cpu"))
+        _give_back(ours.model, written)
         write_certificate(ours, folder)
         text += " Its golden actions are beside it."
     in_tree = folder if flags.to == "lerobot" else policy.folder if policy.layout == IN_TREE else None
@@ -172,6 +174,21 @@ def _proof(policy: Policy, folder: Path, digests: dict[str, str], flags: Convert
     return (
         f"{text} Run as LeRobot's own π0 and as ours: actions differ by {difference:.1e}, of {largest:.2f}."
     )
+
+
+def _give_back(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """From now on, each module's weights leave memory when it was run: those that were mapped from a file."""
+
+    def map_anew(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, *_: object) -> None:
+            for name, parameter in module.named_parameters(path, recurse=False):
+                if (unread := checkpoint[name]).dtype == parameter.dtype:
+                    parameter.data = unread
+
+        return hook
+
+    for path, module in model.named_modules():
+        module.register_forward_hook(map_anew(path))
 
 
 def _compare(policy: Policy, target: Path, in_tree: Path) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -103,7 +103,7 @@ class OrbaxCheckpoint(Mapping[str, Tensor]):
         if unknown:
             raise CheckpointError(f"'{min(unknown)}' is LoRA over a leaf that the checkpoint does not have")
         self._last: tuple[Any, np.ndarray] | None = None
-        self._unpacked: tuple[str, np.ndarray] | None = None
+        self._unpacked: tuple[str, IO[bytes]] | None = None  # a temporary file
 
     @property
     def has_lora(self) -> bool:
@@ -133,6 +133,8 @@ class OrbaxCheckpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         part = self._parts[name]
+        if part.layer is None:
+            return as_tensor(part.cut(self._merged(part.leaf, None)))
         which = part.leaf, part.layer
         if self._last is None or self._last[0] != which:
             self._last = None
@@ -185,22 +187,22 @@ class OrbaxCheckpoint(Mapping[str, Tensor]):
             raise self._damaged(error) from error
 
     def _unpacked_leaf(self, leaf: _Leaf) -> np.ndarray:
-        """A large leaf, unpacked into a temporary file."""
+        """A large leaf, unpacked into a temporary file. It is mapped anew each time, and so given back."""
         if self._unpacked is None or self._unpacked[0] != leaf.key:
-            self._unpacked = None
-            with TemporaryFile(dir=self._scratch) as file:
-                if leaf.is_one_stream:
-                    self._stream(leaf, file)
-                    array = np.memmap(file, leaf.dtype, "c", shape=leaf.shape)
-                else:
-                    array = np.memmap(file, leaf.dtype, "w+", shape=leaf.shape)
-                    steps = (range(0, n, step) for n, step in zip(leaf.shape, leaf.chunk, strict=True))
-                    for start in itertools.product(*steps):
-                        ends = zip(start, leaf.chunk, leaf.shape, strict=True)
-                        region = tuple(slice(i, min(i + step, n)) for i, step, n in ends)
-                        array[region] = self._slice(leaf, region)
-            self._unpacked = leaf.key, array
-        return self._unpacked[1]
+            if self._unpacked is not None:
+                self._unpacked[1].close()
+            self._unpacked, file = None, TemporaryFile(dir=self._scratch)  # noqa: SIM115
+            if leaf.is_one_stream:
+                self._stream(leaf, file)
+            else:
+                array = np.memmap(file, leaf.dtype, "w+", shape=leaf.shape)
+                steps = (range(0, n, step) for n, step in zip(leaf.shape, leaf.chunk, strict=True))
+                for start in itertools.product(*steps):
+                    ends = zip(start, leaf.chunk, leaf.shape, strict=True)
+                    region = tuple(slice(i, min(i + step, n)) for i, step, n in ends)
+                    array[region] = self._slice(leaf, region)
+            self._unpacked = leaf.key, file
+        return np.memmap(self._unpacked[1], leaf.dtype, "c", shape=leaf.shape)
 
     def _stream(self, leaf: _Leaf, file: Any) -> None:
         import pyarrow

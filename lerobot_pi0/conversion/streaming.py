@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -50,22 +51,26 @@ def write_safetensors(
         out.write(struct.pack("<Q", len(text)))
         out.write(text)
         for name in names:
-            hashed = hashlib.blake2b(digest_size=16)
-            tensor = read(name)
-            if tensor.shape != tensors[name].shape:
-                raise RuntimeError(f"{name} is {tuple(tensor.shape)}, expected {tuple(tensors[name].shape)}")
-            for piece in _pieces(tensor):
-                piece = piece.to(tensors[name].dtype)
-                if not piece.isfinite().all():
-                    raise CheckpointError(
-                        f"'{name}' holds numbers that are infinite or none (NaN): the checkpoint is of a "
-                        "training that diverged, or damaged"
-                    )
-                data = _bytes(piece)
-                hashed.update(data)
-                out.write(data)
-            digests[name] = hashed.hexdigest()
+            digests[name] = _write(out, name, tensors[name], read)
     return digests
+
+
+def _write(out: BinaryIO, name: str, like: Tensor, read: Callable[[str], Tensor]) -> str:
+    """Write one tensor, and let it go. Returns its digest."""
+    hashed, tensor = hashlib.blake2b(digest_size=16), read(name)
+    if tensor.shape != like.shape:
+        raise RuntimeError(f"{name} is {tuple(tensor.shape)}, expected {tuple(like.shape)}")
+    for piece in _pieces(tensor):
+        piece = piece.to(like.dtype)
+        if not piece.isfinite().all():
+            raise CheckpointError(
+                f"'{name}' holds numbers that are infinite or none (NaN): the checkpoint is of a training "
+                "that diverged, or damaged"
+            )
+        data = _bytes(piece)
+        hashed.update(data)
+        out.write(data)
+    return hashed.hexdigest()
 
 
 def digest(tensor: Tensor) -> str:

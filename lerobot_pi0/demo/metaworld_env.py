@@ -165,12 +165,16 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
         return self.observe(), {"is_success": False}
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        if self._position_actions:
-            action = np.append((action[:3] - self.simulation.state[:3]) * PER_METRE, action[3])
-        reward, success = self.simulation.step(action)
+        reward, success = self.act(action)
         self._steps += 1
         truncated = not success and self._steps >= self._max_episode_steps
         return self.observe(), reward, success, truncated, {"is_success": success}
+
+    def act(self, action: np.ndarray) -> tuple[float, bool]:
+        """Move without looking, in a tenth of the time. Returns the reward and whether the task is solved."""
+        if self._position_actions:
+            action = np.append((action[:3] - self.simulation.state[:3]) * PER_METRE, action[3])
+        return self.simulation.step(action)
 
     def render(self) -> np.ndarray:
         """The image of the last observation, (H, W, 3) uint8: not rendered a second time for the video."""

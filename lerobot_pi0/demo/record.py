@@ -57,6 +57,9 @@ class RecordConfig:
     noise: float = 0.2
     # Steps within which the expert has to succeed.
     episode_length: int = 200
+    # Steps that the expert goes on after success. A chunk is not learnt beyond the end of its episode: where
+    # its last actions are executed too, as under delay, give them something to learn from.
+    after_success: int = 0
     # Draw the dots that mark the goal. reach, push and pick-place cannot be solved without them.
     show_goal: bool = False
     # Write down where the hand is sent, in metres, instead of its displacement in centimetres. Evaluate with
@@ -72,8 +75,9 @@ class RecordConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}.")
-        if self.noise < 0:
-            raise ValueError(f"--noise must not be negative, but is {self.noise}.")
+        for name in ("noise", "after_success"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative, but is {getattr(self, name)}.")
 
     def settings(self) -> dict[str, Any]:
         """What determines the recorded frames: everything but the folder."""
@@ -189,8 +193,9 @@ def demonstrations(task: str, config: RecordConfig) -> Iterator[list[Frame]]:
             noise = np.random.default_rng(seed)
             observation, _ = env.reset(seed=seed)
             frames: list[Frame] = []
-            success = done = False
-            while not done:
+            success = truncated = False
+            left = config.after_success
+            while not truncated and (not success or left >= 0):
                 action = expert(env.simulation.state)
                 target = action
                 if config.position_actions:
@@ -204,8 +209,9 @@ def demonstrations(task: str, config: RecordConfig) -> Iterator[list[Frame]]:
                     }
                 )
                 disturbance = np.append(noise.normal(0.0, config.noise, 3), 0.0)
-                observation, _, success, truncated, _ = env.step(action + disturbance)
-                done = success or truncated
+                observation, _, succeeded, truncated, _ = env.step(action + disturbance)
+                success |= succeeded
+                left -= success
             if success:
                 yield frames
                 found += 1

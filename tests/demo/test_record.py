@@ -94,7 +94,14 @@ def test_an_interrupted_recording_is_not_taken_for_a_finished_one(tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    "setting", [{"image_size": 16}, {"episodes_per_task": 0}, {"episode_length": 0}, {"noise": -0.1}]
+    "setting",
+    [
+        {"image_size": 16},
+        {"episodes_per_task": 0},
+        {"episode_length": 0},
+        {"noise": -0.1},
+        {"after_success": -1},
+    ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_its_flag(tmp_path, setting):
     (name,) = setting
@@ -130,6 +137,15 @@ def test_replaying_a_demonstration_in_its_own_scene_solves_it_and_standing_still
     scene = range(calm.seed, calm.seed + 1)
     assert blind_success(TASK, demonstration, scene, 200) == 1
     assert blind_success(TASK, np.zeros((1, 4)), scene, 50) == 0
+
+
+def test_an_expert_goes_on_after_success_for_as_long_as_asked(root, tmp_path):
+    longer = record(RecordConfig(root=tmp_path / "door", after_success=7, **SETTINGS))
+    one, other = read(root), read(longer)
+    lengths = one.meta.episodes["length"], other.meta.episodes["length"]
+    assert [after - before for before, after in zip(*lengths, strict=True)] == [7] * len(lengths[0])
+    for step in range(lengths[0][0]):
+        np.testing.assert_array_equal(one[step]["action"], other[step]["action"])
 
 
 def test_positions_say_where_the_displacements_lead(root, tmp_path):
