@@ -16,7 +16,8 @@ from small_policies import make_small, run, save
 from tiny_policy import ACTION, STATE
 
 from lerobot_pi0 import Pi0Config
-from lerobot_pi0.conversion import targets
+from lerobot_pi0.certificate import write_certificate
+from lerobot_pi0.conversion import convert, targets
 from lerobot_pi0.model import SiglipConfig
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.statistics import Prepared, make_anchor, read_statistics
@@ -120,6 +121,23 @@ def test_to_openpi_and_back(tmp_path):
     assert_same_weights(tmp_path / "back", ours)
     assert_same_statistics(tmp_path / "back", ours, ("mean", "std"))
     assert settings(tmp_path / "back", BY_OPENPI) == settings(ours, BY_OPENPI)
+
+
+def test_running_a_converted_policy_keeps_no_weights_in_memory(in_tree, tmp_path, monkeypatch):
+    """A weight that was used is mapped from its file anew, and so takes none until it is read again."""
+    kept = []
+
+    def certify(policy: Pi0Policy, folder: Path) -> None:
+        before = {name: weight.data_ptr() for name, weight in policy.model.named_parameters()}
+        write_certificate(policy, folder)
+        for name, weight in policy.model.named_parameters():
+            assert torch.equal(weight, Checkpoint(folder)[name])
+            if weight.data_ptr() == before[name] and weight.requires_grad:  # all others are used
+                kept.append(name)
+
+    monkeypatch.setattr(convert, "write_certificate", certify)
+    run(in_tree, tmp_path / "back", **BACK)
+    assert [name for name in kept if not name.startswith("vision.patch_embedding.")] == []
 
 
 def test_lerobots_own_policy_loads_and_normalises_the_same(ours, in_tree, tmp_path, capsys):
