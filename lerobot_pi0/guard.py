@@ -46,21 +46,18 @@ class ChunkGuard:
             step = torch.tensor(limits.step, device="cpu")
             self._step = (step + (MARGIN * step).clamp(min=LEAST)).maximum(SMALL_STEP * (high - low))
 
-    def hold(self, chunk: Tensor) -> Tensor:
-        """The chunk (b, a, d), normalised, where it keeps to the limits; at the limit where it does not."""
+    def hold(self, chunk: Tensor, before: Tensor | None = None) -> Tensor:
+        """The chunk (b, a, d), normalised, where it keeps to the limits; at the limit where it does not.
+
+        `before` (b, d) is the action that it follows, if it follows one.
+        """
         gain, offset = self._gain.to(chunk.device), self._offset.to(chunk.device)
         low, high = (limit.to(chunk.device) * gain + offset for limit in (self._low, self._high))
         held = chunk.clamp(low, high)
         if self._step is not None:
             step = self._step.to(chunk.device) * gain
-            # What is too fast is rare: the loop over steps is for those chunks alone.
-            if bool((held.diff(dim=1).abs() > step).any()):
-                actions = [held[:, 0]]
-                for action in held[:, 1:].unbind(1):
-                    change = action - actions[-1]
-                    slowed = actions[-1] + change.clamp(-step, step)
-                    actions.append(torch.where(change.abs() > step, slowed, action))
-                held = torch.stack(actions, 1)
+            first = held[:, :1] if before is None else before[:, None]
+            held = _slowed(torch.cat((first, held), 1), step)[:, 1:]
         if not torch.equal(held, chunk):
             self._tell(chunk, held)
         return held
@@ -90,3 +87,15 @@ class ChunkGuard:
                 self._high[i],
                 step,
             )
+
+
+def _slowed(actions: Tensor, step: Tensor) -> Tensor:
+    """Actions (b, a, d) of which none is further than `step` (d,) from the one before it."""
+    # What is too fast is rare: the loop over steps is for those chunks alone.
+    if not bool((actions.diff(dim=1).abs() > step).any()):
+        return actions
+    slowed = [actions[:, 0]]
+    for action in actions[:, 1:].unbind(1):
+        change = action - slowed[-1]
+        slowed.append(torch.where(change.abs() > step, slowed[-1] + change.clamp(-step, step), action))
+    return torch.stack(slowed, 1)

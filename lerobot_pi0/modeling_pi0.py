@@ -35,7 +35,15 @@ from lerobot_pi0.model.observation import letterbox
 from lerobot_pi0.model_card import make_model_card
 from lerobot_pi0.prefix_cache import PrefixCache, open_prefix_cache
 from lerobot_pi0.randomness import normal, sample_keys, uniform
-from lerobot_pi0.rtc import Leftover, decided, decided_times, guidance, read_leftover, sample_delays
+from lerobot_pi0.rtc import (
+    Leftover,
+    decided,
+    decided_times,
+    guidance,
+    read_leftover,
+    sample_delays,
+    tell_of_horizon,
+)
 from lerobot_pi0.sharding import whole_state
 from lerobot_pi0.statistics import Prepared, check_first_batch, make_anchor, make_limits, prepare_statistics
 from lerobot_pi0.training import ParameterGroups, TrainedWeights
@@ -309,7 +317,9 @@ class Pi0Policy(PreTrainedPolicy):
         if prev_chunk_left_over is not None and prev_chunk_left_over.numel() and rtc.enabled:
             leftover = read_leftover(prev_chunk_left_over, delay, noise, anchor)
         horizon = execution_horizon or rtc.execution_horizon
-        return self._finished(self._sample(observation, noise, leftover, rtc, horizon), anchor)
+        if leftover is not None and delay > horizon:
+            tell_of_horizon(delay, horizon, min(2 * delay, self.config.chunk_size))
+        return self._finished(self._sample(observation, noise, leftover, rtc, horizon), anchor, leftover)
 
     def encode(self, batch: Batch) -> Context:
         """What all chunks from an observation share. `plan` after it is `predict_action_chunk`."""
@@ -337,8 +347,11 @@ class Pi0Policy(PreTrainedPolicy):
         """The next action (B, action size), normalised; after `n_action_steps` a new chunk is predicted."""
         if not self._action_queue:
             chunk = self.predict_action_chunk(batch, noise=noise)
+            if self._guard is not None and self._last_action is not None:
+                chunk = self._guard.hold(chunk, self._last_action)
             self._action_queue.extend(chunk[:, : self.config.n_action_steps].unbind(1))
-        return self._action_queue.popleft()
+        self._last_action = self._action_queue.popleft()
+        return self._last_action
 
     def reset(self) -> None:
         """Forget the actions that were not executed yet. Before real-time chunking, warm up.
@@ -347,6 +360,7 @@ class Pi0Policy(PreTrainedPolicy):
         be longer than they are.
         """
         self._action_queue: deque[Tensor] = deque()
+        self._last_action: Tensor | None = None
         if self.config.rtc_config is not None and self.config.rtc_config.enabled and not self._is_warm:
             self._warm_up(self.config.rtc_config)
 
@@ -487,14 +501,19 @@ class Pi0Policy(PreTrainedPolicy):
             sampler, steps = self._sampler(), self.config.num_inference_steps
             if leftover is None:
                 return sampler.sample(observation, noise, steps)
-            if 0 < self.config.rtc_training_max_delay >= leftover.delay:
-                return sampler.sample(observation, noise, steps, decided(leftover))
+            if learnt := self.config.rtc_training_max_delay:
+                return sampler.sample(observation, noise, steps, decided(leftover, learnt))
             bend = guidance(leftover, rtc.prefix_attention_schedule.value, horizon, rtc.max_guidance_weight)
             context = sampler.context(observation, self.config.chunk_size)
             return sampler.transformed_actions(context, noise, steps, bend)
 
-    def _finished(self, actions: Tensor, anchor: Tensor | None) -> Tensor:
-        """What leaves the policy, of what the network gave: absolute, numbers, within the guard's limits."""
+    def _finished(self, actions: Tensor, anchor: Tensor | None, leftover: Leftover | None = None) -> Tensor:
+        """What leaves the policy, of what the network gave: absolute, numbers, within the guard's limits.
+
+        It begins with those of the leftover that will have been executed: what they lead to is guarded too.
+        """
+        if leftover is not None:
+            actions = torch.cat((leftover.actions[:, : leftover.delay], actions[:, leftover.delay :]), 1)
         actions = actions[..., : self._action_size]
         actions = actions if anchor is None else actions + anchor[:, None]
         if bad := not_finite(actions, self._joints):

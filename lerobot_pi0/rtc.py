@@ -115,15 +115,12 @@ def guided(
 def guidance(
     leftover: Leftover, schedule: Schedule, execution_horizon: int, max_weight: float
 ) -> Callable[[Velocity], Velocity]:
-    """`guided` towards a leftover, over the first `execution_horizon` steps of it.
-
-    What is certain to be executed should lie within: where it does not, a warning says so.
-    """
-    steps, delay = len(leftover.known), leftover.delay
-    end = min(execution_horizon, leftover.length)
-    if delay > end and execution_horizon < steps:
-        _tell_of_horizon(delay, end, min(2 * delay, steps))
-    weights = prefix_weights(delay, end, steps, schedule).to(leftover.known.device)[:, None] * leftover.known
+    """`guided` towards a leftover, over the first `execution_horizon` steps of it."""
+    steps, end = len(leftover.known), min(execution_horizon, leftover.length)
+    weights = (
+        prefix_weights(leftover.delay, end, steps, schedule).to(leftover.known.device)[:, None]
+        * leftover.known
+    )
     return lambda velocity: guided(velocity, leftover.actions, weights, max_weight)
 
 
@@ -142,10 +139,12 @@ class Decided:
         return torch.where(self.mask[:, None], self.actions, x)
 
 
-def decided(leftover: Leftover) -> Decided:
-    """What of a leftover is certain to be executed."""
+def decided(leftover: Leftover, max_delay: int) -> Decided:
+    """What of a leftover is certain to be executed, as far as the policy has learnt to go on from it."""
+    if leftover.delay > max_delay:
+        _tell_of_training(leftover.delay, max_delay)
     step = torch.arange(leftover.actions.shape[1], device=leftover.actions.device)
-    return Decided(leftover.actions, step < leftover.delay)
+    return Decided(leftover.actions, step < min(leftover.delay, max_delay))
 
 
 def sample_delays(uniform: Float[Tensor, " n"], max_delay: int) -> Int[Tensor, " n"]:
@@ -162,11 +161,24 @@ def decided_times(
 
 
 @functools.cache  # once for each
-def _tell_of_horizon(delay: int, held: int, enough: int) -> None:
+def tell_of_horizon(delay: int, horizon: int, enough: int) -> None:
+    """Warn of a delay beyond the execution horizon, which is all that LeRobot hands over of a leftover."""
     logger.warning(
         "real-time chunking: %d actions will be executed before the new chunk arrives, but it is held to %d "
         "of them, and will jump: set --inference.rtc.execution_horizon=%d or more",
         delay,
-        held,
+        horizon,
         enough,
+    )
+
+
+@functools.cache
+def _tell_of_training(delay: int, max_delay: int) -> None:
+    logger.warning(
+        "real-time chunking: %d actions will be executed before the new chunk arrives, but the policy has "
+        "learnt to go on from %d of them, and may jump: train with --policy.rtc_training_max_delay=%d or "
+        "more, or find out what is slow with `lerobot-pi0 latency`",
+        delay,
+        max_delay,
+        delay,
     )

@@ -5,11 +5,14 @@ in signatures is in place, before LeRobot, MuJoCo or the package are imported.
 """
 
 import importlib.util
+import logging
 import os
 import sys
 import typing
+from collections.abc import Iterator
 
 import beartype  # before the switch below, which is meant for our modules alone
+import pytest
 import torch
 from jaxtyping import install_import_hook
 
@@ -40,3 +43,13 @@ def import_model_with_checked_shapes() -> None:
 
 
 import_model_with_checked_shapes()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A command sets up logging for its process, which here goes on with other tests."""
+    ours = logging.getLogger("lerobot_pi0")
+    handlers, level, propagates = list(ours.handlers), ours.level, ours.propagate
+    yield
+    ours.handlers[:], ours.propagate = handlers, propagates
+    ours.setLevel(level)

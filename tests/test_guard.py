@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from tiny_policy import ACTION, FRONT, batch, first, noise, statistics, tiny_config, tiny_policy
+from tiny_policy import ACTION, CHUNK, FRONT, batch, first, noise, statistics, tiny_config, tiny_policy
 
 from lerobot_pi0.configuration_pi0 import ActionLimits
 from lerobot_pi0.guard import ChunkGuard
@@ -70,6 +70,15 @@ def test_only_what_is_too_fast_changes():
     assert not torch.equal(held[..., 0], chunk[..., 0])
 
 
+def test_a_chunk_begins_no_further_from_the_action_before_it_than_the_data_steps():
+    guard = ChunkGuard(LIMITS, NAMES)
+    chunk = still()
+    for action in chunk[2:]:
+        action[0] = 40.0
+    before = normalised([[0.0, 0.0, 5.0, 7.0]])
+    assert guard.hold(normalised([chunk[2:]]), before)[0, :, 0].tolist() == pytest.approx([0.11, 0.22, 0.33])
+
+
 def test_what_never_moves_within_an_episode_may_do_so_a_little():
     """A gripper that is open in some episodes and closed in others: the data has no step of it."""
     limits = ActionLimits(LIMITS.low, LIMITS.high, [0.0] * ACTION, LIMITS.gain, LIMITS.offset)
@@ -113,6 +122,26 @@ def test_every_way_out_of_the_policy_is_guarded():
         assert chunk.diff(dim=1).abs().max() <= 0.0201
     policy.reset()
     assert policy.select_action(observation).abs().max() <= 0.1201
+
+
+def test_no_step_between_two_chunks_is_larger_than_the_datas():
+    policy, observation = guarded(n_action_steps=2), first(batch())
+    torch.manual_seed(0)
+    sent = [policy.select_action(observation) for _ in range(10)]
+    assert torch.stack(sent).diff(dim=0).abs().max() <= 0.0201
+    last = sent[-1]
+    policy.reset()  # another episode goes on from nothing
+    free = policy.predict_action_chunk(observation, noise=noise(1))
+    assert torch.equal(policy.select_action(observation, noise=noise(1)), free[:, 0])
+    assert (free[:, 0] - last).abs().max() > 0.0201
+
+    # Real-time chunking: what follows the last old action that is executed.
+    left = torch.full((CHUNK, ACTION), 0.05)
+    chunk = policy.predict_action_chunk(
+        observation, noise=noise(1), inference_delay=2, prev_chunk_left_over=left
+    )
+    assert torch.equal(chunk[0, :2], left[:2])
+    assert (chunk[0, 2] - left[1]).abs().max() <= 0.0201
 
 
 # Numbers.

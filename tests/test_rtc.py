@@ -13,7 +13,14 @@ from tiny_policy import ACTION, CHUNK, batch, first, noise, tiny_config, tiny_po
 
 from lerobot_pi0.configuration_pi0 import Anchor
 from lerobot_pi0.model.flow import integrate
-from lerobot_pi0.rtc import decided_times, guided, prefix_weights, read_leftover, sample_delays
+from lerobot_pi0.rtc import (
+    decided_times,
+    guided,
+    prefix_weights,
+    read_leftover,
+    sample_delays,
+    tell_of_horizon,
+)
 
 PADDED = 8
 
@@ -156,13 +163,21 @@ def test_a_horizon_longer_than_a_chunk_is_refused(policy):
         with_rtc(policy, execution_horizon=7)
 
 
-def test_a_horizon_shorter_than_the_delay_is_told_once(policy, observation, caplog):
-    with_rtc(policy, execution_horizon=2)
+@pytest.mark.parametrize("max_delay", [0, 5])
+def test_a_horizon_shorter_than_the_delay_is_told_once(max_delay, observation, caplog):
+    """LeRobot cuts what is left to the horizon, and fills it up to that."""
+    tell_of_horizon.cache_clear()
+    policy = with_rtc(tiny_policy(rtc_training_max_delay=max_delay), execution_horizon=3)
     caplog.set_level(logging.WARNING)
+    caplog.clear()
+    policy.predict_action_chunk(observation, inference_delay=3, prev_chunk_left_over=leftover(3))
+    assert caplog.messages == []
     for _ in range(2):
-        policy.predict_action_chunk(observation, inference_delay=4, prev_chunk_left_over=leftover(2))
-        policy.predict_action_chunk(observation, inference_delay=4, prev_chunk_left_over=leftover(5))
-    assert len([r for r in caplog.messages if "execution_horizon=6 or more" in r]) == 1
+        policy.predict_action_chunk(observation, inference_delay=4, prev_chunk_left_over=leftover(3))
+    (message,) = caplog.messages
+    assert "4 actions" in message
+    assert "held to 3 of them" in message
+    assert "execution_horizon=6 or more" in message
 
 
 def test_relative_leftovers_are_taken_from_the_new_observation():
@@ -298,18 +313,18 @@ def test_a_policy_trained_for_it_is_given_what_is_decided(observation):
     assert torch.allclose(chunk[0, 2:], expected[0, 2:], atol=1e-5)
 
 
-def test_beyond_its_training_it_is_guided(observation, monkeypatch):
+def test_beyond_its_training_it_goes_on_from_what_it_has_learnt_to_and_says_so(observation, caplog):
+    """It does not fall back to guidance, which takes longer, whereupon the delay would stay as it is."""
     policy = with_rtc(tiny_policy(rtc_training_max_delay=2))
-    guided_by = []
-    transformed = type(policy._sampler()).transformed_actions
-    monkeypatch.setattr(
-        type(policy._sampler()),
-        "transformed_actions",
-        lambda *given: guided_by.append(1) or transformed(*given),
-    )
-    for delay, times in ((2, 0), (3, 1)):
-        policy.predict_action_chunk(observation, inference_delay=delay, prev_chunk_left_over=leftover())
-        assert len(guided_by) == times
+    chunks = [
+        policy.predict_action_chunk(
+            observation, noise=noise(1), inference_delay=delay, prev_chunk_left_over=leftover()
+        )
+        for delay in (2, 3, 3)
+    ]
+    assert torch.equal(chunks[0][:, 3:], chunks[1][:, 3:])
+    (message,) = [message for message in caplog.messages if "has learnt to go on from 2" in message]
+    assert "rtc_training_max_delay=3 or more" in message
 
 
 def test_a_delay_without_anything_to_learn_is_refused():

@@ -7,6 +7,7 @@ orders differ, each joint gets the value of another.
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
 
@@ -45,31 +46,48 @@ def check_joints(config: Pi0Config, state_names: Sequence[str], action_names: Se
         )
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How the names of a robot or a dataset differ from those that a policy was trained with."""
+
+    missing: list[str]
+    added: list[str]
+    # The old name → the new one, where only names differ: each new one stands in the place of an old one.
+    renamed: dict[str, str]
+    permuted: bool  # those that both have are in another order
+
+
+def compare_names(trained: Sequence[str], found: Sequence[str]) -> Difference:
+    """What differs, in names and in their order."""
+    missing = [name for name in trained if name not in found]
+    added = [name for name in found if name not in trained]
+    permuted = [name for name in trained if name in found] != [name for name in found if name in trained]
+    renamed = {old: new for old, new in zip(trained, found, strict=False) if old in missing and new in added}
+    only_names = not permuted and len(trained) == len(found) and len(renamed) == len(missing)
+    return Difference(missing, added, renamed if only_names else {}, permuted)
+
+
 def _fault(kind: str, trained: list[str], robot: list[str]) -> str:
-    missing = [name for name in trained if name not in robot]
-    added = [name for name in robot if name not in trained]
+    differ = compare_names(trained, robot)
     lines = [f"{kind}, checkpoint: {trained}", f"{kind}, robot:      {robot}"]
-    # A name that only one side has, at the place of one that only the other side has.
-    renamed = {old: new for old, new in zip(trained, robot, strict=False) if old in missing and new in added}
-    common = [name for name in trained if name not in missing]
-    if common != [name for name in robot if name not in added]:
+    if differ.permuted:
         lines.append(
             f"{kind}, permuted: the robot has them in another order. Use the robot (type and configuration) "
             "that the dataset was recorded with, or record with this one"
         )
-    elif len(trained) == len(robot) and len(renamed) == len(missing):
-        pairs = ", ".join(f"'{old}' → '{new}'" for old, new in renamed.items())
+    elif differ.renamed:
+        pairs = ", ".join(f"'{old}' → '{new}'" for old, new in differ.renamed.items())
         lines.append(
             f"{kind}, renamed: {pairs}. If these are the same joints in the same units: "
             f"--policy.{kind}_feature_names='{json.dumps(robot)}', or write that into the checkpoint's "
             "config.json"
         )
         return "\n".join(lines)
-    if missing:
-        lines.append(f"{kind}, missing from the robot: {missing}")
-    if added:
-        lines.append(f"{kind}, added by the robot: {added}")
-    if missing or added:
+    if differ.missing:
+        lines.append(f"{kind}, missing from the robot: {differ.missing}")
+    if differ.added:
+        lines.append(f"{kind}, added by the robot: {differ.added}")
+    if differ.missing or differ.added:
         lines.append(
             f"{kind}: a checkpoint runs with the joints that it was trained on. Use that robot "
             "(--robot.type, and its options), or train on data of this one"

@@ -402,6 +402,11 @@ def a_robot_with_joints_in_another_order(case):
 
 
 @fault("joints.robot_has_the_policys")
+def a_robot_with_joints_in_another_order_and_other_names(case):
+    case.robot = arm(joints=[JOINTS[1], JOINTS[0], "jaw.pos"])
+
+
+@fault("joints.robot_has_the_policys")
 def a_robot_without_gripper(case):
     case.robot = arm(joints=JOINTS[:2])
 
@@ -561,6 +566,19 @@ def test_what_is_healthy_gets_a_clean_page(healthy, policy, dataset, robot):
     case = Case(healthy.dataset, healthy.checkpoint, arm() if robot else None)
     subject, answers = case.examine(policy, dataset)
     assert {answer.finding.severity for answer in answers} == {Severity.FINE}, page(subject, answers)
+
+
+def test_only_joints_in_their_places_may_be_called_otherwise(case):
+    """The cure for other names, pasted where joints were swapped, would move each by another's actions."""
+    for joints, cure in (
+        ([*JOINTS[:2], "jaw.pos"], True),
+        ([JOINTS[1], JOINTS[0], "jaw.pos"], False),
+        (["jaw.pos", *JOINTS[:2]], False),
+    ):
+        case.robot = arm(joints=joints)
+        _, answers = case.examine()
+        assert ("--policy.state_feature_names" in answers[0].finding.cure) is cure
+        assert (answers[0].finding.severity is Severity.WARNING) is cure
 
 
 @pytest.mark.parametrize("does", ["nothing", "the same everywhere"])

@@ -6,6 +6,7 @@ Vectors carry no names on their way, so a wrong order raises nothing and gives e
 import json
 from collections.abc import Iterator, Sequence
 
+from lerobot_pi0.control.joints import compare_names
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
 from lerobot_pi0.tools.doctor.subject import Subject
 
@@ -68,31 +69,32 @@ def _compare(
 
 
 def _difference(kind: str, whose: str, trained: Sequence[str], found: Sequence[str]) -> Finding:
-    missing = [name for name in trained if name not in found]
-    added = [name for name in found if name not in trained]
+    differ = compare_names(trained, found)
     evidence = f"policy: {listed(trained, 8)}; {whose}: {listed(found, 8)}"
-    if not missing and not added:
-        moved = [f"{a} gets {b}" for a, b in zip(trained, found, strict=True) if a != b]
-        return error(
-            f"the {whose}'s {kind} has its joints in another order: {listed(moved)}",
-            evidence,
-            "use the robot type and version that the data was recorded with"
-            if whose == "robot"
-            else "use the dataset that the policy was trained on, or train on this one",
-        )
-    if len(missing) == len(added) and len(trained) == len(found):
+    if differ.renamed:
+        pairs = [f"{old} → {new}" for old, new in differ.renamed.items()]
         return warning(
-            f"the {whose}'s {kind} calls its joints otherwise: {listed(missing)} → {listed(added)}",
+            f"the {whose}'s {kind} calls its joints otherwise: {listed(pairs)}",
             evidence,
             "if they are the same joints in the same units, tell the policy: "
             f"--policy.{kind}_feature_names='{json.dumps(list(found))}'; if not, train on this data",
         )
-    lacks = [f"lacks {listed(missing)}"] if missing else []
+    faults = []
+    if differ.missing:
+        faults.append(f"lacks {listed(differ.missing)}")
+    if differ.added:
+        faults.append(f"has {listed(differ.added)} besides")
+    if differ.permuted:
+        faults.append("has its joints in another order")
+    if not differ.missing and not differ.added:
+        moved = [f"{a} gets {b}" for a, b in zip(trained, found, strict=True) if a != b]
+        faults = [f"has its joints in another order: {listed(moved)}"]
     return error(
-        f"the {whose}'s {kind} "
-        f"{' and '.join([*lacks, *([f'has {listed(added)} besides'] if added else [])])}",
+        f"the {whose}'s {kind} {' and '.join(faults)}",
         evidence,
-        "use the robot and the dataset that the policy was trained with, or train on these",
+        "use the robot (type and version) that the data was recorded with"
+        if whose == "robot"
+        else "use the dataset that the policy was trained on, or train on this one",
     )
 
 
