@@ -2,9 +2,9 @@
 
     python -m benchmarks.delay
 
-Records the demo's tasks with positions of the hand for actions, as arms have, and trains the demo's policy on
-it with chunks of 50 relative actions, once as it is and once for real-time chunking, in `outputs/delay`; what
-is there is reused. Then each of the ways of `chunking` solves the same episodes of Meta-World, 80 steps per
+Records the demo's tasks with positions of the hand for actions, as arms have, trains the demo's policy on it
+with chunks of 50 relative actions, and a copy of that for real-time chunking, in `outputs/delay`; what is
+there is reused. Then each of the ways of `chunking` solves the same episodes of Meta-World, 80 steps per
 second, with chunks that arrive `delay` steps after their observation. Prints successes with 95 % intervals
 (Wilson, 1927), and what a delay changes in the same episodes, with the interval of its mean.
 """
@@ -22,15 +22,16 @@ import torch
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
 from benchmarks.chunking import predictor
-from benchmarks.finetuning import ONE_THREAD, percent
+from benchmarks.finetuning import percent
 from lerobot_pi0.demo.command import Command, Job, run
+from lerobot_pi0.demo.demo import TRAINING_ENVIRONMENT
 from lerobot_pi0.demo.environment import FPS, task_instructions
 from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv
 from lerobot_pi0.demo.record import RecordConfig, record
 from lerobot_pi0.tools.inputs import LoadedPolicy, PolicyFlags, load_policy
 
 ROOT = Path("outputs", "delay")
-CHUNK, LONGEST_DELAY, STEPS = 50, 24, 3400
+CHUNK, LONGEST_DELAY, STEPS, TUNING_STEPS = 50, 24, 3400, 1000
 # The expert goes on after success: the policy executes actions that far ahead, so they must be learnt there.
 RECORDING = RecordConfig(
     ROOT / "demonstrations", episodes_per_task=80, position_actions=True, after_success=LONGEST_DELAY
@@ -62,27 +63,31 @@ def main() -> str:
 
 
 def train() -> None:
-    """The demo's policy with longer chunks, as it is and for real-time chunking."""
+    """The demo's policy with longer chunks, which then learns real-time chunking."""
     data = record(RECORDING)
-    jobs = []
-    for name, extra in (("plain", []), ("trained", [f"--policy.rtc_training_max_delay={LONGEST_DELAY}"])):
+    plain = ROOT / "plain" / "checkpoints" / "last"
+    settings = {
+        "plain": ("--config_path=configs/demo.yaml", "--policy.relative_actions=true", *steps(STEPS)),
+        "trained": (
+            f"--policy.path={plain / 'pretrained_model'}",
+            f"--policy.rtc_training_max_delay={LONGEST_DELAY}",
+            "--policy.push_to_hub=false",
+            "--policy.optimizer_lr=4e-4",
+            "--dataset.repo_id=local/metaworld_demo",
+            *("--batch_size=32", "--num_workers=0", "--log_freq=50", "--save_freq=0", "--env_eval_freq=0"),
+            *steps(TUNING_STEPS),
+        ),
+    }
+    for name, arguments in settings.items():
         if (ROOT / name / "checkpoints" / "last").exists():
             continue
-        arguments = (
-            "--config_path=configs/demo.yaml",
-            f"--dataset.root={data}",
-            f"--output_dir={ROOT / name}",
-            f"--policy.chunk_size={CHUNK}",
-            "--policy.relative_actions=true",
-            f"--steps={STEPS}",
-            f"--policy.scheduler_decay_steps={STEPS}",
-            *extra,
-        )
-        jobs.append(
-            Job(name, Command("lerobot-train", arguments, ONE_THREAD), ROOT / f"{name}.log", "Training")
-        )
-    if jobs:
-        run(*jobs)
+        where = (f"--dataset.root={data}", f"--output_dir={ROOT / name}", f"--policy.chunk_size={CHUNK}")
+        command = Command("lerobot-train", (*arguments, *where), TRAINING_ENVIRONMENT)
+        run(Job(name, command, ROOT / f"{name}.log", "Training"))
+
+
+def steps(number: int) -> tuple[str, str]:
+    return f"--steps={number}", f"--policy.scheduler_decay_steps={number}"
 
 
 def result_file(policy: str, way: str, delay: int, task: str) -> Path:
