@@ -101,10 +101,24 @@ def test_steps_of_inference_are_the_recorded_ones(saved):
     assert_same(golden_actions(policy, 10), load_file(certificate_file)["actions"])
 
 
-def test_a_damaged_certificate_is_told_and_no_obstacle(saved, caplog):
-    (saved / CERTIFICATE_FILE).write_bytes(b"{")
+@pytest.mark.parametrize("damage", ["no file of its kind", "no versions"])
+def test_a_damaged_certificate_is_told_and_no_obstacle(saved, caplog, damage):
+    file = saved / CERTIFICATE_FILE
+    if damage == "no versions":
+        save_file(load_file(file), file)
+    else:
+        file.write_bytes(b"{")
     Pi0Policy.from_pretrained(saved)
     assert "is damaged" in caplog.text
+
+
+def test_where_nothing_can_be_written_the_policy_loads_all_the_same(saved, tmp_path, monkeypatch, caplog):
+    written_with(saved, torch="2.7.0")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(certificate, "HF_LEROBOT_HOME", tmp_path / "file")
+    with caplog.at_level(logging.INFO, logger="lerobot_pi0"):
+        Pi0Policy.from_pretrained(saved)
+    assert "golden actions: the same" in caplog.text
 
 
 def test_a_checkpoint_without_one_loads_silently(saved, caplog):

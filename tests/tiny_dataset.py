@@ -74,6 +74,7 @@ def recorded() -> Recording:
         task=np.repeat([0, 0, 1, 1], LENGTH),
         instructions={0: "lift", 1: "turn"},
         joints=JOINTS,
+        displaces=np.zeros(len(JOINTS), bool),
         mean=joined.mean(0),
         scale=joined.std(0),
         fps=10,

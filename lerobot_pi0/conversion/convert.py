@@ -93,6 +93,7 @@ def convert(flags: ConvertConfig) -> str:
         raise FileExistsError(f"{target} exists: give another TARGET, or delete it")
     unfinished = target.with_name(f"{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was interrupted
+    made = [folder for folder in unfinished.parents if not folder.exists()]
     unfinished.mkdir(parents=True)
     try:
         policy = read_policy(flags, scratch=unfinished)
@@ -105,6 +106,9 @@ def convert(flags: ConvertConfig) -> str:
         unfinished.rename(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if not target.exists():
+            for folder in made:
+                folder.rmdir()
     return "\n".join([f"{target}: {proof}", *settings])
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from draccus.utils import ParsingError
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch import Tensor
@@ -72,23 +73,37 @@ def _refuse_flags(flags: "ConvertConfig") -> None:
     """Raises ValueError for a flag about what a LeRobot policy says itself."""
     given = [
         name
-        for name in ("cameras", "state_dim", "action_dim", "chunk_size", "delta_mask")
+        for name in ("cameras", "state_dim", "action_dim", "chunk_size", "delta_mask", "lora_alpha")
         if getattr(flags, name)
     ]
     if given:
         raise ValueError(
             f"--{given[0]} says what openpi's checkpoints do not; '{flags.source}' is a LeRobot policy, "
-            "whose "
-            "config.json does: leave the flag out"
+            "whose config.json does: leave the flag out"
+        )
+    if flags.asset_id and flags.to != "openpi-pytorch":
+        raise ValueError(
+            f"--asset_id={flags.asset_id} is a folder of openpi's, and neither '{flags.source}' nor the "
+            "target is: leave the flag out"
         )
 
 
 def _read_ours(
     folder: Path, tensors: Mapping[str, Tensor], meta: dict[str, Tensor], flags: "ConvertConfig"
 ) -> Policy:
-    config = cast(Pi0Config, Pi0Config.from_pretrained(folder))
-    if flags.dtype:
-        config.dtype = flags.dtype
+    if flags.to == "lerobot_pi0" and (flags.tokenizer or not flags.statistics):
+        given = "--tokenizer" if flags.tokenizer else "--statistics=false"
+        raise ValueError(
+            f"'{flags.source}' is a policy of ours already and keeps its processors: leave {given} out"
+        )
+    try:
+        config = cast(Pi0Config, Pi0Config.from_pretrained(folder))
+    except (ValueError, ParsingError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} cannot be read ({str(error).strip().partition(chr(10))[0]}): copy or "
+            "download it again, or install the version that wrote it"
+        ) from error
+    config.dtype, config.tokenizer = flags.dtype or config.dtype, flags.tokenizer or config.tokenizer
     check_fit(_network(config), meta)
     statistics = _statistics(folder, config, flags, LEROBOT_EPSILON)
     return Policy(OURS, folder, config, statistics, tensors, meta, _rename_map(folder))

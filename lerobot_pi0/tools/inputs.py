@@ -15,7 +15,10 @@ from lerobot.utils.import_utils import require_package
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.planning import DatasetSource, read_dataset
+from lerobot_pi0.statistics import check_statistics
 from lerobot_pi0.weights import ADAPTER_CONFIG, CheckpointError, find_checkpoint
+
+PIPELINES = ("policy_preprocessor.json", "policy_postprocessor.json")
 
 
 @dataclass
@@ -105,8 +108,17 @@ def load_policy(flags: PolicyFlags) -> LoadedPolicy:
     Raises FileNotFoundError or CheckpointError that says what is wrong.
     """
     config, folder = read_config(flags)
+    for name in PIPELINES:
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"'{flags.path}' has no {name}, with which the policy was trained: copy or download the "
+                "whole folder again"
+            )
     if (folder / ADAPTER_CONFIG).is_file():
-        require_package("peft", extra="peft")
+        try:
+            require_package("peft", extra="peft")
+        except ImportError as error:
+            raise CheckpointError(f"'{flags.path}' holds adapters: {error}") from error
         from peft import PeftConfig, PeftModel
 
         settings: Any = PeftConfig.from_pretrained(str(folder))
@@ -122,6 +134,13 @@ def load_policy(flags: PolicyFlags) -> LoadedPolicy:
         pretrained_path=str(folder),
         preprocessor_overrides={"device_processor": {"device": config.device}},
     )
+    for pipeline in (preprocess, postprocess):
+        for step in pipeline.steps:
+            if statistics := getattr(step, "stats", None):  # none: a policy with random weights
+                try:
+                    check_statistics(config, statistics, f"'{flags.path}'")
+                except ValueError as error:
+                    raise CheckpointError(f"{error}, or the checkpoint's own") from error
     return LoadedPolicy(policy, cast(Any, preprocess), cast(Any, postprocess))
 
 

@@ -21,7 +21,10 @@ from tqdm import tqdm
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.statistics import FLOOR, NEARLY_CONSTANT, read_columns
+from lerobot_pi0.tools.doctor.columns import Columns
+from lerobot_pi0.tools.doctor.pairing import Pairing
 from lerobot_pi0.tools.inputs import LoadedPolicy
+from lerobot_pi0.weights import CheckpointError
 
 HOLD, MEAN, NEAREST = "holding still", "the mean action", "the nearest demonstration"
 
@@ -37,6 +40,7 @@ class Recording:
     task: np.ndarray  # (F,)
     instructions: dict[int, str]  # of each task
     joints: list[str]  # D names
+    displaces: np.ndarray  # (D,) which actions say how far to go from here, and not where: 0 is to stay
     mean: np.ndarray  # (D,) of the dataset's actions
     scale: np.ndarray  # (D,) their standard deviation: errors are compared between joints in it
     fps: float
@@ -95,18 +99,41 @@ def read_recording(metadata: LeRobotDatasetMetadata, config: Pi0Config) -> Recor
     stats: Any = (metadata.stats or {}).get(ACTION, {})
     actions = columns[ACTION].astype(np.float32)
     spread = np.asarray(stats.get("std", actions.std(0)), np.float64).ravel()
+    states = columns[OBS_STATE].astype(np.float32)
+    episode, task = columns["episode_index"][:, 0], columns["task_index"][:, 0]
     return Recording(
         index=columns["index"],
         actions=actions,
-        states=columns[OBS_STATE].astype(np.float32),
-        episode=columns["episode_index"][:, 0],
-        task=columns["task_index"][:, 0],
+        states=states,
+        episode=episode,
+        task=task,
+        displaces=displacements(metadata, config, states, actions, episode),
         instructions=read_instructions(metadata),
         joints=config.action_feature_names or [f"joint {i}" for i in range(size)],
         mean=np.asarray(stats.get("mean", actions.mean(0)), np.float64).ravel(),
         scale=np.where(spread < NEARLY_CONSTANT, FLOOR, spread),
         fps=float(metadata.fps),
     )
+
+
+def displacements(
+    metadata: LeRobotDatasetMetadata,
+    config: Pi0Config,
+    states: np.ndarray,
+    actions: np.ndarray,
+    episode: np.ndarray,
+) -> np.ndarray:
+    """Which actions (D,) are displacements of a joint, as the data shows; a gripper that is open or shut is
+    told where to be."""
+    nothing = np.zeros(len(episode))
+    columns = Columns(episode, frame=nothing, timestamp=nothing, task=nothing, state=states, action=actions)
+    pairing = Pairing.of(
+        columns, config.state_feature_names, config.action_feature_names, float(metadata.fps)
+    )
+    found = np.zeros(actions.shape[1], bool)
+    if pairing.kind == "relative":
+        found[pairing.actions] = pairing.smooth
+    return found
 
 
 def read_instructions(metadata: LeRobotDatasetMetadata) -> dict[int, str]:
@@ -117,13 +144,14 @@ def read_instructions(metadata: LeRobotDatasetMetadata) -> dict[int, str]:
 def baselines(recording: Recording, frames: np.ndarray, length: int) -> dict[str, np.ndarray]:
     """What can be said of the next actions without a policy: {name: (N, length, D)}.
 
-    Holding still repeats the last action, which is standing still for an arm that is told positions. The
-    nearest demonstration is what followed the nearest state in another episode; it is left out when there is
-    no other episode.
+    Holding still repeats the last action, or is zero where actions are displacements. The nearest
+    demonstration is what followed the nearest state in another episode; it is left out when there is no other
+    episode.
     """
+    hold = np.where(recording.displaces, 0, recording.last_action(frames))
     shape = (len(frames), length, len(recording.joints))
     guesses = {
-        HOLD: np.broadcast_to(recording.last_action(frames)[:, None], shape),
+        HOLD: np.broadcast_to(hold[:, None], shape),
         MEAN: np.broadcast_to(recording.mean, shape),
     }
     nearest = recording.nearest(frames)
@@ -188,18 +216,27 @@ def select_episodes(
 def trained_episodes(checkpoint: Path, metadata: LeRobotDatasetMetadata) -> set[int] | None:
     """The episodes of a dataset that a checkpoint was trained on, as its train_config.json has them.
 
-    None where it does not say, or names another dataset, which may be the same one elsewhere.
+    None where it does not say, or names another dataset, which may be the same one elsewhere. Raises
+    CheckpointError where it is damaged.
     """
     file = checkpoint / "train_config.json"
     if not file.is_file():
         return None
-    dataset = json.loads(file.read_text(encoding="utf-8"))["dataset"]
+    try:
+        dataset = json.loads(file.read_text(encoding="utf-8"))["dataset"]
+        repo_id, episodes = dataset["repo_id"], dataset["episodes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}, which says what was trained on, is damaged ({error!r}): copy or download it again, or "
+            "delete it"
+        ) from error
     root = dataset.get("root")
     same_root = root is not None and Path(root).resolve() == Path(metadata.root).resolve()
-    if dataset["repo_id"] != metadata.repo_id and not same_root:
+    if repo_id != metadata.repo_id and not same_root:
         return None
-    episodes = dataset["episodes"]
-    episodes = list(range(metadata.total_episodes)) if episodes is None else episodes
+    everything = range(metadata.total_episodes)
+    # Of a dataset that has fewer by now, those that it has.
+    episodes = list(everything) if episodes is None else [e for e in episodes if e in everything]
     # As lerobot-train splits: the last ones of each task are held out.
     of_task: dict[str, list[int]] = {}
     tasks = _first_tasks(metadata)

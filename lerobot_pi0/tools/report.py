@@ -166,6 +166,12 @@ class Report:
                 f"The largest jump: {s.worst:.3g} of {s.worst_joint} at frame {s.worst_frame} of episode "
                 f"{s.worst_episode}."
             )
+        else:
+            lines.append(
+                f"Where one chunk takes over from another was not looked at: they stand {self.stride} frames "
+                f"apart and have {len(self.horizon['policy'])} actions. To see it: --stride=N, as many "
+                "actions as the robot executes of each."
+            )
         for g in self.grippers:
             if g.recorded or g.extra:
                 late = f", median {np.median(g.offsets):+.2f} s" if g.offsets else ""

@@ -267,13 +267,40 @@ def test_damaged_source_says_why_and_leaves_nothing(damage, message, in_tree, tm
     source = copy(in_tree, tmp_path / "source")
     damage(source)
     with pytest.raises((CheckpointError, ValueError), match=message):
-        run(source, tmp_path / "target", **BACK)
+        run(source, tmp_path / "some" / "folders" / "target", **BACK)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 def test_flags_about_what_a_policy_says_itself_are_refused(ours, tmp_path):
     with pytest.raises(ValueError, match="--chunk_size says what openpi's checkpoints do not"):
         run(ours, tmp_path / "target", to="lerobot", chunk_size=10)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"tokenizer": "other"}, "leave --tokenizer out"),
+        ({"statistics": False}, "leave --statistics=false out"),
+        ({"asset_id": "arm"}, "--asset_id=arm is a folder of openpi's"),
+        ({"lora_alpha": 8.0}, "--lora_alpha says what openpi's checkpoints do not"),
+    ],
+)
+def test_flags_without_an_effect_are_refused(flags, named, ours, tmp_path):
+    with pytest.raises(ValueError, match=named):
+        run(ours, tmp_path / "target", **flags)
+
+
+def test_another_tokenizer_goes_into_another_layout(ours, tmp_path):
+    run(ours, tmp_path / "in_tree", to="lerobot", tokenizer="me/another", compare=False)
+    assert "me/another" in (tmp_path / "in_tree" / "policy_preprocessor.json").read_text()
+
+
+def test_a_config_of_another_version_is_an_error_with_its_place(ours, tmp_path):
+    source = copy(ours, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"not_known_yet": 1}))
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read .*not_known_yet"):
+        run(source, tmp_path / "target", to="lerobot")
 
 
 def test_other_sizes_than_published_ones_cannot_be_said_elsewhere(ours, tmp_path, monkeypatch):

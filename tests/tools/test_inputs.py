@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
+from tiny_dataset import make_checkpoint
 from tiny_policy import tiny_policy
 
+from lerobot_pi0.tools import inputs
 from lerobot_pi0.tools.inputs import DatasetFlags, PolicyFlags, dataset_metadata, load_policy
 from lerobot_pi0.weights import CheckpointError
 
@@ -22,6 +25,36 @@ def test_a_config_that_cannot_be_read_is_an_error_with_its_place(tmp_path, text)
 def test_another_policy_is_refused_by_its_type(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"type": "act"}))
     with pytest.raises(CheckpointError, match=r"is a policy of type 'act'.*lerobot-pi0 convert"):
+        load_policy(PolicyFlags(path=str(tmp_path)))
+
+
+def test_a_checkpoint_without_its_processors_is_an_error(tmp_path):
+    make_checkpoint(tmp_path)
+    (tmp_path / "policy_postprocessor.json").unlink()
+    with pytest.raises(CheckpointError, match=f"'{tmp_path}' has no policy_postprocessor.json"):
+        load_policy(PolicyFlags(path=str(tmp_path)))
+
+
+def test_statistics_of_another_robot_are_an_error(tmp_path):
+    make_checkpoint(tmp_path)
+    for file in tmp_path.glob("policy_p*normalizer*.safetensors"):
+        cut = {
+            name: of[:-1] if of.ndim and "image" not in name else of for name, of in load_file(file).items()
+        }
+        save_file(cut, file)
+    with pytest.raises(CheckpointError, match=r"has statistics of \d+ dimensions for 'observation.state'"):
+        load_policy(PolicyFlags(path=str(tmp_path)))
+
+
+def test_adapters_without_peft_are_an_error_that_says_what_to_install(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+
+    def absent(*_, **__) -> None:
+        raise ImportError("'peft' is required but not installed")
+
+    monkeypatch.setattr(inputs, "require_package", absent)
+    with pytest.raises(CheckpointError, match="holds adapters: 'peft' is required"):
         load_policy(PolicyFlags(path=str(tmp_path)))
 
 

@@ -8,15 +8,25 @@ import subprocess
 from html import escape
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from tiny_dataset import EPISODES, FRAMES, JOINTS, LENGTH, TASKS, recorded
 
 from lerobot_pi0 import cli
-from lerobot_pi0.tools.open_loop import HOLD, MEAN, NEAREST, Recording, select_episodes, trained_episodes
+from lerobot_pi0.tools.open_loop import (
+    HOLD,
+    MEAN,
+    NEAREST,
+    Recording,
+    baselines,
+    displacements,
+    select_episodes,
+    trained_episodes,
+)
 from lerobot_pi0.tools.report import evaluate
+from lerobot_pi0.weights import CheckpointError
 
 CHUNK, STRIDE, SAMPLES = 8, 4, 3
 
@@ -51,6 +61,37 @@ def test_policy_that_holds_still_is_no_better_than_holding_still():
     (hold,) = (c for c in report.comparisons if c.baseline == HOLD)
     assert hold.ratio == pytest.approx(1)
     assert report.verdict()[0].startswith(f"This policy is no better than {HOLD}")
+
+
+def test_holding_still_is_no_displacement_where_actions_are_displacements():
+    """Of joints; a gripper is told where to be."""
+    recording = recorded()
+    moving = Recording(**vars(recording) | {"displaces": np.array([True, True, False])})
+    frames = frames_of(recording)
+    hold = baselines(moving, frames, CHUNK)[HOLD]
+    assert not hold[..., :2].any()
+    np.testing.assert_array_equal(hold[:, 0, 2], recording.last_action(frames)[:, 2])
+
+
+@pytest.mark.parametrize("kind", ["positions", "displacements"])
+def test_what_actions_are_is_read_off_the_data(kind):
+    recording = recorded()
+    states, names = recording.states[:, :2], ["reach.pos", "turn.pos"]
+    following = np.roll(states, -1, axis=0)
+    moves = following if kind == "positions" else following - states
+    actions = np.column_stack((moves, recording.actions[:, 2])).astype(np.float32)
+    config: Any = SimpleNamespace(state_feature_names=names, action_feature_names=[*names, "jaw"])
+    found = displacements(cast(Any, SimpleNamespace(fps=10)), config, states, actions, recording.episode)
+    assert found.tolist() == [kind == "displacements"] * 2 + [False]
+
+
+def test_seams_that_were_not_looked_at_are_told():
+    recording = recorded()
+    frames = frames_of(recording)[::3]
+    truth, _ = recording.following(frames, CHUNK)
+    report = evaluate(recording, frames, np.repeat(truth[:, None], SAMPLES, 1), 3 * STRIDE)
+    assert report.seams is None
+    assert "was not looked at: they stand 12 frames apart and have 8 actions" in report.verdict()[-2]
 
 
 def test_last_action_is_of_the_same_episode():
@@ -176,6 +217,11 @@ def test_episodes_that_training_held_out_are_looked_at(tmp_path):
     assert trained(repo_id="somebody/else") is None
     assert trained(repo_id="somebody/else", root=str(tmp_path)) == set(range(8))
     assert trained(episodes=[0, 6]) == {0, 6}
+    assert trained(episodes=[0, 6, 8]) == {0, 6}  # the dataset was longer then
+    for damaged in ("{", "{}", '{"dataset": null}'):
+        (tmp_path / "train_config.json").write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"train_config.json, .* is damaged"):
+            trained_episodes(tmp_path, metadata)
     assert trained(eval_split=0.3) == {0, 1, 2, 5, 6}
     held_out = select_episodes(None, metadata, tmp_path, 2)
     assert (held_out.episodes, held_out.trained_on) == ([3, 7], False)

@@ -24,6 +24,7 @@ class Pairing:
     """p actions, each beside a joint of the state: by names, or by places if no name is shared."""
 
     names: list[str]  # (p,) of the actions
+    actions: list[int]  # (p,) their dimensions
     by_name: bool
     action: np.ndarray  # (n, p)
     state: np.ndarray  # (n, p)
@@ -45,6 +46,7 @@ class Pairing:
         rows = np.concatenate([np.r_[episode] for episode in columns.episodes[::stride]])
         return cls(
             [actions[i] if actions else str(i) for i, _ in pairs],
+            [i for i, _ in pairs],
             by_name,
             columns.action[rows][:, [i for i, _ in pairs]].astype(np.float64),
             columns.state[rows][:, [j for _, j in pairs]].astype(np.float64),
