@@ -67,6 +67,8 @@ class LanguageConfig:
         for name, least in (("episodes_per_task", 1), ("frames_per_episode", 1), ("num_samples", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+        if self.tasks is not None and len(set(self.tasks)) < 2:
+            raise ValueError(f"--tasks={self.tasks}: name two instructions or more, to compare them")
 
 
 @dataclass(frozen=True)
@@ -254,7 +256,8 @@ def verdict(pairs: list[Pair], everything: tuple[float, float | None, float | No
         first = "This policy ignores its instruction."
     elif FOLLOWS in kinds:
         first = (
-            "This policy follows its instruction between some tasks, and not between others: see the table."
+            "This policy follows its instruction between some tasks; between others it does not, or it is not "
+            "clear: see the table."
         )
     else:
         first = "It is not clear whether this policy follows its instruction: look at more episodes."

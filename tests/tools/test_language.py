@@ -90,6 +90,12 @@ def test_tasks_that_are_demonstrated_alike_are_not_judged():
     assert "nothing that an instruction could change" in verdict([pair], pooled(swaps))[0]
 
 
+@pytest.mark.parametrize("tasks", [[], [1], [1, 1]])
+def test_fewer_than_two_instructions_are_refused(tasks):
+    with pytest.raises(ValueError, match="--tasks=.*: name two instructions or more"):
+        LanguageConfig(tasks=tasks)
+
+
 def test_one_task_alone_is_refused():
     recording = two_tasks()
     planned = {0: np.zeros((SAMPLES, CHUNK, 3))}
