@@ -256,8 +256,8 @@ def verdict(pairs: list[Pair], everything: tuple[float, float | None, float | No
         first = "This policy ignores its instruction."
     elif FOLLOWS in kinds:
         first = (
-            "This policy follows its instruction between some tasks; between others it does not, or it is not "
-            "clear: see the table."
+            "This policy follows its instruction between some tasks; between others it does not, or that is "
+            "not clear: see the table."
         )
     else:
         first = "It is not clear whether this policy follows its instruction: look at more episodes."

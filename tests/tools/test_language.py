@@ -92,7 +92,7 @@ def test_tasks_that_are_demonstrated_alike_are_not_judged():
 
 @pytest.mark.parametrize("tasks", [[], [1], [1, 1]])
 def test_fewer_than_two_instructions_are_refused(tasks):
-    with pytest.raises(ValueError, match="--tasks=.*: name two instructions or more"):
+    with pytest.raises(ValueError, match=r"--tasks=.*: name two instructions or more"):
         LanguageConfig(tasks=tasks)
 
 
@@ -112,7 +112,7 @@ def test_untrained_policy_ignores_its_instruction(tiny, monkeypatch, capsys):
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["verdict"][0] == "This policy ignores its instruction."
     assert list(numbers["instructions"].values()) == ["open the faucet", "close the faucet"]
-    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "language", *tiny, "--tasks=[5]"])
+    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "language", *tiny, "--tasks=[0, 5]"])
     with pytest.raises(SystemExit):
         cli.main()
     assert "the dataset has no task 5" in capsys.readouterr().err
