@@ -68,7 +68,7 @@ def main() -> None:
         run(name, flags)
     except KeyboardInterrupt:
         fail(f"\n{PROGRAM} {name}: interrupted.", 130)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         if not is_message(error):
             raise
         fail(f"{PROGRAM} {name}: error: {error}", 1)
@@ -132,12 +132,14 @@ def usage() -> str:
 
 
 def is_message(error: BaseException) -> bool:
-    """Whether our own code raised the error, for a person to read; anything else needs its traceback."""
+    """Whether our own code raised the error, for a person to read, or LeRobot's check of what is installed;
+    anything else needs its traceback."""
     origin = traceback.extract_tb(error.__traceback__)[-1]
     package = Path(__file__).parent
     ours = (package, package.parent / "benchmarks")
-    return (origin.line or "").startswith("raise") and any(
-        Path(origin.filename).is_relative_to(folder) for folder in ours
+    return (origin.line or "").startswith("raise") and (
+        origin.name == "require_package"
+        or any(Path(origin.filename).is_relative_to(folder) for folder in ours)
     )
 
 

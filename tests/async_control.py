@@ -78,9 +78,10 @@ def remote_client(address: str, checkpoint: Path, run: Path, fps: int) -> Iterat
 
 def sent(run: Path) -> list[float]:
     """When each action reached the robot."""
-    if not (run / "robot.jsonl").is_file():
+    try:
+        return [event["t"] for event in read_trace(run) if event["event"] == "action"]
+    except FileNotFoundError:
         return []
-    return [event["t"] for event in read_trace(run) if event["event"] == "action"]
 
 
 def wait_until(condition: Any, process: subprocess.Popen) -> Any:

@@ -6,9 +6,11 @@ from importlib import import_module
 from typing import get_type_hints
 
 import pytest
+from lerobot.utils.import_utils import require_package
 
 from lerobot_pi0 import cli
 from lerobot_pi0.demo import record
+from lerobot_pi0.simulated_robot import simulation
 from lerobot_pi0.tools import inputs
 
 
@@ -95,6 +97,23 @@ def test_an_error_of_ours_is_one_line_and_exit_code_1(monkeypatch, capsys, tmp_p
 def test_an_error_from_elsewhere_keeps_its_traceback(monkeypatch, tmp_path):
     monkeypatch.setattr(record, "is_recorded", lambda _: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
+        call(monkeypatch, "record", f"--root={tmp_path}")
+
+
+def test_a_missing_package_is_a_line_where_somebody_says_what_to_install(monkeypatch, capsys, tmp_path):
+    def ours(_):
+        monkeypatch.setattr(simulation, "find_spec", lambda name: None)
+        simulation.make_model.__wrapped__()
+
+    for missing, advice in (
+        (ours, "pip install 'lerobot-policy-pi0[simulated-robot]'"),
+        (lambda _: require_package("no_such_package", extra="peft"), "pip install 'lerobot[peft]'"),
+    ):
+        monkeypatch.setattr(record, "is_recorded", missing)
+        assert call(monkeypatch, "record", f"--root={tmp_path}") == 1
+        assert advice in capsys.readouterr().err
+    monkeypatch.setattr(record, "is_recorded", lambda _: import_module("no_such_package"))
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
         call(monkeypatch, "record", f"--root={tmp_path}")
 
 

@@ -141,7 +141,8 @@ def _camera(config: Pi0Config, name: str, key: str, feature: Mapping[str, Any]) 
 
 
 def _number(joint: str, value: Any) -> float:
-    value = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
+    if isinstance(value, np.ndarray) and value.size == 1 and value.dtype.kind in "iuf":
+        value = value.item()
     if not isinstance(value, int | float | np.number) or isinstance(value, bool):
         raise ValueError(f"joint '{joint}' is a {type(value).__name__}, not a number")
     if not abs(value) <= _LARGEST:  # NaN is not, either

@@ -31,7 +31,7 @@ from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.control.joints import check_joints
 from lerobot_pi0.control.latency import Latencies, measure, quantile, suggestion_for
 from lerobot_pi0.control.pace import pace
-from lerobot_pi0.control.trace import Trace
+from lerobot_pi0.control.trace import Trace, new_policy_trace
 from lerobot_pi0.control.watch import Watch, complaints, timing
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.tools.inputs import LoadedPolicy
@@ -39,7 +39,6 @@ from lerobot_pi0.tools.inputs import LoadedPolicy
 logger = logging.getLogger(__name__)
 
 WARM_CHUNKS = 3  # measured before the run
-TRACE_FILE = "policy.jsonl"
 HELP = """usage: lerobot-pi0 rollout [--trace=FOLDER] FLAGS OF lerobot-rollout
 
 lerobot-rollout for this policy, with checks: the robot's joints and cameras against the checkpoint's, the
@@ -85,7 +84,7 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
             f"'{config.pretrained_path}' is a policy of type '{config.type}': lerobot-rollout runs it"
         )
     check_robot(cfg, config)
-    file = None if folder is None else _new_trace(folder)
+    file = None if folder is None else new_policy_trace(folder)
     init_logging()
     signals = ProcessSignalHandler(use_threads=True, display_pid=False)
     try:
@@ -195,14 +194,6 @@ def _own_flags(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 def _parsed(cfg: RolloutConfig) -> RolloutConfig:
     return cfg
-
-
-def _new_trace(folder: Path) -> Path:
-    file = folder / TRACE_FILE
-    if file.exists():
-        raise FileExistsError(f"{file} is the trace of another run: give another --trace, or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
-    return file
 
 
 def _measured(cfg: RolloutConfig, ctx: RolloutContext, policy: Pi0Policy) -> Latencies:

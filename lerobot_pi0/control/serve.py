@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lerobot_pi0.control.trace import Trace
+from lerobot_pi0.control.trace import Trace, new_policy_trace
 from lerobot_pi0.tools.inputs import ControlPolicyFlags
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class ServeConfig:
     port: int = 8080
     # Actions per second of the robot, as its client has it.
     fps: int = 30
-    # Folder for policy.jsonl: each answered observation, for `lerobot-pi0 trace`.
+    # Folder for policy.jsonl: each answered observation, for `lerobot-pi0 trace`. It has none yet.
     trace: Path | None = None
 
     def __post_init__(self) -> None:
@@ -67,7 +67,8 @@ def main(config: ServeConfig) -> str:
 def serving(config: ServeConfig) -> Iterator[int]:
     """A server that answers; gives its port.
 
-    Raises OSError when the port cannot be had, RuntimeError without gRPC, and what loading the policy raises.
+    Raises OSError when the port cannot be had or the trace is there already, RuntimeError without gRPC, and
+    what loading the policy raises.
     """
     try:
         import grpc
@@ -77,8 +78,10 @@ def serving(config: ServeConfig) -> Iterator[int]:
         from lerobot_pi0.control.served_policy import ServedPolicy
     except ImportError as error:
         raise RuntimeError(
-            f"async inference needs gRPC, and it cannot be imported ({error}): pip install 'lerobot[async]'"
+            f"async inference needs gRPC, and it cannot be imported ({error}): "
+            "pip install 'lerobot-policy-pi0[async]'"
         ) from error
+    file = None if config.trace is None else new_policy_trace(config.trace)
     address = f"[{config.host}]" if ":" in config.host else config.host
     # Without the option a second server may share the port, and each gets some of the calls.
     server = grpc.server(ThreadPoolExecutor(8, thread_name_prefix="grpc"), options=[("grpc.so_reuseport", 0)])
@@ -90,7 +93,7 @@ def serving(config: ServeConfig) -> Iterator[int]:
             "this machine has no such address (--host)"
         ) from error
     policy = ServedPolicy(config.policy)
-    trace = Trace(config.trace / "policy.jsonl") if config.trace else None
+    trace = None if file is None else Trace(file)
     service = PolicyServer(policy, config.fps, trace)
     try:
         if config.policy.path:

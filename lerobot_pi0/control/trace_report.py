@@ -14,6 +14,7 @@ from lerobot_pi0.control.trace import read_trace
 
 Event = dict[str, Any]
 
+ABOUT_EVENT = ("event", "t", "file", "writer", "opened")  # not about the run
 DELAYS = {
     "given": "that the policy was told",
     "dropped": "that were left out of the new chunk",
@@ -41,6 +42,7 @@ class Run:
     inferences: dict[int, Event]  # by the number of the chunk
     fps: float  # actions per second that were wanted, those between two of the policy's included
     fps_is_known: bool
+    others: int = 0  # runs of the robot that the trace holds besides, and nothing here is of them
 
     @property
     def actions(self) -> list[Event]:
@@ -79,6 +81,7 @@ class Report:
     age: dict[str, float]  # of the observation, when an action that comes from it is sent
     latency: dict[str, float]  # of a chunk, without the first
     first_latency: float | None
+    others: int  # runs of the robot that the trace holds besides, and that are not in these figures
 
 
 def main(config: TraceReportConfig) -> str:
@@ -93,7 +96,8 @@ def main(config: TraceReportConfig) -> str:
 
 
 def read_run(folder: Path) -> Run:
-    """The trace in a folder. Where two processes tell of the same actions, the policy's side is taken.
+    """The trace in a folder. Where two processes tell of the same actions, the policy's side is taken; where
+    one after the other sent some, the last one.
 
     Raises FileNotFoundError when there is none, RuntimeError when no action was sent.
     """
@@ -109,10 +113,12 @@ def read_run(folder: Path) -> Run:
             + "`lerobot-pi0 latency` says what this machine can hold"
         )
     source = "policy" if "policy" in count else count.most_common(1)[0][0]
+    writers = {event["writer"] for event in events if event["file"] == source and event["event"] == "action"}
+    events = [event for event in events if event["file"] != source or event["writer"] == max(writers)]
     starts = [event for event in events if event["event"] == "start"]
     start: Event = {}
     for event in sorted(starts, key=lambda event: event["file"] == source):
-        start |= {key: value for key, value in event.items() if key not in ("event", "t", "file")}
+        start |= {key: value for key, value in event.items() if key not in ABOUT_EVENT}
     episodes: list[list[Event]] = [[]]
     for event in events:
         if event["file"] == source and event["event"] == "start":
@@ -133,7 +139,13 @@ def read_run(folder: Path) -> Run:
     if fps is None and not len(periods):
         raise RuntimeError(f"{folder}: one action was sent, and nothing says how many per second were wanted")
     return Run(
-        start, episodes, observations, by_chunk, fps or float(1 / np.median(periods)), fps_is_known=bool(fps)
+        start,
+        episodes,
+        observations,
+        by_chunk,
+        fps or float(1 / np.median(periods)),
+        fps_is_known=bool(fps),
+        others=len(writers) - 1,
     )
 
 
@@ -172,6 +184,7 @@ def make_report(run: Run) -> Report:
         age=spread(ages, 50, 95),
         latency=spread(latencies[1:], 50, 95),
         first_latency=latencies[0] if latencies else None,
+        others=run.others,
     )
 
 
@@ -242,6 +255,8 @@ def _as_text(run: Run, report: Report) -> str:
     start, periods = report.start, report.pace.periods
     what = [str(start[key]) for key in ("robot", "kind", "policy") if start.get(key)]
     lines = [", ".join(what), ""] if what else []
+    if report.others:
+        lines += [f"The trace holds {report.others + 1} runs of the robot: this is the last one alone.", ""]
     lines.append(f"{report.pace}.")
     if not run.fps_is_known:
         lines.append("The trace does not say which rate was wanted: the median period stands for it.")

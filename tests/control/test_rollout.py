@@ -236,7 +236,7 @@ def test_no_action_is_an_error_of_one_line(flags, monkeypatch, capsys):
 
 
 def test_a_trace_is_not_written_over_another(sync, tmp_path, arms):
-    (tmp_path / "policy.jsonl").touch()
+    (tmp_path / "policy.jsonl").write_text("{}\n")
     with pytest.raises(FileExistsError, match="another run"):
         rollout.rollout(sync, tmp_path)
     assert not arms

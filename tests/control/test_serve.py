@@ -16,10 +16,12 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from harmful_pickles import HARMFUL
 from lerobot.async_inference.helpers import RemotePolicyConfig, TimedAction, TimedObservation
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import send_bytes_in_chunks
+from lerobot.utils.import_utils import require_package
 from tiny_policy import STATE, statistics, tiny_policy
 
 from lerobot_pi0 import cli
@@ -202,7 +204,7 @@ BAD_OBSERVATIONS = {
     "channels first": (observed(0, {"front": np.zeros((3, 48, 64), np.uint8)}), "(3, 48, 64); the handshake"),
     "grey": (observed(0, {"front": np.zeros((48, 64), np.uint8)}), "gives (48, 64)"),
     "floats": (observed(0, {"front": np.zeros(PICTURE, np.float32)}), "gives float32"),
-    "objects": (observed(0, {"front": np.full(PICTURE, None)}), "gives object"),
+    "objects": (observed(0, {"front": np.full(PICTURE, None)}), "an array of 'O8': only arrays of numbers"),
     "a picture that is none": (observed(0, {"front": [[0]]}), "gives a list"),
     "no instruction": (observed(0, {"task": LEFT_OUT}), "no ['task']"),
     "an instruction that is no text": (observed(0, {"task": 3}), "is a int, not a text: --task"),
@@ -211,7 +213,8 @@ BAD_OBSERVATIONS = {
     "no time": (TimedObservation(float("nan"), 0, {}), "at time nan"),
     "another message": (instructions("x"), "is a _Instructions, not a TimedObservation"),
     "a dictionary": ({"front": 3}, "is a dict"),
-    "no pickle": (b"hello", "does not unpickle"),
+    "no pickle": (b"hello", "the opcode LIST"),
+    **{name: (pickled, reason) for name, (pickled, reason) in HARMFUL.items()},
     "half a pickle": (pickle.dumps(observed())[:-400], "does not unpickle"),
     "an unknown class": (pickle.dumps(Path("x")), "names pathlib"),
     "a tensor": (observed(0, {"front": torch.zeros(PICTURE)}), "names torch"),
@@ -358,12 +361,12 @@ def test_a_pickle_does_not_run_code(robot, tmp_path, where):
     assert file.exists()  # elsewhere it would have run
 
 
-@pytest.mark.parametrize("name", ["lerobot.async_inference.helpers TimedObservation", "numpy ndarray"])
+@pytest.mark.parametrize("name", ["lerobot.async_inference.helpers TimedObservation", "numpy dtype"])
 def test_a_pickle_does_not_change_what_the_next_one_is_read_with(robot, name):
     module, name = name.split()
-    poison = b"c" + f"{module}\n{name}\n".encode() + b"(N}S'must_go'\nI7\nstb."
+    poison = b"c" + f"{module}\n{name}\n".encode() + b"(N}\x8c\x07must_goK\x07stb."
     _, details = status(robot.send, poison)
-    assert "does not unpickle" in details
+    assert "cannot be set" in details or "changes a function" in details
     assert robot.is_answered(0)
 
 
@@ -594,5 +597,57 @@ def test_an_address_that_others_reach_is_warned_about(caplog, host, warns):
 
 def test_without_grpc_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "grpc", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'lerobot\[async\]'"), serving(ServeConfig(port=0)):
+    what = r"pip install 'lerobot-policy-pi0\[async\]'"
+    with pytest.raises(RuntimeError, match=what), serving(ServeConfig(port=0)):
         pass
+
+
+def test_a_package_that_the_policy_needs_and_is_missing_is_told(robot, checkpoint, monkeypatch):
+    """As LeRobot tells it; an import that fails in any other way is a fault of the server."""
+
+    def load(*_: Any) -> Any:
+        require_package("no_such_package", extra="peft")
+
+    monkeypatch.setattr(served_policy, "read_config", load)
+    code, details = status(lambda: robot.greet(checkpoint))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "pip install 'lerobot[peft]'" in details
+    monkeypatch.setattr(served_policy, "read_config", lambda *_: __import__("no_such_package"))
+    assert status(lambda: robot.greet(checkpoint))[0] == grpc.StatusCode.UNKNOWN
+    monkeypatch.undo()
+    assert robot.greet(checkpoint).is_answered(0)
+
+
+def test_the_trace_of_another_server_is_not_written_over(tmp_path, monkeypatch, capsys):
+    (tmp_path / "policy.jsonl").write_text("{}\n")
+    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "serve", "--port=0", f"--trace={tmp_path}"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    assert "is the trace of another run: give another --trace" in capsys.readouterr().err
+    assert (tmp_path / "policy.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("ahead", [-2.5, 0.0, 2.5, 1e6])
+def test_the_age_of_an_observation_does_not_depend_on_the_robots_clock(monkeypatch, ahead):
+    """Of observations that are taken at 0, 1, 2, … seconds and are 10 ms or more on the way."""
+    session = policy_server.Session("ipv4:127.0.0.1:1")
+    now = [0.0]
+    monkeypatch.setattr(policy_server.time, "monotonic", lambda: now[0])
+    ages = []
+    for second, way in enumerate([0.05, 0.01, 0.01, 0.25, 0.02]):
+        now[0] = second + way
+        ages.append(now[0] - session.taken(second + ahead))
+    np.testing.assert_allclose(ages, [0, 0, 0, 0.24, 0.01], atol=1e-6)
+
+
+def test_a_clock_that_is_set_while_a_robot_is_served_spoils_the_age_for_a_while_alone(monkeypatch):
+    session = policy_server.Session("ipv4:127.0.0.1:1")
+    now = [0.0]
+    monkeypatch.setattr(policy_server.time, "monotonic", lambda: now[0])
+    ages = []
+    for step in range(2 * policy_server.LATELY + 10):
+        now[0] = step / 10
+        ages.append(now[0] - session.taken(now[0] - (3.0 if step > 10 else 0.0)))
+    assert ages[11] == pytest.approx(3.0)
+    assert ages[-1] == pytest.approx(0.0)

@@ -184,6 +184,48 @@ def test_the_line_that_a_killed_process_cut_is_left_out(tmp_path):
     assert make_report(read_run(tmp_path)).pace.actions == 20
 
 
+def test_lines_that_are_no_events_are_left_out_and_nothing_but_such_is_no_trace(tmp_path):
+    noise = '3\nnull\n[]\n"text"\n{"task_index": 0, "task": "x"}\n{"event": "action", "t": "now"}\n\n'
+    (tmp_path / "tasks.jsonl").write_bytes(noise.encode() + b"\xff\n")
+    with pytest.raises(FileNotFoundError, match="holds no trace"):
+        main(TraceReportConfig(tmp_path))
+    write(tmp_path / "policy.jsonl", [start(), *ticks(20)])
+    assert make_report(read_run(tmp_path)).pace.actions == 20
+
+
+@pytest.mark.parametrize("later", [1000.0, -50.0], ids=["later", "after the machine was started anew"])
+def test_of_several_runs_in_a_trace_the_last_one_counts_and_it_is_told(tmp_path, later):
+    second = [event | {"t": event["t"] + later} for event in ticks(10)]
+    for event in second:
+        event |= {key: event[key] + later for key in ("observed", "began", "ended") if key in event}
+    write(tmp_path / "policy.jsonl", [start(std={"a": 0.5}), *ticks(20, stall_at=10, stall=0.7)])
+    write(tmp_path / "policy.jsonl", [start(t=99.9 + later), *second])
+    report = make_report(read_run(tmp_path))
+    assert (report.pace.actions, report.chunks, report.pace.stalls, report.others) == (10, 2, 0, 1)
+    assert report.start == {"fps": FPS, "kind": "sync", "chunk_size": CHUNK}
+    assert report.age["max"] == pytest.approx(0.05 + (EXECUTED - 1) * PERIOD)
+    assert "holds 2 runs of the robot" in main(TraceReportConfig(tmp_path))
+
+
+def test_a_robot_that_connects_again_has_its_last_run_beside_the_servers_chunks(tmp_path):
+    events = ticks(20)
+    actions = [
+        {key: value for key, value in event.items() if key not in ("chunk", "step")}
+        for event in without(events, "inference")
+    ]
+    stop = {"event": "stop", "t": 102.5, "why": "disconnected"}
+    chunks = [event for event in events if event["event"] == "inference"]
+    later = [event | {"t": event["t"] + 60} for event in actions]
+    times = ("t", "began", "ended", "observed")
+    chunks += [event | {key: event[key] + 60 for key in times} for event in chunks]
+    write(tmp_path / "policy.jsonl", [start(kind="async"), *without(chunks, "action")])
+    write(tmp_path / "robot.jsonl", [start(kind=None, robot="arm"), *actions, stop])
+    write(tmp_path / "robot.jsonl", [start(kind=None, robot="arm", t=159.9), *later])
+    report = make_report(read_run(tmp_path))
+    assert (report.pace.actions, report.chunks, report.others) == (20, 4, 1)
+    assert report.age["max"] == pytest.approx(0.05 + (EXECUTED - 1) * PERIOD)
+
+
 def test_report_is_json_on_request_and_comes_with_a_picture(tmp_path):
     write(tmp_path / "policy.jsonl", [start(), *ticks(20, stall_at=10, stall=0.7)])
     report = json.loads(main(TraceReportConfig(tmp_path, json=True)))
