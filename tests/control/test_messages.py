@@ -107,7 +107,10 @@ def read_in_a_child(data: bytes) -> dict[str, Any]:
 def ends() -> dict[str, Any]:
     """How each harmful pickle ended."""
     command = [sys.executable, __file__]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}  # pytest's own settings of it are not inherited
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=True, env=os.environ | path
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
