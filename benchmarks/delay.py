@@ -37,7 +37,7 @@ RECORDING = RecordConfig(
     ROOT / "demonstrations", episodes_per_task=80, position_actions=True, after_success=LONGEST_DELAY
 )
 TASKS = RECORDING.tasks.split(",")
-SEEDS = range(2000, 2025)  # of each task; the demo's evaluation and recording have others
+SEEDS = range(2000, 2050)  # of each task; the demo's evaluation and recording have others
 EPISODE_LENGTH = 200
 DELAYS = (0, 8, 24)  # steps: 0, 0.1 and 0.3 s
 # A chunk is replaced when so much of it was executed, or as soon as the next one can be there.
