@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ _CHECKPOINT_FILES = [
     WEIGHTS_INDEX,
     "model-*.safetensors",
     "config.json",
+    "train_config.json",
     "policy_p*processor*",
     "assets/*norm_stats.json",
     "golden_actions.safetensors",
@@ -238,9 +239,10 @@ def check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> No
         )
 
 
-def find_checkpoint(name: str | Path, **download: Any) -> Path:
+def find_checkpoint(name: str | Path, also: Sequence[str] = (), **download: Any) -> Path:
     """The folder of a checkpoint: a local one, or a repository of the hub, downloaded into its cache.
 
+    `also`: patterns of files that are downloaded besides those that a checkpoint in torch is made of.
     `download` goes to huggingface_hub.snapshot_download: revision, token, cache_dir, local_files_only, ….
     Raises FileNotFoundError that says why it cannot be had and what to do.
     """
@@ -250,7 +252,7 @@ def find_checkpoint(name: str | Path, **download: Any) -> Path:
     if folder.is_file():
         raise FileNotFoundError(f"{folder} is a file: give the folder that it stands in")
     try:
-        return Path(snapshot_download(str(name), allow_patterns=_CHECKPOINT_FILES, **download))
+        return Path(snapshot_download(str(name), allow_patterns=[*_CHECKPOINT_FILES, *also], **download))
     except HFValidationError as error:
         raise FileNotFoundError(
             f"there is no folder {folder}, and it is no name of a repository on the hub"

@@ -230,13 +230,15 @@ def test_download_arguments_reach_the_download(monkeypatch, saved, tmp_path):
             "model.safetensors",
             "model-00001-of-00002.safetensors",
             "model.safetensors.index.json",
+            "train_config.json",
         ),
         *("policy_preprocessor_step_4_normalizer_processor.safetensors", "assets/trossen/norm_stats.json"),
         "checkpoints/000100/training_state/optimizer_state.safetensors",
+        "checkpoints/000100/pretrained_model/train_config.json",
         "checkpoints/000100/pretrained_model/model.safetensors",
     ]
     wanted = filter_repo_objects(there, allow_patterns=keywords["allow_patterns"])
-    assert list(wanted) == there[:-2], "training states and older checkpoints stay on the hub"
+    assert list(wanted) == there[:-3], "training states and older checkpoints stay on the hub"
 
 
 def test_config_comes_from_the_downloaded_folder_too(monkeypatch, saved):

@@ -26,9 +26,12 @@ _AT_ONCE = 2**28  # bytes that are unpacked in memory; a larger leaf goes throug
 _LORA = ("lora_a", "lora_b")
 
 
+PARAMS = "params"  # openpi's folder of parameters, beside that of the training's state
+
+
 def find_params(folder: Path) -> Path | None:
     """The folder of an orbax checkpoint's parameters: `folder` itself or `params` in it; None without one."""
-    for found in (folder / "params", folder):
+    for found in (folder / PARAMS, folder):
         if (found / "_METADATA").is_file() or (found / "manifest.ocdbt").is_file():
             return found
     return None

@@ -15,7 +15,7 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch import Tensor
 
 from lerobot_pi0.configuration_pi0 import CAMERA_SLOTS, Pi0Config, Statistics
-from lerobot_pi0.conversion.orbax import OrbaxCheckpoint, find_params
+from lerobot_pi0.conversion.orbax import PARAMS, OrbaxCheckpoint, find_params
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
 from lerobot_pi0.statistics import EPSILON, NEEDED, Prepared, make_anchor_of, read_statistics
 from lerobot_pi0.weights import Checkpoint, CheckpointError, check_fit, find_checkpoint
@@ -48,10 +48,12 @@ def read_policy(flags: "ConvertConfig", scratch: Path) -> Policy:
         )
     folder = Path(flags.source).expanduser()
     params = find_params(folder)
+    if params is None:
+        folder = find_checkpoint(flags.source, also=[f"{PARAMS}/*"])
+        params = find_params(folder)
     if params is not None:
         root = folder if params != folder else folder.parent
         return _read_openpi_jax(root, OrbaxCheckpoint(params, scratch, flags.lora_alpha), flags)
-    folder = find_checkpoint(flags.source)
     checkpoint = Checkpoint(folder)
     meta = {name: tensor.to("meta") for name, tensor in checkpoint.items()}
     saved = _read_json(folder / "config.json")

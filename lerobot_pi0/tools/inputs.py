@@ -160,6 +160,14 @@ def dataset_metadata(flags: DatasetFlags) -> LeRobotDatasetMetadata:
     return read_dataset(DatasetSource(_repo_id(flags), flags.root, flags.revision))
 
 
+def check_episodes(chosen: list[int], metadata: LeRobotDatasetMetadata) -> None:
+    """Raises ValueError for an episode that does not exist, and for none."""
+    if not chosen or not set(chosen) <= set(range(metadata.total_episodes)):
+        raise ValueError(
+            f"--dataset.episodes={chosen}, but the dataset has episodes 0 to {metadata.total_episodes - 1}"
+        )
+
+
 def open_dataset(
     flags: DatasetFlags, chunk_size: int | None = None, episodes: list[int] | None = None
 ) -> LeRobotDataset:

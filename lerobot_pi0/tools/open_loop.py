@@ -23,7 +23,7 @@ from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.statistics import FLOOR, NEARLY_CONSTANT, read_columns
 from lerobot_pi0.tools.doctor.columns import Columns
 from lerobot_pi0.tools.doctor.pairing import Pairing
-from lerobot_pi0.tools.inputs import LoadedPolicy
+from lerobot_pi0.tools.inputs import LoadedPolicy, check_episodes
 from lerobot_pi0.weights import CheckpointError
 
 HOLD, MEAN, NEAREST = "holding still", "the mean action", "the nearest demonstration"
@@ -180,11 +180,7 @@ def select_episodes(
     """
     trained, everything = trained_episodes(checkpoint, metadata), range(metadata.total_episodes)
     if chosen is not None:
-        unknown = sorted(set(chosen) - set(everything))
-        if unknown or not chosen:
-            raise ValueError(
-                f"--dataset.episodes={chosen}, but the dataset has episodes 0 to {everything[-1]}"
-            )
+        check_episodes(chosen, metadata)
         episodes = list(dict.fromkeys(chosen))
     else:
         tasks = _first_tasks(metadata)

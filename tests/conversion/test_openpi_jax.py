@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from openpi_jax import write_checkpoint, write_statistics
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 
+from lerobot_pi0 import weights
 from lerobot_pi0.conversion import orbax
 from lerobot_pi0.conversion.orbax import OrbaxCheckpoint
 from lerobot_pi0.model import Observation, pi0
@@ -280,6 +282,21 @@ def test_target_that_exists_is_left_alone(tmp_path):
     with pytest.raises(FileExistsError, match="exists: give another TARGET"):
         run(PLAIN, tmp_path / "ours", **FLAGS)
     assert not list((tmp_path / "ours").iterdir())
+
+
+def test_a_repository_on_the_hub(tmp_path, monkeypatch):
+    """Its parameters are downloaded, and not the state of its training."""
+
+    def download(_: str, *, allow_patterns: list[str]) -> str:
+        there = [path.relative_to(PLAIN).as_posix() for path in PLAIN.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(there, allow_patterns=allow_patterns):
+            (tmp_path / "hub" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PLAIN / name, tmp_path / "hub" / name)
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(weights, "snapshot_download", download)
+    run(Path("me/openpi"), tmp_path / "target", statistics=False, **FLAGS)
+    assert (tmp_path / "target" / "model.safetensors").is_file()
 
 
 def test_without_tensorstore_the_error_says_what_to_install(tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,22 +18,28 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lerobot.cameras.opencv import OpenCVCameraConfig
+from lerobot.configs import NormalizationMode
 from lerobot.datasets import LeRobotDataset
+from lerobot.datasets.video_utils import FrameTimestampError
 from lerobot.robots import Robot, RobotConfig
+from lerobot.scripts import lerobot_edit_dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_policy import tiny_config
 
 from lerobot_pi0 import cli
-from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.configuration_pi0 import Anchor, Pi0Config
 from lerobot_pi0.footprint import Footprint, footprint
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.planning import fit_to
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
-from lerobot_pi0.tools.doctor import machine
+from lerobot_pi0.tools.doctor import behaviour, cameras, command, joints, machine, motion, prompts, scales
 from lerobot_pi0.tools.doctor.checks import CHECKS, Answer, examine
+from lerobot_pi0.tools.doctor.columns import Columns
+from lerobot_pi0.tools.doctor.command import DoctorConfig
 from lerobot_pi0.tools.doctor.finding import Severity
 from lerobot_pi0.tools.doctor.page import page
+from lerobot_pi0.tools.doctor.pairing import FRAMES
 from lerobot_pi0.tools.doctor.subject import Subject
 from lerobot_pi0.tools.inputs import DatasetFlags, PolicyFlags
 
@@ -312,6 +320,20 @@ def processors_of_two_checkpoints(case):
     save_file({name: value * 2 for name, value in load_file(file).items()}, file)
 
 
+@fault("checkpoint.statistics_are_whole")
+def statistics_of_another_robot(case):
+    for file in case.checkpoint.glob("policy_p*normalizer*.safetensors"):
+        cut = {name: value[:2] if value.ndim == 1 else value for name, value in load_file(file).items()}
+        save_file(cut, file)
+
+
+@fault("checkpoint.statistics_are_whole")
+def statistics_of_another_robot_after_the_policy(case):
+    (file,) = case.checkpoint.glob("policy_postprocessor_*unnormalizer*.safetensors")
+    cut = {name: value[:2] if value.ndim == 1 else value for name, value in load_file(file).items()}
+    save_file(cut, file)
+
+
 @fault("checkpoint.weights_are_numbers")
 def a_weight_is_nan(case):
     weights(case, lambda tensors: tensors["model.action_in_proj.weight"][0, 0].fill_(torch.nan))
@@ -456,6 +478,15 @@ def one_action_jumps(case):
     columns(case, lambda values: values[ACTION].__setitem__((200, 1), 300))
 
 
+@fault("data.values_have_no_spikes")
+def a_joint_that_rests_has_one_glitch(case):
+    def change(values):
+        values[STATE][:, 2] = values[ACTION][:, 2] = 50
+        values[STATE][200, 2] = values[ACTION][200, 2] = 300
+
+    columns(case, change)
+
+
 @fault("data.actions_leave_their_limits")
 def the_leader_is_at_its_limit(case):
     columns(case, lambda values: values[ACTION][:, 0].clip(max=5, out=values[ACTION][:, 0]))
@@ -468,6 +499,17 @@ def episodes_begin_with_a_pause(case):
         late = np.maximum(np.arange(len(first)) % LENGTH - 25, 0)
         for key in (STATE, ACTION):
             values[key] = values[key][first + late]
+
+    columns(case, change)
+
+
+@fault("data.episodes_are_no_waiting")
+def a_pause_and_a_joint_that_is_noise(case):
+    episodes_begin_with_a_pause(case)
+
+    def change(values):
+        noise = np.random.default_rng(0).normal(50, 0.05, len(values[STATE])).astype(np.float32)
+        values[STATE][:, 1], values[ACTION][:, 1] = noise, noise
 
     columns(case, change)
 
@@ -570,12 +612,12 @@ def test_what_is_healthy_gets_a_clean_page(healthy, policy, dataset, robot):
 
 def test_only_joints_in_their_places_may_be_called_otherwise(case):
     """The cure for other names, pasted where joints were swapped, would move each by another's actions."""
-    for joints, cure in (
+    for names_, cure in (
         ([*JOINTS[:2], "jaw.pos"], True),
         ([JOINTS[1], JOINTS[0], "jaw.pos"], False),
         (["jaw.pos", *JOINTS[:2]], False),
     ):
-        case.robot = arm(joints=joints)
+        case.robot = arm(joints=names_)
         _, answers = case.examine()
         assert ("--policy.state_feature_names" in answers[0].finding.cure) is cure
         assert (answers[0].finding.severity is Severity.WARNING) is cure
@@ -589,6 +631,118 @@ def test_a_policy_that_does_not_move_is_named(healthy, does):
     subject.__dict__["trial"] = replace(subject.trial, predicted=np.broadcast_to(still, chunk.shape))
     answers = examine(subject)
     assert answers[0].check.name == "policy.actions_move", page(subject, answers)
+
+
+def subject_of(case: Case, **given: Any) -> Subject:
+    """A case's subject, some parts of which are given instead of read."""
+    subject = Subject(PolicyFlags(str(case.checkpoint)), DatasetFlags("local/arm", case.dataset), None)
+    subject.__dict__.update(given)
+    return subject
+
+
+def test_a_joint_that_moves_in_one_of_two_tasks_moves(healthy):
+    """Also where the dataset has so many frames that a sample of episodes is looked at."""
+    once = subject_of(healthy).columns
+    times = 2 * FRAMES // len(once.episode)
+    repeated = {of.name: np.concatenate([getattr(once, of.name)] * times) for of in fields(Columns)}
+    repeated["episode"] = np.repeat(np.arange(EPISODES * times), LENGTH)
+    for values in (repeated["state"], repeated["action"]):
+        values[repeated["episode"] % 2 == 0, 2] = 80
+    many = subject_of(healthy, columns=Columns(**repeated))
+    assert len(many.pairing.episode) < len(many.columns.episode)
+    assert set(many.pairing.episode % 2) == {0, 1}, "both tasks"
+    assert not list(motion.joints_move(many))
+    for values in (repeated["state"], repeated["action"]):
+        values[many.columns.episode != 1, 2] = 80
+    assert not list(motion.joints_move(subject_of(healthy, columns=Columns(**repeated))))
+
+
+def test_relative_joints_need_no_names(healthy):
+    """A converted checkpoint names its joints by numbers alone."""
+    config = replace(
+        Pi0Config.from_pretrained(healthy.checkpoint),
+        relative_actions=True,
+        anchor=Anchor([0, 1], [0, 1], [1.0, 1.0], [0.0, 0.0]),
+        action_feature_names=None,
+        state_feature_names=None,
+    )
+    subject = subject_of(healthy, checkpoint=(config, healthy.checkpoint))
+    (found,) = scales.policy_has_the_datas_statistics(subject)
+    relative = subject.columns.action[0, 0] - subject.columns.state[0, 0]
+    assert abs(relative) < 1
+    assert "shoulder.pos: " in found.evidence, "absolute statistics, and the data's are relative"
+
+
+def test_episodes_of_two_frames_have_no_pairing(healthy):
+    whole = subject_of(healthy).columns
+    short = Columns(**{of.name: getattr(whole, of.name)[:2] for of in fields(Columns)})
+    assert not list(joints.actions_follow_their_names(subject_of(healthy, columns=short)))
+
+
+def test_a_switch_at_the_end_of_each_episode_is_no_glitch(healthy):
+    once = subject_of(healthy).columns
+    values = once.action.copy()
+    values[:, 2] = 0
+    values[[LENGTH - 1, 2 * LENGTH - 1], 2] = 1
+    switched = subject_of(healthy, columns=replace(once, action=values))
+    assert not list(motion.values_have_no_spikes(switched))
+
+
+def test_averaged_quantiles_are_not_called_stale(healthy):
+    """LeRobot averages quantiles over episodes: another recompute_stats would change nothing."""
+    modes = dict.fromkeys(("STATE", "ACTION"), NormalizationMode.QUANTILES)
+    quantiles = subject_of(healthy, config=Pi0Config(device="cpu", normalization_mapping=modes))
+    (found,) = scales.recorded_statistics_are_the_datas(quantiles)
+    assert found.severity is Severity.WARNING
+    assert "averages" in found.what
+    assert "--policy.normalization_mapping" in found.cure
+    assert "--operation" not in found.cure
+
+
+def test_the_cure_for_stale_statistics_cures_them_where_they_are(case, monkeypatch):
+    statistics_of_an_older_version(case)
+    (found,) = scales.recorded_statistics_are_the_datas(subject_of(case))
+    monkeypatch.setattr("sys.argv", found.cure.split())
+    lerobot_edit_dataset.main()
+    (found,) = scales.recorded_statistics_are_the_datas(subject_of(case))
+    assert found.severity is Severity.FINE
+
+
+def test_pictures_are_called_light_and_moving_where_they_are(healthy, case):
+    assert [of.severity for of in cameras.pictures_change(subject_of(healthy))] == [Severity.FINE]
+    a_lens_cap(case)
+    _, answers = case.examine(policy=False)
+    assert not any("light" in answer.finding.what for answer in answers)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_only_what_is_cut_is_the_same_because_it_is_cut(case, cut):
+    long = " ".join(["Reach"] * 60)
+    tasks(case, ["pick_up the cube", "pick up the cube", long + " left", long + " right" if cut else "Go"])
+    (found,) = prompts.prompts_are_whole(subject_of(case))
+    assert ("because they are cut" in found.what) is cut
+    assert found.what.startswith("2 instructions" if cut else "1 of 4")
+    assert "cube" not in found.evidence
+    (found, *_) = prompts.prompts_say_something(subject_of(case))
+    assert "reads alike" in found.what
+
+
+def test_prompts_are_measured_before_there_is_a_policy_where_the_tokenizer_is_here(case, monkeypatch):
+    small = files("lerobot_pi0").joinpath("tokenizers", "small.json")
+    monkeypatch.setattr(prompts, "try_to_load_from_cache", lambda *_: str(small))
+    tasks(case, ["Reach to the left", " ".join(["Reach"] * 60)])
+    _, answers = case.examine(policy=False)
+    assert answers[0].check.name == "prompts.prompts_are_whole"
+
+
+def test_steps_beyond_an_episodes_end_are_not_judged(healthy):
+    trial = subject_of(healthy).trial
+    chunks, real = trial.demonstrated.copy(), trial.real.copy()
+    chunks[:, -3:] = 1e3
+    real[:, -3:] = False
+    for judged, findings in ((trial.real, 1), (real, 0)):
+        subject = subject_of(healthy, trial=replace(trial, predicted=chunks, real=judged))
+        assert len(list(behaviour.actions_stay_in_range(subject))) == findings
 
 
 def test_symptoms_come_after_their_cause(case):
@@ -607,6 +761,9 @@ def test_a_new_policy_on_short_episodes_or_wide_pictures(case, tmp_path):
     short = Case(record(tmp_path / "short", episodes=2, length=30), case.checkpoint)
     subject, answers = short.examine(policy=False)
     assert answers[0].check.name == "time.chunks_fit_episodes", page(subject, answers)
+    flags = re.findall(r"--policy\.(\w+)=(\d+)", answers[0].finding.cure)
+    settings: Any = {name: int(value) for name, value in flags}
+    Pi0Config(device="cpu", **settings)  # which takes them together
     pictures(case, lambda images: images.update({key: frames[:, :20] for key, frames in images.items()}))
     subject, answers = case.examine(policy=False)
     assert answers[0].check.name == "cameras.squares_are_used", page(subject, answers)
@@ -625,6 +782,16 @@ def test_every_check_has_a_fault():
         "machine.device_is_here",
         "machine.policy_fits",
     }
+
+
+def truncated(*_: Any) -> None:
+    raise FrameTimestampError("cut off")
+
+
+def test_without_cameras_there_is_no_contact_sheet(case, tmp_path):
+    no_camera_was_recorded(case)
+    with pytest.raises(ValueError, match="no camera"):
+        cameras.contact_sheet(subject_of(case), tmp_path / "cameras.png")
 
 
 def test_the_command_prints_a_page_or_json_and_exits_by_it(healthy, case, tmp_path, monkeypatch, capsys):
@@ -650,6 +817,13 @@ def test_the_command_prints_a_page_or_json_and_exits_by_it(healthy, case, tmp_pa
     assert "Nothing is wrong." in text
     assert (tmp_path / "out/page.txt").read_text() in text + "\n"
     assert Image.open(tmp_path / "out/cameras.png").size == (4 * 160, 2 * 176)
+    monkeypatch.setattr(command, "contact_sheet", truncated)
+    code, text = call(healthy, f"--output={tmp_path}/cut")
+    assert code == 0
+    assert "cameras.png could not be made: cut off" in (tmp_path / "cut/page.txt").read_text()
+    assert f"In {tmp_path}/cut: page.txt" in text
+    with pytest.raises(ValueError, match=r"--dataset.episodes=\[999\], but .* episodes 0 to 7"):
+        command.main(DoctorConfig(dataset=DatasetFlags("local/arm", healthy.dataset, episodes=[999])))
     a_frozen_camera(case)
     code, text = call(case, "--json")
     assert code == 1

@@ -16,7 +16,7 @@ WORSE = 1.0  # mean error over that of always giving the average action
 
 def actions_stay_in_range(subject: Subject) -> Iterator[Finding]:
     """Predicted actions lie where the dataset's do."""
-    data, predicted = subject.columns.action, subject.trial.predicted
+    data, predicted = subject.columns.action, subject.trial.predicted[subject.trial.real]
     low, high = data.min(0), data.max(0)
     margin = MARGIN * np.maximum(high - low, NEARLY_CONSTANT)
     if not np.isfinite(predicted).all():
@@ -28,7 +28,7 @@ def actions_stay_in_range(subject: Subject) -> Iterator[Finding]:
         )
         return
     outside = (predicted < low - margin) | (predicted > high + margin)
-    shares = outside.mean((0, 1)) * (high - low > NEARLY_CONSTANT)  # of joints that rest there is no range
+    shares = outside.mean(0) * (high - low > NEARLY_CONSTANT)  # of joints that rest there is no range
     if shares.max() > SOME:
         names = subject.recorded.action_feature_names or [str(i) for i in range(len(shares))]
         worst = int(shares.argmax())

@@ -161,15 +161,20 @@ def pictures_change(subject: Subject) -> Iterator[Finding]:
     moves &= span > 0
     episodes = torch.stack([frame["episode_index"] for frame in subject.frames]).numpy()
     pairs = np.flatnonzero(moves.any(1) & (np.diff(episodes) == 0))
-    for key, images in _pictures(subject).items():
+    pictures, frozen = _pictures(subject), False
+    for key, images in pictures.items():
         still = [int(i) for i in pairs if (images[i + 1] - images[i]).abs().mean() < STILL]
         if still:
+            frozen = True
             yield (error if len(still) * 2 >= len(pairs) else warning)(
                 f"'{key}' is frozen: it shows the same picture while the robot moves",
                 f"in {len(still)} of {len(pairs)} pairs of pictures, as in {_place(subject, still[0])} and "
                 f"{_place(subject, still[0] + 1)}",
                 "drop these episodes and record again: the camera or its cable stopped giving pictures",
             )
+    if pictures and not frozen:  # nor dark, which is asked before
+        shown = "light and moving" if len(pairs) else "light"
+        yield fine(f"{len(subject.frames)} pictures of each camera decoded: {shown}")
 
 
 def pictures_differ(subject: Subject) -> Iterator[Finding]:
@@ -182,14 +187,13 @@ def pictures_differ(subject: Subject) -> Iterator[Finding]:
                 f"their mean difference is {(one - other).abs().mean() * 255:.2f} of 255",
                 "both names point at one camera (index_or_path of --robot.cameras): record again",
             )
-    if pictures:
-        yield fine(
-            f"{next(iter(pictures.values())).shape[0]} pictures of each camera decoded: light and moving"
-        )
 
 
 def contact_sheet(subject: Subject, file: Path) -> None:
-    """What the model sees, letterboxed: a row for each slot, a column for each episode decoded."""
+    """What the model sees, letterboxed: a row for each slot, a column for each episode decoded.
+
+    Raises ValueError for a dataset without cameras, and what decoding raises.
+    """
     from PIL import Image, ImageDraw
 
     size, caption = subject.config.vision.image_size, 16
@@ -197,6 +201,8 @@ def contact_sheet(subject: Subject, file: Path) -> None:
     pictures = _pictures(subject)
     slots = {slot: key for slot, key in subject.config.cameras.items() if key in pictures}
     slots |= {_short(key): key for key in pictures if key not in slots.values()}
+    if not slots:
+        raise ValueError("the dataset has no camera")
     # One of each episode, each a little later in it.
     episodes = torch.stack([frame["episode_index"] for frame in subject.frames])
     firsts = [int((episodes == episode).nonzero()[0]) for episode in episodes.unique()]

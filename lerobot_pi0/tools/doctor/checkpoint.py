@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from lerobot.configs import NormalizationMode
+from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors import safe_open
 from torch import Tensor
 
@@ -55,10 +56,13 @@ def files_are_there(subject: Subject) -> Iterator[Finding]:
 
 
 def statistics_are_whole(subject: Subject) -> Iterator[Finding]:
-    """Statistics are finite, and what normalises states and actions is undone by what comes after."""
+    """Statistics are finite and of this policy's size, and what normalises is undone by what comes after."""
     folder, config = subject.folder, subject.config
     carried = read_statistics(folder)
-    for kind, key in (("STATE", "observation.state"), ("ACTION", "action")):
+    for kind, key, feature in (
+        ("STATE", OBS_STATE, config.robot_state_feature),
+        ("ACTION", ACTION, config.action_feature),
+    ):
         mode = config.normalization_mapping.get(kind, NormalizationMode.IDENTITY)
         if mode is NormalizationMode.IDENTITY:
             continue
@@ -69,6 +73,15 @@ def statistics_are_whole(subject: Subject) -> Iterator[Finding]:
                 f"the checkpoint has no {listed(missing)} of '{key}'",
                 f"it normalises by {mode.value}, and LeRobot would pass the values on as they are",
                 "train it again with a dataset, or take the processors' files of its last checkpoint",
+            )
+            continue
+        sizes = {np.asarray(of[name]).size for name in NEEDED[mode]}
+        if feature and sizes != {feature.shape[0]}:
+            yield error(
+                f"the checkpoint's statistics of '{key}' are those of another robot",
+                f"{listed(NEEDED[mode])} have {' and '.join(map(str, sorted(sizes)))} dimensions, in "
+                f"config.json it has {feature.shape[0]}",
+                "the processors' files are of another checkpoint: " + COPY_AGAIN,
             )
             continue
         wrong = [name for name in NEEDED[mode] if not np.isfinite(np.asarray(of[name], np.float64)).all()]
@@ -88,7 +101,7 @@ def statistics_are_whole(subject: Subject) -> Iterator[Finding]:
         for name, value in undone.items()
         if name.startswith("action.")
         and name.removeprefix("action.") in carried.get("action", {})
-        and not np.allclose(value, carried["action"][name.removeprefix("action.")], rtol=1e-4, equal_nan=True)
+        and not _alike(value, carried["action"][name.removeprefix("action.")])
     ]
     if differ:
         name = differ[0].removeprefix("action.")
@@ -168,6 +181,10 @@ def loss_is_below_blind(subject: Subject) -> Iterator[Finding]:
         )
     else:
         yield fine(numbers)
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.shape == other.shape and np.allclose(one, other, rtol=1e-4, equal_nan=True)
 
 
 def _weights(folder: Path) -> Mapping[str, Tensor]:

@@ -40,13 +40,14 @@ P, D, R = ("policy",), ("dataset",), ("robot",)
 PD, PR, DR = P + D, P + R, D + R
 
 _files, _loads = checkpoint.files_are_there, checkpoint.policy_loads
+_whole = checkpoint.statistics_are_whole
 _here, _finite = motion.frames_are_here, motion.values_are_finite
 # What has to be so before the policy can be run on the dataset.
-_runs = (_files, _loads, _here, _finite, cameras.slots_are_filled, joints.dataset_has_the_policys)
+_runs = (_files, _whole, _loads, _here, _finite, cameras.slots_are_filled, joints.dataset_has_the_policys)
 
 CHECKS = (
     Check("checkpoint", _files, P),
-    Check("checkpoint", checkpoint.statistics_are_whole, P, (_files,)),
+    Check("checkpoint", _whole, P, (_files,)),
     Check("checkpoint", checkpoint.weights_are_numbers, P),
     Check("checkpoint", checkpoint.weights_are_trained, P),
     Check("checkpoint", _loads, P, (_files,)),
@@ -83,7 +84,7 @@ CHECKS = (
     Check("statistics", scales.actions_are_of_the_policys_kind, PD, _runs),
     Check("statistics", scales.policy_has_the_datas_statistics, PD, _runs),
     Check("prompts", prompts.prompts_say_something, D, (_here,)),
-    Check("prompts", prompts.prompts_are_whole, PD, (_files,)),
+    Check("prompts", prompts.prompts_are_whole, D, (_files,)),
     Check("prompts", prompts.prompts_are_those_trained_on, PD),
     Check(SYMPTOMS, behaviour.actions_move, PD, _runs),
     Check(SYMPTOMS, checkpoint.loss_is_below_blind, PD, _runs),
@@ -92,6 +93,10 @@ CHECKS = (
     Check("machine", machine.device_is_here, P),
     Check("machine", machine.policy_fits, P),
 )
+
+
+# What reading a damaged checkpoint or dataset raises.
+UNREADABLE = (OSError, RuntimeError, ValueError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def examine(subject: Subject) -> list[Answer]:
             continue
         try:
             found = list(check.look(subject))
-        except (OSError, RuntimeError, ValueError, KeyError) as reason:
+        except UNREADABLE as reason:
             found = [_broken(check, reason)]
         if any(finding.severity is Severity.ERROR for finding in found):
             failed.add(check.look)

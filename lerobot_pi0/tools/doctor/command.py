@@ -10,11 +10,11 @@ from lerobot.robots import Robot, RobotConfig, make_robot_from_config
 from lerobot.scripts import lerobot_rollout  # noqa: F401
 
 from lerobot_pi0.tools.doctor.cameras import contact_sheet
-from lerobot_pi0.tools.doctor.checks import examine
+from lerobot_pi0.tools.doctor.checks import UNREADABLE, examine
 from lerobot_pi0.tools.doctor.finding import Severity
 from lerobot_pi0.tools.doctor.page import as_json, page
 from lerobot_pi0.tools.doctor.subject import Subject
-from lerobot_pi0.tools.inputs import DatasetFlags, PolicyFlags
+from lerobot_pi0.tools.inputs import DatasetFlags, PolicyFlags, check_episodes
 
 
 @dataclass
@@ -49,16 +49,23 @@ def main(config: DoctorConfig) -> tuple[str, int]:
             "--dataset.repo_id=user/name"
         )
     subject = Subject(policy, dataset, _robot(config.robot), config.rename_map)
+    if subject.metadata and config.dataset.episodes is not None:
+        check_episodes(config.dataset.episodes, subject.metadata)
     answers = examine(subject)
-    text = as_json(subject, answers) if config.json else page(subject, answers)
+    text = page(subject, answers)
     if config.output:
         config.output.mkdir(parents=True, exist_ok=True)
-        (config.output / "page.txt").write_text(page(subject, answers) + "\n", encoding="utf-8")
+        shown = "page.txt"
         if dataset:
-            contact_sheet(subject, config.output / "cameras.png")
-        if not config.json:
-            shown = "cameras.png, page.txt" if dataset else "page.txt"
-            text += f"\n\nIn {config.output}: {shown}"
+            try:
+                contact_sheet(subject, config.output / "cameras.png")
+                shown = "cameras.png, page.txt"
+            except UNREADABLE as reason:
+                text += f"\n\ncameras.png could not be made: {reason}"
+        (config.output / "page.txt").write_text(text + "\n", encoding="utf-8")
+        text += f"\n\nIn {config.output}: {shown}"
+    if config.json:
+        text = as_json(subject, answers)
     return text, int(any(answer.finding.severity is Severity.ERROR for answer in answers))
 
 

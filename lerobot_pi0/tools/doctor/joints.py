@@ -101,7 +101,7 @@ def _difference(kind: str, whose: str, trained: Sequence[str], found: Sequence[s
 def actions_follow_their_names(subject: Subject) -> Iterator[Finding]:
     """Each action moves the joint of its name and not another one: columns were not swapped in recording."""
     pair = subject.pairing
-    if not pair.by_name:
+    if not pair.by_name or not pair.smooth.any():
         return
     names = [name for name, smooth in zip(pair.names, pair.smooth, strict=True) if smooth]
     table = pair.table

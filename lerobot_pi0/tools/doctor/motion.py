@@ -63,12 +63,15 @@ def values_have_no_spikes(subject: Subject) -> Iterator[Finding]:
     for key, values, names in _vectors(subject):
         low, high = np.nanquantile(values, [0.01, 0.99], axis=0)
         width = high - low
+        rests = width < NEARLY_CONSTANT
+        width[rests] = max(MOVES * np.median(width), NEARLY_CONSTANT)
         far = (values < low - SPIKE * width) | (values > high + SPIKE * width)
-        far &= width > NEARLY_CONSTANT
         for joint in np.flatnonzero(far.any(0) & (far.mean(0) < SELDOM)):
             rows = np.flatnonzero(far[:, joint])
             if max(length for _, length in _runs(far[:, joint])) > BRIEF:
                 continue  # a rare movement
+            if rests[joint] and len(rows) > 1 and len(np.unique(values[rows, joint])) == 1:
+                continue  # a switch, such as an episode's last frame
             worst = rows[np.abs(values[rows, joint] - np.median(values[:, joint])).argmax()]
             yield warning(
                 f"'{key}' jumps in {names[joint]}: {values[worst, joint]:.4g} in "
@@ -81,23 +84,22 @@ def values_have_no_spikes(subject: Subject) -> Iterator[Finding]:
 
 def joints_move(subject: Subject) -> Iterator[Finding]:
     """Every joint moves in the data, the gripper above all, and where the state moves the action does too."""
-    pair = subject.pairing
-    still_action, still_state = (_still(values) for values in (pair.action, pair.state))
+    pair, columns = subject.pairing, subject.columns
     if pair.by_name:
-        moving = (_moving(pair.action) & still_state) | (_moving(pair.state) & still_action)
+        # Of all frames: those of the pairing are a sample.
+        action, state = columns.action[:, pair.actions], columns.state[:, pair.states]
+        still_action, still_state = _still(action), _still(state)
+        moving = (_moving(action) & still_state) | (_moving(state) & still_action)
         for joint in np.flatnonzero(moving):
             moves, stays = ("state", "action") if still_action[joint] else ("action", "state")
-            span = np.ptp(getattr(pair, moves)[:, joint])
+            span = np.ptp((state if still_action[joint] else action)[:, joint])
             yield warning(
                 f"'{pair.names[joint]}' moves in the {moves} and stays the same in the {stays}",
                 f"range {span:.4g} in the {moves}, none in the {stays}",
                 "the recording lost one of the two: check the leader arm or the recorder, and record again",
             )
-        still_both = still_action & still_state
+        still = _of(pair.names, still_action & still_state)
     else:
-        still_both = np.zeros(0, bool)
-    still = list(_of(pair.names, still_both)) if len(still_both) else []
-    if not pair.by_name:
         still = [name for _, values, names in _vectors(subject) for name in _of(names, _still(values))]
     grippers = [name for name in still if "grip" in name.lower()]
     if grippers:
@@ -180,10 +182,13 @@ def episodes_are_no_waiting(subject: Subject) -> Iterator[Finding]:
     """Episodes do not begin or end with the robot standing still, nor pause for long."""
     columns, fps = subject.columns, subject.pairing.fps
     window = max(2, round(IDLE_SECONDS * fps))
-    span = np.maximum(np.ptp(columns.state, axis=0), NEARLY_CONSTANT)
+    span = np.ptp(columns.state, axis=0)
+    span = np.maximum(span, max(MOVES * np.median(span), NEARLY_CONSTANT))
+    # Noise of a joint that rests hides no pause.
+    moves = _moving(columns.state) | ~_trembles(columns.state, columns.episode, window)
     starts, ends, pauses, idle_frames = [], [], [], 0
     for episode in columns.episodes:
-        state = columns.state[episode] / span
+        state = (columns.state[episode] / span)[:, moves]
         if len(state) <= window:
             continue
         still = (np.abs(state[window:] - state[:-window]) < IDLE_RANGE).all(1)
@@ -237,6 +242,18 @@ def _still(values: np.ndarray) -> np.ndarray:
 def _moving(values: np.ndarray) -> np.ndarray:
     span = np.ptp(values, axis=0)
     return span > np.maximum(MOVES * np.median(span), NEARLY_CONSTANT)
+
+
+def _trembles(values: np.ndarray, episode: np.ndarray, window: int) -> np.ndarray:
+    """Which dimensions (dims,) are noise: they change as much in one frame as in all of a window."""
+
+    def change(frames: int) -> np.ndarray:
+        same = episode[frames:] == episode[:-frames]
+        return np.square(values[frames:] - values[:-frames], dtype=np.float64)[same].sum(0) / max(
+            1, same.sum()
+        )
+
+    return change(1) > 0.5 * change(window)
 
 
 def _of(names: list[str], chosen: np.ndarray) -> list[str]:

@@ -24,7 +24,8 @@ class Pairing:
     """p actions, each beside a joint of the state: by names, or by places if no name is shared."""
 
     names: list[str]  # (p,) of the actions
-    actions: list[int]  # (p,) their dimensions
+    actions: list[int]  # (p,) which dimension of the dataset's action
+    states: list[int]  # (p,) which one of its state
     by_name: bool
     action: np.ndarray  # (n, p)
     state: np.ndarray  # (n, p)
@@ -35,7 +36,7 @@ class Pairing:
     def of(
         cls, columns: Columns, states: Sequence[str] | None, actions: Sequence[str] | None, fps: float
     ) -> "Pairing":
-        """The pairs in the data: of evenly spread episodes, if there are many frames."""
+        """The pairs in the data: of some episodes, if there are many frames."""
         pairs = []
         if states and actions:
             pairs = [(i, states.index(name)) for i, name in enumerate(actions) if name in states]
@@ -43,13 +44,18 @@ class Pairing:
         if not pairs and columns.action.shape[1] == columns.state.shape[1]:
             pairs = [(i, i) for i in range(columns.action.shape[1])]
         stride = -(-len(columns.episode) // FRAMES)
-        rows = np.concatenate([np.r_[episode] for episode in columns.episodes[::stride]])
+        # By chance, lest tasks that take turns be left out.
+        order = np.random.default_rng(0).permutation(len(columns.episodes))
+        drawn = sorted(order[: -(-len(order) // stride)].tolist())
+        rows = np.concatenate([np.r_[columns.episodes[i]] for i in drawn])
+        of_action, of_state = [i for i, _ in pairs], [j for _, j in pairs]
         return cls(
-            [actions[i] if actions else str(i) for i, _ in pairs],
-            [i for i, _ in pairs],
+            [actions[i] if actions else str(i) for i in of_action],
+            of_action,
+            of_state,
             by_name,
-            columns.action[rows][:, [i for i, _ in pairs]].astype(np.float64),
-            columns.state[rows][:, [j for _, j in pairs]].astype(np.float64),
+            columns.action[rows][:, of_action].astype(np.float64),
+            columns.state[rows][:, of_state].astype(np.float64),
             columns.episode[rows],
             fps,
         )

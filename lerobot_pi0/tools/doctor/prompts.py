@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
+from huggingface_hub import try_to_load_from_cache
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
@@ -44,7 +45,12 @@ def prompts_say_something(subject: Subject) -> Iterator[Finding]:
     for text in tasks.values():
         spellings[" ".join(clean_prompt(text).lower().split()).rstrip(".")].append(text)
     for same in spellings.values():
-        if len(same) > 1:
+        if len(same) > 1 and len({clean_prompt(text) for text in same}) == 1:
+            yield note(
+                f"one instruction is written in {len(same)} ways, which the policy reads alike",
+                f"{listed(_quoted(same))}: '_' and line breaks become spaces",
+            )
+        elif len(same) > 1:
             yield warning(
                 f"one instruction is written in {len(same)} ways",
                 listed(_quoted(same)),
@@ -68,14 +74,17 @@ def prompts_say_something(subject: Subject) -> Iterator[Finding]:
 def prompts_are_whole(subject: Subject) -> Iterator[Finding]:
     """No instruction is cut by the tokenizer's length, and none becomes another one by that."""
     step, tasks = _tokenizer(subject), _tasks(subject)
+    if step is None:
+        return
     limit = step.max_length
     step.max_length = 10_000
     rows = {text: step.encode(text) for text in tasks.values() if clean_prompt(text)}
     cut = {text: len(row) for text, row in rows.items() if len(row) > limit}
-    collided = Counter(tuple(row[:limit]) for row in rows.values())
+    whole = {tuple(row) for row in rows.values()}  # two spellings may be one instruction
+    collided = Counter(row[:limit] for row in whole)
     alike = [text for text, row in rows.items() if collided[tuple(row[:limit])] > 1]
     longest = max(map(len, rows.values()), default=0)
-    if alike and cut:
+    if alike:
         yield error(
             f"{len(alike)} instructions are the same to the policy, because they are cut",
             f"{listed(_quoted(alike), 2)}: up to {longest} tokens, cut to {limit}",
@@ -126,8 +135,14 @@ def _tasks(subject: Subject) -> dict[int, str]:
     return {int(index): str(text) for text, index in table["task_index"].items()}
 
 
-def _tokenizer(subject: Subject) -> Pi0TokenizerStep:
-    """The checkpoint's own."""
+def _tokenizer(subject: Subject) -> Pi0TokenizerStep | None:
+    """The checkpoint's own, or a new policy's if it is on this disk."""
+    if not subject.checkpoint:
+        config = subject.config
+        file = try_to_load_from_cache(config.tokenizer, "tokenizer.json")
+        if not isinstance(file, str):
+            return None
+        return Pi0TokenizerStep(file, config.tokenizer_max_length, config.vlm.vocab_size)
     pipeline = PolicyProcessorPipeline.from_pretrained(
         subject.folder, config_filename="policy_preprocessor.json"
     )

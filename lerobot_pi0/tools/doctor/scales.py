@@ -14,7 +14,6 @@ from lerobot_pi0.statistics import (
     NEEDED,
     QUANTILES,
     read_statistics,
-    relative_joints,
     relative_statistics,
 )
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
@@ -26,7 +25,7 @@ DEGREES = 180 / np.pi
 WIDE, WIDER, NARROW = 3.0, 8.0, 1 / 8
 OFF, FARTHER = 1.5, 3.0
 STALE = 0.02  # difference of recorded and computed statistics, in standard deviations
-RECOMPUTE = "lerobot-edit-dataset --operation.type=recompute_stats"
+MODES = "--policy.normalization_mapping='{VISUAL: IDENTITY, STATE: MEAN_STD, ACTION: MEAN_STD}'"
 
 
 def actions_are_of_the_policys_kind(subject: Subject) -> Iterator[Finding]:
@@ -73,16 +72,17 @@ def recorded_statistics_are_the_datas(subject: Subject) -> Iterator[Finding]:
     if len(subject.columns.episode) != subject.metadata.total_frames:
         return  # some of the frames are on the hub alone
     stats: Statistics = subject.metadata.stats or {}
-    wrong = []
+    recompute = _recompute(subject)
+    wrong, averaged = [], []
     for key, values in ((OBS_STATE, subject.columns.state), (ACTION, subject.columns.action)):
         if key not in stats:
             yield error(
-                f"the dataset has no statistics of '{key}'", "meta/stats.json does not mention it", RECOMPUTE
+                f"the dataset has no statistics of '{key}'", "meta/stats.json does not mention it", recompute
             )
             continue
         names, found = _names(subject.recorded, key, values.shape[1]), _statistics(values)
         spread = np.maximum(found["std"], NEARLY_CONSTANT)
-        # LeRobot 0.6 merges the quantiles of episodes by averaging: they count where they are used.
+        # LeRobot 0.6 averages quantiles over episodes: they count where they are used.
         used = {"mean", "std", "min", "max", *NEEDED.get(_mode(subject.config, key), ())}
         for name in sorted(used & stats[key].keys() & found.keys()):
             recorded = np.asarray(stats[key][name], np.float64).ravel()
@@ -91,7 +91,7 @@ def recorded_statistics_are_the_datas(subject: Subject) -> Iterator[Finding]:
                 continue
             for joint in np.flatnonzero(~(np.abs(recorded - found[name]) / spread < STALE)):
                 apart = abs(recorded[joint] - found[name][joint]) / spread[joint]
-                wrong.append(
+                (averaged if name in QUANTILES else wrong).append(
                     (
                         apart if np.isfinite(apart) else np.inf,
                         f"{name} of {names[joint]} ({key}) is {recorded[joint]:.4g} there, "
@@ -104,7 +104,16 @@ def recorded_statistics_are_the_datas(subject: Subject) -> Iterator[Finding]:
         yield say(
             "the dataset's recorded statistics are not those of its data",
             listed([text for _, text in wrong], 3),
-            RECOMPUTE,
+            recompute,
+        )
+    elif averaged:
+        averaged.sort(reverse=True)
+        yield warning(
+            "the quantiles to normalise by are not those of all of the data: LeRobot 0.6 averages them over "
+            "episodes",
+            listed([text for _, text in averaged], 3),
+            "its recompute_stats averages too. Train with mean and standard deviation, which it merges "
+            f"exactly: {MODES} (docs/finetuning.md)",
         )
     elif stats:
         yield fine("the dataset's recorded statistics are those of its data")
@@ -123,8 +132,6 @@ def policy_has_the_datas_statistics(subject: Subject) -> Iterator[Finding]:
             for joint, statistics in _relative(subject).items():
                 for name, value in statistics.items():
                     data[name][joint] = value
-        if np.asarray(carried[key][NEEDED[mode][0]]).size != values.shape[1]:
-            continue  # which the joints' check says
         names = _names(subject.recorded, key, values.shape[1])
         apart += _compare(key, names, mode, carried[key], data)
     if not apart:
@@ -219,7 +226,9 @@ def _statistics(values: np.ndarray) -> dict[str, np.ndarray]:
 def _relative(subject: Subject) -> dict[int, dict[str, float]]:
     """Statistics of each relative joint: dimension of the action → its values."""
     columns, config = subject.columns, subject.config
-    joints = relative_joints(config)
+    anchor = config.anchor
+    assert anchor is not None  # of every checkpoint with relative actions; names are not
+    joints = list(zip(anchor.actions, anchor.states, strict=True))
     found = relative_statistics(
         np.ascontiguousarray(columns.action[:, [a for a, _ in joints]].T),
         np.ascontiguousarray(columns.state[:, [s for _, s in joints]].T),
@@ -227,6 +236,15 @@ def _relative(subject: Subject) -> dict[int, dict[str, float]]:
         config.chunk_size,
     )
     return {action: {name: value[i] for name, value in found.items()} for i, (action, _) in enumerate(joints)}
+
+
+def _recompute(subject: Subject) -> str:
+    """The command that computes the dataset's statistics where it is; LeRobot writes a copy otherwise."""
+    assert subject.metadata is not None
+    assert subject.dataset_flags is not None
+    name, root = subject.metadata.repo_id, subject.dataset_flags.root
+    place = f"--repo_id={name} --new_repo_id={name}" + (f" --root={root} --new_root={root}" if root else "")
+    return f"lerobot-edit-dataset {place} --operation.type=recompute_stats --operation.overwrite=true"
 
 
 def _evidence(subject: Subject) -> str:

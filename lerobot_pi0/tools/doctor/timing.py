@@ -52,11 +52,8 @@ def chunks_fit_episodes(subject: Subject) -> Iterator[Finding]:
     short = float((lengths < config.chunk_size).mean())
     covers = f"a chunk of {config.chunk_size} actions covers {seconds:.2f} s at {fps} per second"
     better = max(1, min(round(fps), int(lengths.min())))
-    cure = (
-        f"train with --policy.chunk_size={better}"
-        if subject.checkpoint
-        else f"--policy.chunk_size={better} (and --policy.n_action_steps no larger)"
-    )
+    executed = min(config.n_action_steps, better)
+    cure = f"train with --policy.chunk_size={better} --policy.n_action_steps={executed}"
     if short > SOME:
         yield (warning if short > MANY else note)(
             f"{short:.0%} of the episodes are shorter than a chunk",
