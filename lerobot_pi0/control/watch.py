@@ -22,7 +22,7 @@ from lerobot.rollout.inference import InferenceEngine, RTCInferenceEngine
 from lerobot.rollout.robot_wrapper import ThreadSafeRobot
 
 from lerobot_pi0.control.latency import quantile
-from lerobot_pi0.control.timing import Timing, rtc_timing, sync_timing
+from lerobot_pi0.control.timing import Timing, sync_timing, watched_timing
 from lerobot_pi0.control.trace import Trace
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
@@ -337,7 +337,7 @@ def complaints(name: str) -> Iterator[Complaints]:
 
 
 def timing(cfg: Any, chunk_size: int, n_action_steps: int, latency: float) -> Timing:
-    """How a rollout of LeRobot with a config runs with a latency."""
+    """How a watched rollout with a config runs with a latency."""
     if cfg.inference.type == "rtc":
-        return rtc_timing(latency, cfg.fps, chunk_size, cfg.inference.queue_threshold)
+        return watched_timing(latency, cfg.fps, chunk_size, cfg.inference.queue_threshold)
     return sync_timing(latency, cfg.fps, n_action_steps)
