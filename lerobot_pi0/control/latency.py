@@ -17,7 +17,14 @@ from lerobot.policies.utils import prepare_observation_for_inference
 from lerobot.utils.constants import OBS_STATE
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
-from lerobot_pi0.control.timing import Suggestion, execution_horizon, suggest
+from lerobot_pi0.control.timing import (
+    RtcTiming,
+    Suggestion,
+    execution_horizon,
+    rtc_timing,
+    suggest,
+    watched_timing,
+)
 from lerobot_pi0.tools.inputs import ControlPolicyFlags, LoadedPolicy, load_policy
 
 Frame = dict[str, np.ndarray]
@@ -66,10 +73,11 @@ def main(config: LatencyConfig) -> str:
     loaded = load_policy(config.policy)
     latencies = measure(loaded, config.repeats, config.fps)
     suggestion = suggestion_for(loaded.config, latencies, config.fps)
+    plain = suggestion_for(loaded.config, latencies, config.fps, rtc_timing)
     return (
-        _as_json(latencies, suggestion)
+        _as_json(latencies, suggestion, plain)
         if config.json
-        else _as_text(config.policy.path, loaded.config, latencies, suggestion, config.fps)
+        else _as_text(config.policy.path, loaded.config, latencies, suggestion, plain, config.fps)
     )
 
 
@@ -112,7 +120,8 @@ def measure(
             delay = min(math.ceil(seconds["second"][0] * fps), half)
             config.rtc_config = rtc or RTCConfig(execution_horizon=execution_horizon(delay, half))
             policy.init_rtc_processor()
-            left = {"inference_delay": delay, "prev_chunk_left_over": actions[0, half:]}
+            rest = actions[0, half:][: config.rtc_config.execution_horizon]  # as LeRobot cuts it
+            left = {"inference_delay": delay, "prev_chunk_left_over": rest}
             chunk(**left)  # makes what it needs once
         for _ in range(repeats):  # in turns: what else the machine does is the same for all
             timed("chunk", chunk)
@@ -130,11 +139,13 @@ def measure(
     return Latencies(first, {stage: seconds[stage] for stage in STAGES if stage in seconds})
 
 
-def suggestion_for(config: Pi0Config, latencies: Latencies, fps: float) -> Suggestion:
-    """How to run a policy on the machine where it was measured."""
+def suggestion_for(
+    config: Pi0Config, latencies: Latencies, fps: float, rule: RtcTiming = watched_timing
+) -> Suggestion:
+    """How to run a policy on the machine where it was measured: with `lerobot-pi0 rollout`, or by `rule`."""
     whole = latencies.worst()
     assert whole is not None
-    return suggest(fps, config.chunk_size, config.n_action_steps, whole, latencies.worst("guided"))
+    return suggest(fps, config.chunk_size, config.n_action_steps, whole, latencies.worst("guided"), rule)
 
 
 def made_up_frame(config: Pi0Config) -> Frame:
@@ -154,7 +165,14 @@ def quantile(values: Sequence[float], percent: float) -> float:
     return float(np.percentile(np.asarray(values), percent, method="higher"))
 
 
-def _as_text(path: str, config: Pi0Config, latencies: Latencies, suggestion: Suggestion, fps: float) -> str:
+def _as_text(
+    path: str,
+    config: Pi0Config,
+    latencies: Latencies,
+    suggestion: Suggestion,
+    plain: Suggestion,
+    fps: float,
+) -> str:
     kind = ", in 8-bit integers" if config.int8 else ", compiled" if config.compile else ""
     lines = [
         f"{path}: chunks of {config.chunk_size} actions, {len(config.cameras)} camera"
@@ -168,6 +186,8 @@ def _as_text(path: str, config: Pi0Config, latencies: Latencies, suggestion: Sug
         lines.append(f"{stage:<9}{p50:>7.1f} ms{p99:>7.1f} ms  {what}")
     lines += [f"{'first':<9}{1000 * latencies.first:>7.1f} ms{'':>10}  the first chunk after loading", ""]
     lines += [f"At {fps:g} fps: {suggestion.timing}.", "", *(f"    {flag}" for flag in suggestion.flags), ""]
+    if plain != suggestion:
+        lines += [f"That is with lerobot-pi0 rollout. With lerobot-rollout, which drops more: {plain}.", ""]
     lines.append(f"The highest rate without stalls on this machine is {suggestion.highest_fps:.3g} fps.")
     if suggestion.timing.stall:
         lines.append(
@@ -177,12 +197,15 @@ def _as_text(path: str, config: Pi0Config, latencies: Latencies, suggestion: Sug
     return "\n".join(lines)
 
 
-def _as_json(latencies: Latencies, suggestion: Suggestion) -> str:
+def _as_json(latencies: Latencies, suggestion: Suggestion, plain: Suggestion) -> str:
     figures = {
         stage: {"p50_s": quantile(seconds, 50), "p99_s": quantile(seconds, 99)}
         for stage, seconds in latencies.stages.items()
     }
-    result = asdict(suggestion)
-    if not suggestion.timing.actions:
-        result["timing"]["stall"] = None  # JSON has no infinity
-    return json.dumps({"first_s": latencies.first, "stages": figures, "suggestion": result}, indent=2)
+    result = {
+        "first_s": latencies.first,
+        "stages": figures,
+        "suggestion": asdict(suggestion),
+        "lerobot_rollout": asdict(plain),
+    }
+    return json.dumps(result, indent=2)

@@ -1,13 +1,16 @@
 """`lerobot-pi0 rollout`: LeRobot's rollout with the same flags, checked before the robot moves and watched
 while it does.
 
-What it adds: the robot's joints and cameras are those of the checkpoint, or nothing moves. How long a chunk
+What it adds: the robot's joints and cameras are those of the checkpoint, and the flags such as LeRobot can
+run, or nothing moves. How long a chunk
 takes here is measured, and told in what it means for the robot. A run that sent no action, or whose policy
 died, is an error. `--trace` keeps what happened for `lerobot-pi0 trace`.
 """
 
 import logging
+import math
 import sys
+import traceback
 from argparse import ArgumentError
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +20,12 @@ from typing import Any, cast
 import draccus
 import lerobot.scripts.lerobot_rollout  # noqa: F401  # registers the robots, cameras and teleoperators
 import numpy as np
+from huggingface_hub.errors import HFValidationError
 from lerobot.configs import parser
 from lerobot.processor import UnnormalizerProcessorStep
-from lerobot.robots import make_robot_from_config
+from lerobot.robots import Robot, make_robot_from_config
 from lerobot.rollout import RolloutConfig, RolloutContext, build_rollout_context, create_strategy
+from lerobot.teleoperators import Teleoperator
 from lerobot.utils.constants import ACTION, OBS_IMAGES
 from lerobot.utils.import_utils import register_third_party_plugins
 from lerobot.utils.process import ProcessSignalHandler
@@ -35,6 +40,7 @@ from lerobot_pi0.control.trace import Trace, new_policy_trace
 from lerobot_pi0.control.watch import Watch, complaints, timing
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.tools.inputs import LoadedPolicy
+from lerobot_pi0.weights import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +64,23 @@ def main(arguments: list[str]) -> str:
 
 
 def parse(arguments: list[str]) -> RolloutConfig:
-    """The flags of `lerobot-rollout`, parsed by it. Raises ValueError for flags that it does not take."""
+    """The flags of `lerobot-rollout`, parsed by it.
+
+    Raises ValueError for flags that it does not take, FileNotFoundError for a policy that cannot be had.
+    """
     register_third_party_plugins()
     before, sys.argv = sys.argv, ["lerobot-pi0 rollout", *arguments]  # where LeRobot looks for --policy.path
     try:
         parsed: Any = parser.wrap()(_parsed)
         return parsed()
-    except (ArgumentError, draccus.ParsingError) as error:
+    except (ArgumentError, draccus.ParsingError, OSError, HFValidationError) as error:
         # If it was the dataclass that objected, draccus only says that it could not be made.
-        raise ValueError(f"{error.__cause__ or error}") from error
+        reason = error.__cause__ if isinstance(error, draccus.ParsingError) else None
+        reason = reason or error
+        if isinstance(reason, OSError | HFValidationError) and (path := parser.get_path_arg("policy")):
+            revision = parser.parse_arg("policy.pretrained_revision")
+            find_checkpoint(path, revision=revision, ignore_patterns="*.safetensors")  # says what is wrong
+        raise ValueError(f"{reason}") from error
     finally:
         sys.argv = before
 
@@ -74,8 +88,8 @@ def parse(arguments: list[str]) -> RolloutConfig:
 def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
     """Drive a robot as `lerobot-rollout` does, with a trace in `folder` if there is one; returns a summary.
 
-    Raises ValueError before the robot is connected when its joints or cameras are not the checkpoint's,
-    RuntimeError when no action was sent or the policy gave up.
+    Raises ValueError before the robot is connected when its joints or cameras are not the checkpoint's or a
+    flag cannot be, RuntimeError when no action was sent or the policy gave up.
     """
     config = cfg.policy
     assert config is not None
@@ -83,16 +97,20 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
         raise ValueError(
             f"'{config.pretrained_path}' is a policy of type '{config.type}': lerobot-rollout runs it"
         )
+    check_flags(cfg)
     check_robot(cfg, config)
     file = None if folder is None else new_policy_trace(folder)
     init_logging()
     signals = ProcessSignalHandler(use_threads=True, display_pid=False)
     try:
         ctx = build_rollout_context(cfg, cast(Event, signals.shutdown_event))
-    except OSError as error:
-        if not isinstance(error, ConnectionError):
-            raise
-        raise ConnectionError(f"the robot does not answer: {error}") from error
+    except Exception as error:
+        _disconnect(error)
+        if isinstance(error, ConnectionError):
+            raise ConnectionError(f"the robot does not answer: {error}") from error
+        if isinstance(error, ValueError):
+            raise ValueError(f"{error}") from error
+        raise
     strategy = create_strategy(cfg.strategy)
     trace = None
     try:
@@ -113,7 +131,7 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
                 strategy.setup(ctx)
                 strategy.run(ctx)
             except KeyboardInterrupt:
-                logger.info("interrupted")
+                signals.shutdown_event.set()
             finally:
                 watch.finish("asked to stop" if signals.shutdown_event.is_set() else "done")
     finally:
@@ -124,8 +142,31 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
             shutdown_visualization(cfg.display_mode)
     failed = watch.engine.failed
     if failed or not watch.num_actions:
-        raise RuntimeError(_why_it_failed(watch, failed, complaint.last))
-    return _summary(watch, folder)
+        raise RuntimeError(_why_it_failed(watch, failed, complaint.last, signals.shutdown_event.is_set()))
+    return _summary(watch, folder, complaint.last)
+
+
+def check_flags(cfg: RolloutConfig) -> None:
+    """Flags that LeRobot would object to once the robot is connected, or not at all.
+
+    Raises ValueError that names the flag.
+    """
+    if not (cfg.task or "").strip():  # draccus makes None of an empty flag
+        raise ValueError(
+            "the policy has no instruction: say what it is to do, in the words of its training data, "
+            'with --task="..."'
+        )
+    if not (cfg.fps > 0 and math.isfinite(cfg.fps)):
+        raise ValueError(f"--fps must be a number of actions per second, got {cfg.fps:g}")
+    if cfg.interpolation_multiplier < 1:
+        raise ValueError(f"--interpolation_multiplier must be at least 1, got {cfg.interpolation_multiplier}")
+    if cfg.dataset is not None and not cfg.resume:
+        user, slash, name = cfg.dataset.repo_id.rpartition("/")
+        if not cfg.dataset.repo_id.split("/", 1)[-1].startswith("rollout_"):
+            raise ValueError(
+                f"LeRobot wants names of recorded rollouts to begin with rollout_, and "
+                f"'{cfg.dataset.repo_id}' does not: --dataset.repo_id={user}{slash}rollout_{name}"
+            )
 
 
 def check_robot(cfg: RolloutConfig, config: Pi0Config) -> None:
@@ -159,21 +200,35 @@ def check_robot(cfg: RolloutConfig, config: Pi0Config) -> None:
 def check_latency(cfg: RolloutConfig, latencies: Latencies, config: Pi0Config) -> None:
     """Tell what the measured latency means for this run, with settings that would do better if there are any.
 
-    Raises RuntimeError when no action would ever be sent.
+    Raises RuntimeError for real-time chunking with a latency of a whole chunk.
     """
     stage = "guided" if cfg.inference.type == "rtc" and "guided" in latencies.stages else "chunk"
     worst = latencies.worst(stage)
     assert worst is not None
-    ran = timing(cfg, config.chunk_size, config.n_action_steps, worst)
-    if not ran.stall:
-        logger.info("%s", ran)
-        return
+    size, inference = config.chunk_size, cast(Any, cfg.inference)
+    ran = timing(cfg, size, config.n_action_steps, worst)
     better = suggestion_for(config, latencies, cfg.fps)
     advice = f"Better: {better}" if better.timing.rate > ran.rate else f"Nothing does better: {better}"
-    best = min(latencies.stages[stage])
-    if not timing(cfg, config.chunk_size, config.n_action_steps, best).actions:
-        raise RuntimeError(f"{ran}. {advice}")
-    logger.warning("%s. %s", ran, advice)
+    if inference.type == "rtc":
+        best = timing(cfg, size, config.n_action_steps, min(latencies.stages[stage]))
+        if best.delay >= size:
+            raise RuntimeError(
+                f"{ran}. The policy cannot go on from a chunk of {size} actions that is over when the next "
+                f"one comes: real-time chunking is of no use here. {advice}"
+            )
+        horizon = inference.rtc.execution_horizon
+        if inference.rtc.enabled and min(ran.delay, size) > horizon:
+            logger.warning(
+                "a chunk takes %d control steps, but the policy is told only the first %d that are executed "
+                "meanwhile: the robot will jump. Set --inference.rtc.execution_horizon=%d",
+                ran.delay,
+                horizon,
+                min(2 * ran.delay, size),
+            )
+    if ran.stall:
+        logger.warning("%s. %s", ran, advice)
+    else:
+        logger.info("%s", ran)
 
 
 def _own_flags(arguments: list[str]) -> tuple[Path | None, list[str]]:
@@ -194,6 +249,14 @@ def _own_flags(arguments: list[str]) -> tuple[Path | None, list[str]]:
 
 def _parsed(cfg: RolloutConfig) -> RolloutConfig:
     return cfg
+
+
+def _disconnect(error: Exception) -> None:
+    """Disconnect what LeRobot was about to use: when it fails after it has connected it, it leaves it so."""
+    used = [value for frame, _ in traceback.walk_tb(error.__traceback__) for value in frame.f_locals.values()]
+    for device in used:
+        if isinstance(device, Robot | Teleoperator) and device.is_connected:
+            device.disconnect()
 
 
 def _measured(cfg: RolloutConfig, ctx: RolloutContext, policy: Pi0Policy) -> Latencies:
@@ -229,7 +292,7 @@ def _start(cfg: RolloutConfig, ctx: RolloutContext, config: Pi0Config) -> dict[s
     return start
 
 
-def _why_it_failed(watch: Watch, failed: bool, complaint: str | None) -> str:
+def _why_it_failed(watch: Watch, failed: bool, complaint: str | None, interrupted: bool) -> str:
     sent = (
         f"{watch.num_actions} actions were sent" if watch.num_actions else "no action was sent to the robot"
     )
@@ -237,12 +300,15 @@ def _why_it_failed(watch: Watch, failed: bool, complaint: str | None) -> str:
         return f"{sent}: the policy gave up ({complaint or 'LeRobot does not say why'})"
     if complaint:
         return f"{sent}: the policy failed ({complaint})"
+    if interrupted:
+        return f"{sent}: the run was interrupted before the first"
     if not watch.latencies:
-        return f"{sent}: no chunk was ready before the run ended (--duration={watch.cfg.duration:g} s)"
+        duration = f" (--duration={watch.cfg.duration:g} s)" if watch.cfg.duration else ""
+        return f"{sent}: no chunk was ready before the run ended{duration}"
     return f"{sent}: {watch.timing(quantile(watch.latencies, 50))}. `lerobot-pi0 latency` says what would do"
 
 
-def _summary(watch: Watch, folder: Path | None) -> str:
+def _summary(watch: Watch, folder: Path | None, complaint: str | None) -> str:
     run = pace(watch.times, watch.cfg.fps * watch.cfg.interpolation_multiplier)
     lines = [str(run)]
     if watch.latencies:
@@ -252,6 +318,8 @@ def _summary(watch: Watch, folder: Path | None) -> str:
         expected = watch.timing(quantile(watch.latencies, 95))
         other = "" if expected.stall else " from the policy: the robot, its cameras or the computer were late"
         lines.append(f"{expected}{other}")
+    if complaint:
+        lines.append(f"the policy failed on the way ({complaint})")
     lines.append(
         "--trace=FOLDER keeps what happened"
         if folder is None

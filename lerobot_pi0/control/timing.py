@@ -4,14 +4,15 @@ A chunk has H actions, of which one is sent each 1/fps seconds; the next chunk t
 are d = ⌈latency · fps⌉ control steps.
 
     sync    the loop waits for the policy: it stalls for the latency, once in n_action_steps
-    rtc     the policy runs beside the loop from when `queue_threshold` actions are left, and the first d
-            actions of its chunk are late when they come: no stall while d ≤ queue_threshold and d ≤ H/2,
-            no motion at all once d ≥ H
+    rtc     the policy runs beside the loop from when `queue_threshold` actions are left: no stall while
+            d ≤ queue_threshold and d ≤ H/2. Beyond that `lerobot-rollout` still drops the first d actions of
+            a chunk, and does not move at all once d ≥ H; `lerobot-pi0 rollout` drops those that were sent
+            meanwhile, which are at most what was left
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 Kind = Literal["sync", "rtc"]
 
@@ -74,8 +75,26 @@ def sync_timing(latency: float, fps: float, n_action_steps: int) -> Timing:
     )
 
 
+class RtcTiming(Protocol):
+    """A rule for the loop with the policy beside it."""
+
+    def __call__(self, latency: float, fps: float, chunk_size: int, queue_threshold: int) -> Timing: ...
+
+
+def watched_timing(latency: float, fps: float, chunk_size: int, queue_threshold: int) -> Timing:
+    """The loop with the policy beside it, in real-time chunking as `lerobot-pi0 rollout` mends it."""
+    delay = math.ceil(latency * fps)
+    # When the policy begins. Of more than half, what is left alternates around half: as much as is sent of
+    # one chunk is missing from the next.
+    left = min(max(queue_threshold, 0), chunk_size // 2)
+    if delay <= left:
+        return Timing(latency, fps, delay, stall=0.0, actions=chunk_size - delay, rate=fps)
+    stall, actions = latency - left / fps, chunk_size - left
+    return Timing(latency, fps, delay, stall, actions, rate=actions / (actions / fps + stall))
+
+
 def rtc_timing(latency: float, fps: float, chunk_size: int, queue_threshold: int) -> Timing:
-    """The loop with the policy beside it, in LeRobot's real-time chunking."""
+    """The loop with the policy beside it, in real-time chunking as `lerobot-rollout` has it."""
     delay = math.ceil(latency * fps)
     arrive = max(chunk_size - delay, 0)
     if not arrive:
@@ -88,20 +107,25 @@ def rtc_timing(latency: float, fps: float, chunk_size: int, queue_threshold: int
 
 
 def suggest(
-    fps: float, chunk_size: int, n_action_steps: int, latency: float, guided_latency: float | None
+    fps: float,
+    chunk_size: int,
+    n_action_steps: int,
+    latency: float,
+    guided_latency: float | None,
+    rule: RtcTiming = watched_timing,
 ) -> Suggestion:
     """The way to run that sends the most actions per second, sync where both do.
 
-    `guided_latency`: of a chunk in real-time chunking; None for a policy without. Half a chunk as
-    `queue_threshold` hides all that any threshold hides.
+    `guided_latency`: of a chunk in real-time chunking; None for a policy without, or a latency of a whole
+    chunk, which none goes on from. Half a chunk as `queue_threshold` hides all that any threshold hides.
     """
     kept = sync_timing(latency, fps, n_action_steps)
     n_action_steps = chunk_size if kept.stall else n_action_steps
     half = chunk_size // 2
     sync = sync_timing(latency, fps, n_action_steps)
-    rtc = None if guided_latency is None else rtc_timing(guided_latency, fps, chunk_size, half)
+    rtc = None if guided_latency is None else rule(guided_latency, fps, chunk_size, half)
     highest = max(1 / latency, half / guided_latency if guided_latency else 0.0)
-    if rtc is None or sync.rate >= rtc.rate:
+    if rtc is None or rtc.delay >= chunk_size or sync.rate >= rtc.rate:
         flags = ["--inference.type=sync", f"--policy.n_action_steps={n_action_steps}"]
         return Suggestion("sync", sync, flags, highest)
     flags = [

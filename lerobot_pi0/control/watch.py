@@ -1,8 +1,8 @@
 """What happens in a rollout of LeRobot, seen from outside: each observation, action and chunk, with its time.
 
-LeRobot's context is given a robot and an inference engine that pass everything on and tell a `Watch`. Two
-things it mends on the way: of a new chunk as many actions are dropped as were sent while it was made, and the
-delay that the policy is told is that of the last chunks.
+LeRobot's context is given a robot and an inference engine that pass everything on and tell a `Watch`. Three
+things it mends on the way: of a new chunk as many actions are dropped as were sent while it was made, the
+delay that the policy is told is that of the last chunks, and no chunk outlives a reset.
 """
 
 import logging
@@ -22,7 +22,7 @@ from lerobot.rollout.inference import InferenceEngine, RTCInferenceEngine
 from lerobot.rollout.robot_wrapper import ThreadSafeRobot
 
 from lerobot_pi0.control.latency import quantile
-from lerobot_pi0.control.timing import Timing, rtc_timing, sync_timing
+from lerobot_pi0.control.timing import Timing, sync_timing, watched_timing
 from lerobot_pi0.control.trace import Trace
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
@@ -57,6 +57,7 @@ class Watch:
         self._observed = self._notified = 0.0
         self._began: tuple[float, float] = 0.0, 0.0  # observed, began: of the inference that runs
         self._predicted: tuple[torch.Tensor, int | None] | None = None  # a chunk, and the delay given for it
+        self._resets = self._taken = 0  # until now, and until the inference that runs took its observation
         self._reminded = time.monotonic()
         self._watch_policy()
         ctx.hardware.robot_wrapper = WatchedRobot(ctx.hardware.robot_wrapper, self)
@@ -69,6 +70,14 @@ class Watch:
     def timing(self, latency: float) -> Timing:
         """How this rollout runs with a latency."""
         return timing(self.cfg, self.policy.config.chunk_size, self.policy.config.n_action_steps, latency)
+
+    def forget(self) -> None:
+        """What was observed until now is of an episode that is over."""
+        self._resets += 1
+
+    def take(self) -> None:
+        """An inference beside the loop takes its observation."""
+        self._taken = self._resets
 
     def reset(self) -> None:
         """An episode begins."""
@@ -140,6 +149,8 @@ class Watch:
 
         def watched_merge(original: torch.Tensor, processed: torch.Tensor, delay: int, before: int) -> None:
             with self._lock:
+                if self._taken != self._resets:
+                    return
                 # LeRobot 0.6.1 drops ceil(latency · fps) actions: often one more than were sent, and as many
                 # of the first chunk, when none were. The arm would skip them (lerobot#4454).
                 consumed = max(queue.get_action_index() - before, 0)
@@ -237,6 +248,19 @@ class WatchedRobot(ThreadSafeRobot):
         return sent
 
 
+class WatchedHolder(dict[str, Any]):
+    """Where LeRobot's thread finds the last observation. It tells a watch of each look."""
+
+    def __init__(self, holder: dict[str, Any], watch: Watch):
+        super().__init__(holder)
+        self._watch = watch
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """LeRobot's thread asks in no other way, and holds the lock of the observation meanwhile."""
+        self._watch.take()
+        return super().get(key, default)
+
+
 class WatchedEngine(InferenceEngine):
     """LeRobot's engine, which tells a watch what it is asked and told."""
 
@@ -247,12 +271,21 @@ class WatchedEngine(InferenceEngine):
         self._engine.start()
         if isinstance(self._engine, RTCInferenceEngine) and self._engine.action_queue is not None:
             self._watch.watch_queue(self._engine.action_queue)
+            with self._engine._obs_lock:
+                self._engine._obs_holder = WatchedHolder(self._engine._obs_holder, self._watch)
 
     def stop(self) -> None:
         self._engine.stop()
         self._watch.stop()
 
     def reset(self) -> None:
+        if isinstance(self._engine, RTCInferenceEngine):
+            # LeRobot 0.6.1 keeps the last observation, and what its thread makes of it: an episode would
+            # begin with actions for where the one before has ended. Before the queue is cleared, so that
+            # what is merged until then goes with it.
+            with self._engine._obs_lock:
+                self._engine._obs_holder["obs"] = None
+                self._watch.forget()
         self._engine.reset()
         self._watch.reset()
 
@@ -304,7 +337,7 @@ def complaints(name: str) -> Iterator[Complaints]:
 
 
 def timing(cfg: Any, chunk_size: int, n_action_steps: int, latency: float) -> Timing:
-    """How a rollout of LeRobot with a config runs with a latency."""
+    """How a watched rollout with a config runs with a latency."""
     if cfg.inference.type == "rtc":
-        return rtc_timing(latency, cfg.fps, chunk_size, cfg.inference.queue_threshold)
+        return watched_timing(latency, cfg.fps, chunk_size, cfg.inference.queue_threshold)
     return sync_timing(latency, cfg.fps, n_action_steps)

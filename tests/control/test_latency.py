@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_robot import save_checkpoint
 
-from lerobot_pi0.control.latency import LatencyConfig, main
+from lerobot_pi0.control import latency
+from lerobot_pi0.control.latency import Latencies, LatencyConfig, main
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.tools.inputs import ControlPolicyFlags
 
@@ -28,6 +29,7 @@ def test_each_stage_is_measured_and_the_flags_can_be_pasted(checkpoint):
     stages = {stage: figures["p50_s"] for stage, figures in found["stages"].items()}
     assert all(seconds > 0 for seconds in stages.values())
     assert found["suggestion"]["flags"]
+    assert found["lerobot_rollout"]["flags"]
 
 
 def test_a_slow_stage_is_told_from_the_others_and_decides_what_is_suggested(checkpoint, monkeypatch):
@@ -63,6 +65,17 @@ def test_fewer_euler_steps_are_fewer_steps(checkpoint, monkeypatch):
     text = main(LatencyConfig(ControlPolicyFlags(str(checkpoint), num_inference_steps=3), repeats=1))
     assert seen == {3}
     assert "3 Euler steps" in text
+
+
+def test_where_lerobots_own_command_runs_otherwise_both_are_told(checkpoint, monkeypatch):
+    slow = Latencies(first=0.8, stages={"chunk": [0.8], "guided": [0.8]})  # 16 steps of a chunk of 20
+    monkeypatch.setattr(latency, "measure", lambda *_: slow)
+    text = main(LatencyConfig(ControlPolicyFlags(str(checkpoint)), fps=20))
+    ours, plain = text.split("That is with lerobot-pi0 rollout. With lerobot-rollout")
+    assert "--inference.type=rtc" in ours
+    assert "--inference.type=sync" in plain
+    monkeypatch.setattr(latency, "measure", lambda *_: Latencies(0.2, {"chunk": [0.2], "guided": [0.2]}))
+    assert "With lerobot-rollout" not in main(LatencyConfig(ControlPolicyFlags(str(checkpoint)), fps=20))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 
+import lerobot.rollout.context as context
 import lerobot.rollout.inference.rtc as engine
 import pytest
 from lerobot.rollout import RolloutConfig
@@ -15,6 +16,7 @@ from tiny_robot import ACTIONS, Arm, save_checkpoint
 
 from lerobot_pi0 import cli
 from lerobot_pi0.control import rollout, watch
+from lerobot_pi0.control.latency import Latencies
 from lerobot_pi0.control.trace import read_trace
 from lerobot_pi0.control.trace_report import make_report, read_run
 from lerobot_pi0.modeling_pi0 import Pi0Policy
@@ -202,10 +204,58 @@ def test_a_policy_that_is_too_slow_is_told_with_what_would_do(sync, delayed, cap
 def test_a_policy_that_can_never_keep_up_does_not_start(rtc, delayed, arms):
     delayed(0.5)
     rtc.fps, rtc.return_to_initial_position = 100, True
-    with pytest.raises(RuntimeError, match="never move"):
+    with pytest.raises(RuntimeError, match="50 actions that is over when the next one comes"):
         rollout.rollout(rtc)
     assert not arms[0].sent
     assert not arms[0].is_connected
+
+
+@pytest.mark.parametrize(("seconds", "enough"), [(0.35, 14), (1.6, 50)])
+def test_a_horizon_that_the_delay_exceeds_is_told_with_one_that_works(rtc, caplog, seconds, enough):
+    latencies = Latencies(seconds, {"chunk": [seconds], "guided": [seconds]})
+    rtc.inference.rtc.execution_horizon = 6  # steps, of 7 and of 32
+    with caplog.at_level(logging.WARNING):
+        rollout.check_latency(rtc, latencies, rtc.policy)
+    assert caplog.messages[0].endswith(f"will jump. Set --inference.rtc.execution_horizon={enough}")
+    caplog.clear()
+    rtc.inference.rtc.execution_horizon = enough
+    rollout.check_latency(rtc, latencies, rtc.policy)
+    assert "will jump" not in caplog.text
+
+
+def test_what_a_watched_run_holds_is_not_called_better_otherwise(rtc, caplog):
+    """At 1.2 s LeRobot's own loop would send less than a loop that waits; this one sends more."""
+    rtc.fps = 30
+    with caplog.at_level(logging.WARNING):
+        rollout.check_latency(rtc, Latencies(1.2, {"chunk": [1.2], "guided": [1.2]}), rtc.policy)
+    assert "(20.8 actions per second of 30). Nothing does better: --inference.type=rtc" in caplog.text
+
+
+def test_an_error_that_the_policy_does_not_get_over_in_time_is_told(rtc, monkeypatch):
+    predict, asked = Pi0Policy.predict_action_chunk, []
+
+    def failing(self, *args, **kwargs):
+        asked.append(None)
+        if len(asked) > 12:
+            raise ValueError("the camera melted")
+        return predict(self, *args, **kwargs)
+
+    monkeypatch.setattr(Pi0Policy, "predict_action_chunk", failing)
+    rtc.duration = 2.5  # five errors of half a second
+    assert "the camera melted" in rollout.rollout(rtc)
+
+
+def test_an_interruption_before_the_first_action_is_told_as_one(rtc, delayed, monkeypatch):
+    monkeypatch.setattr(rollout, "check_latency", lambda *_: delayed(2.0))
+    monkeypatch.setattr(Pi0Policy, "reset", lambda self: None)  # no warm-up
+    monkeypatch.setattr(engine.RTCInferenceEngine, "resume", lambda self: interrupt())
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    rtc.duration = 0
+    with pytest.raises(RuntimeError, match="no action was sent to the robot: the run was interrupted"):
+        rollout.rollout(rtc)
 
 
 def test_a_policy_that_gives_up_is_an_error_with_its_reason(rtc, tmp_path, monkeypatch):
@@ -240,6 +290,57 @@ def test_a_trace_is_not_written_over_another(sync, tmp_path, arms):
     with pytest.raises(FileExistsError, match="another run"):
         rollout.rollout(sync, tmp_path)
     assert not arms
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--task= ", "--task="),
+        ("--fps=0", "--fps must be"),
+        ("--fps=inf", "--fps must be"),
+        ("--interpolation_multiplier=0", "--interpolation_multiplier must be"),
+        ("--dataset.repo_id=me/foo", "--dataset.repo_id=me/rollout_foo"),
+    ],
+)
+def test_flags_that_lerobot_trips_over_later_are_refused_before_the_robot_is_connected(
+    flags, flag, said, arms
+):
+    recording = ["--strategy.type=episodic"] if flag.startswith("--dataset") else []
+    with pytest.raises(ValueError, match=re.escape(said)):
+        rollout.main([*flags, *recording, flag])
+    assert not arms
+
+
+def test_the_task_of_the_dataset_is_an_instruction(flags):
+    flags = [flag for flag in flags if not flag.startswith("--task")]
+    dataset = ["--strategy.type=episodic", "--dataset.repo_id=me/rollout_foo"]
+    rollout.check_flags(rollout.parse([*flags, *dataset, "--dataset.single_task=wave"]))
+    with pytest.raises(ValueError, match="--task"):
+        rollout.check_flags(rollout.parse([*flags, *dataset]))
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("/nowhere/x", "there is no folder /nowhere/x"), ("user/none", "it is not in the local cache")],
+)
+def test_a_policy_that_is_not_there_is_told_as_such(flags, path, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lerobot-pi0", "rollout", f"--policy.path={path}", *flags[1:]])
+    with pytest.raises(SystemExit):
+        cli.main()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert said in line
+
+
+def test_a_robot_that_lerobot_has_connected_in_vain_is_disconnected(sync, arms, monkeypatch):
+    def failing(*_, **__):
+        raise ValueError("no such processor")
+
+    monkeypatch.setattr(context, "make_pre_post_processors", failing)
+    with pytest.raises(ValueError, match="no such processor") as caught:
+        rollout.rollout(sync)
+    assert cli.is_message(caught.value)
+    assert arms
+    assert not arms[0].is_connected
 
 
 @pytest.mark.parametrize(

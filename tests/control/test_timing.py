@@ -4,18 +4,22 @@ import math
 
 import pytest
 
-from lerobot_pi0.control.timing import rtc_timing, suggest, sync_timing
+from lerobot_pi0.control.timing import rtc_timing, suggest, sync_timing, watched_timing
 
 
-def play_rtc(latency: float, fps: float, chunk_size: int, threshold: int, seconds: float = 200) -> float:
-    """Actions per second of LeRobot's real-time chunking, played in ticks of a hundredth of a step."""
-    queue, busy, sent, fine, stalls = 0, None, 0, 100, 0
+def play_rtc(latency: float, chunk_size: int, threshold: int, watched: bool) -> float:
+    """Actions per second of real-time chunking at 30 fps, played in ticks of a hundredth of a step.
+
+    Of a chunk LeRobot drops what its latency says; a watched rollout what was sent while it was made.
+    """
+    fps, seconds, fine = 30, 200, 100
+    queue, busy, sent, before, stalls = 0, None, 0, 0, 0
     delay = math.ceil(latency * fps)
     for tick in range(int(seconds * fps * fine)):
         if busy is not None and tick >= busy:
-            queue, busy = max(chunk_size - delay, 0), None
+            queue, busy = max(chunk_size - (sent - before if watched else delay), 0), None
         if busy is None and queue <= threshold:
-            busy = tick + round(latency * fps * fine)
+            busy, before = tick + round(latency * fps * fine), sent
         if tick % fine == 0:
             if queue:
                 queue, sent = queue - 1, sent + 1
@@ -26,9 +30,11 @@ def play_rtc(latency: float, fps: float, chunk_size: int, threshold: int, second
 
 @pytest.mark.parametrize("latency", [0.02, 0.3, 0.7, 0.83, 1.0, 1.2, 1.7])
 @pytest.mark.parametrize("threshold", [5, 25, 30, 50])
-def test_rate_of_rtc_is_that_of_the_loop_played_step_by_step(latency, threshold):
-    timing = rtc_timing(latency, 30, 50, threshold)
-    assert timing.rate == pytest.approx(play_rtc(latency, 30, 50, threshold), rel=0.06, abs=0.1)
+@pytest.mark.parametrize("rule", [rtc_timing, watched_timing])
+def test_rate_of_rtc_is_that_of_the_loop_played_step_by_step(latency, threshold, rule):
+    timing = rule(latency, 30, 50, threshold)
+    played = play_rtc(latency, 50, threshold, watched=rule is watched_timing)
+    assert timing.rate == pytest.approx(played, rel=0.06, abs=0.1)
     assert (timing.stall == 0) == (timing.delay <= threshold and timing.delay <= 25)
 
 
@@ -69,6 +75,17 @@ def test_what_nothing_hides_takes_the_faster_way_and_says_which_fps_would_do():
     assert suggestion.highest_fps == pytest.approx(10)
     assert not suggest(suggestion.highest_fps, 50, 10, 2.0, 2.5).timing.stall
     assert "holds 10 fps at most" in str(suggestion)
+
+
+def test_what_lerobot_holds_worse_is_suggested_to_each_command_as_it_runs():
+    suggestion = suggest(30, 50, 50, latency=1.2, guided_latency=1.2)
+    assert suggestion.kind == "rtc"
+    assert suggestion.timing.rate == pytest.approx(25 / 1.2)
+    assert suggest(30, 50, 50, 1.2, 1.2, rtc_timing).kind == "sync"
+
+
+def test_a_latency_of_a_whole_chunk_is_never_told_to_use_rtc():
+    assert suggest(30, 50, 50, latency=2.5, guided_latency=1.7).kind == "sync"
 
 
 def test_a_policy_without_rtc_is_never_told_to_use_it():
