@@ -9,7 +9,6 @@ time, through `lerobot-pi0 rollout`, with a camera in a process of its own.
 """
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -35,15 +34,12 @@ TASK, FPS, SECONDS = "follow the red block", 30, 65
 LATENCIES = (0.0, 0.1, 0.3, 0.6)  # seconds on top of the policy's own
 LONGEST_DELAY = 20  # steps: 0.6 s, and what the policy itself takes
 STEPS, MORE_STEPS = 1200, 500
-CHUNK, OWN = 50, 0.1  # actions; seconds that the policy itself takes
-# Name: which policy, which of LeRobot's engines, which of `chunking`'s ways. The execution horizon is the
-# whole chunk, of "-2d" twice the delay.
+# Name: which policy, which of LeRobot's engines, which of `chunking`'s ways.
 WAYS = {
     "sync": ("plain", "sync", "naive"),
     "naive": ("plain", "rtc", "naive"),
     "in-tree": ("plain", "rtc", "in-tree"),
     "guided": ("plain", "rtc", "rtc"),
-    "guided-2d": ("plain", "rtc", "rtc"),
     "trained": ("trained", "rtc", "rtc"),
 }
 
@@ -111,7 +107,6 @@ def run() -> str:
 def one(way: str, latency: float, folder: Path) -> dict[str, Any]:
     """Drive the robot, and say how that went."""
     policy, engine, how = WAYS[way]
-    horizon = 2 * math.ceil((latency + OWN) * FPS) if way.endswith("-2d") else CHUNK
     arguments = [
         f"--policy.path={checkpoint(policy)}",
         "--robot.type=simulated_so101",
@@ -125,8 +120,8 @@ def one(way: str, latency: float, folder: Path) -> dict[str, Any]:
         f"--inference.type={engine}",
     ]
     if engine == "rtc":
-        arguments.append(f"--inference.rtc.execution_horizon={horizon}")
-    with late(latency, how, RTCConfig(execution_horizon=horizon)):
+        arguments.append("--inference.rtc.execution_horizon=50")
+    with late(latency, how, RTCConfig(execution_horizon=50)):
         print(f"{way} at {latency} s\n{rollout(parse(arguments), folder)}", file=sys.stderr)
     seen = read_run(folder)
     report, std = make_report(seen), seen.start["std"]
