@@ -231,7 +231,9 @@ def test_what_a_watched_run_holds_is_not_called_better_otherwise(rtc, caplog):
     assert "(20.8 actions per second of 30). Nothing does better: --inference.type=rtc" in caplog.text
 
 
-def test_an_error_that_the_policy_does_not_get_over_in_time_is_told(rtc, monkeypatch):
+@pytest.fixture
+def failing_late(monkeypatch) -> None:
+    """The policy works for a while."""
     predict, asked = Pi0Policy.predict_action_chunk, []
 
     def failing(self, *args, **kwargs):
@@ -241,6 +243,10 @@ def test_an_error_that_the_policy_does_not_get_over_in_time_is_told(rtc, monkeyp
         return predict(self, *args, **kwargs)
 
     monkeypatch.setattr(Pi0Policy, "predict_action_chunk", failing)
+
+
+@pytest.mark.usefixtures("failing_late")
+def test_an_error_that_the_policy_does_not_get_over_in_time_is_told(rtc):
     rtc.duration = 2.5  # five errors of half a second
     assert "the camera melted" in rollout.rollout(rtc)
 
@@ -258,17 +264,9 @@ def test_an_interruption_before_the_first_action_is_told_as_one(rtc, delayed, mo
         rollout.rollout(rtc)
 
 
+@pytest.mark.usefixtures("failing_late")
 def test_a_policy_that_gives_up_is_an_error_with_its_reason(rtc, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "_RTC_ERROR_RETRY_DELAY_S", 0.0)
-    predict, asked = Pi0Policy.predict_action_chunk, []
-
-    def failing(self, *args, **kwargs):
-        asked.append(None)
-        if len(asked) > 12:
-            raise ValueError("the camera melted")
-        return predict(self, *args, **kwargs)
-
-    monkeypatch.setattr(Pi0Policy, "predict_action_chunk", failing)
     rtc.duration = 20  # it gives up before
     with pytest.raises(RuntimeError, match=r"actions were sent: the policy gave up \(.*the camera melted"):
         rollout.rollout(rtc, tmp_path)
