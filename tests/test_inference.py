@@ -251,7 +251,7 @@ for valid in range(1, length + 1, 3):
     actions = sampler.sample(given, noise() * valid, 10)
     torch.testing.assert_close(actions, policy.model.sample(given, noise() * valid, 10), atol=1e-5, rtol=1e-5)
 for delay in (1, 3, 5):
-    given = decided(read_leftover(noise()[:, :, :4], delay, noise(), None))
+    given = decided(read_leftover(noise()[:, :, :4], delay, noise(), None), 5)
     actions = sampler.sample(observation, noise(), 10, given)
     eager = Sampler(policy.model, "fused").sample(observation, noise(), 10, given)
     torch.testing.assert_close(actions, eager, atol=1e-5, rtol=1e-5)
