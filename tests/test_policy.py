@@ -191,9 +191,10 @@ def test_reset_forgets_the_queue(policy):
     assert torch.equal(found, policy.predict_action_chunk(batch(seed=1), noise=noise())[:, 0])
 
 
-def test_queue_and_the_samplers_form_of_the_weights_are_the_only_state(policy):
+def test_queue_last_action_and_the_samplers_form_of_the_weights_are_the_only_state(policy):
     def attributes() -> dict[str, Any]:
-        return {name: v for name, v in vars(policy).items() if name not in ("_action_queue", "_samplers")}
+        state = ("_action_queue", "_last_action", "_samplers")
+        return {name: value for name, value in vars(policy).items() if name not in state}
 
     def of_modules() -> dict[str, set[str]]:
         return {name: set(vars(module)) for name, module in policy.named_modules()}
