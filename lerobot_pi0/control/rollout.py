@@ -2,9 +2,8 @@
 while it does.
 
 What it adds: the robot's joints and cameras are those of the checkpoint, and the flags such as LeRobot can
-run, or nothing moves. How long a chunk
-takes here is measured, and told in what it means for the robot. A run that sent no action, or whose policy
-died, is an error. `--trace` keeps what happened for `lerobot-pi0 trace`.
+run, or nothing moves. How long a chunk takes here is measured, and told in what it means for the robot. A run
+that sent no action, or whose policy died, is an error. `--trace` keeps what happened for `lerobot-pi0 trace`.
 """
 
 import logging

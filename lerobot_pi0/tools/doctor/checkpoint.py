@@ -14,9 +14,9 @@ from torch import Tensor
 from lerobot_pi0.statistics import NEEDED, read_statistics
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
 from lerobot_pi0.tools.doctor.subject import Subject
+from lerobot_pi0.tools.inputs import PIPELINES
 from lerobot_pi0.weights import ADAPTER_CONFIG, Checkpoint
 
-PIPELINES = ("policy_preprocessor.json", "policy_postprocessor.json")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 COPY_AGAIN = (
     "copy the whole folder again (lerobot-train: outputs/…/checkpoints/last/pretrained_model): LeRobot's "
