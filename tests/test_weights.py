@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import PI0Config as NativeConfig
 from transformers import PI0ForConditionalGeneration
 
+from lerobot_pi0.conversion.convert import ConvertConfig, convert
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
+from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.weights import (
     Checkpoint,
     CheckpointError,
@@ -231,6 +233,17 @@ def test_what_transformers_native_writes_to_disk_reads_the_same(native, tmp_path
     native.save_pretrained(tmp_path, max_shard_size=largest_shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) == 1) == (largest_shard == "5GB")
     assert_same(dict(Checkpoint(tmp_path)), from_published(native.state_dict()))
+
+
+def test_transformers_native_converts_into_a_policy_of_ours(native, tmp_path):
+    native.save_pretrained(tmp_path / "native")
+    flags: dict[str, Any] = {"tokenizer": "small", "statistics": False}
+    text = convert(ConvertConfig(str(tmp_path / "native"), tmp_path / "ours", **flags))
+    assert "from transformers' π0" in text
+    policy = Pi0Policy.from_pretrained(tmp_path / "ours")
+    assert (policy.config.chunk_size, policy.config.dtype) == (6, "float32")
+    assert (policy.config.vision, policy.config.vlm, policy.config.expert) == (VISION, VLM, EXPERT)
+    assert_same(policy.model.state_dict(), from_published(native.state_dict()))
 
 
 def random_jax_leaves() -> dict[str, np.ndarray]:
