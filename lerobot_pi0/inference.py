@@ -18,11 +18,11 @@ from torch import Tensor
 from lerobot_pi0.adapters import fold
 from lerobot_pi0.linear import FORMS, Form, Product
 from lerobot_pi0.model import Observation, Pi0
-from lerobot_pi0.model.flow import Velocity, embed_time, integrate, step_times
+from lerobot_pi0.model.flow import embed_time, integrate, step_times
 from lerobot_pi0.model.gemma import Cache, DecoderLayer, Rotation, rotate, rotation
 from lerobot_pi0.model.layers import attend
 from lerobot_pi0.model.siglip import VisionLayer
-from lerobot_pi0.rtc import Decided
+from lerobot_pi0.rtc import Decided, Guidance, guided
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -68,6 +68,15 @@ class Context:
         )
 
 
+def gradient_free[**P, T](method: Callable[P, T]) -> Callable[P, T]:
+    """Compute without gradients, and not in inference mode either, in which LeRobot evaluates.
+
+    No tensor made in that mode can be trained, and fused weights become the network's own; nor does it have
+    the gradients that guidance needs.
+    """
+    return torch.inference_mode(False)(torch.no_grad()(method))
+
+
 class Sampler:
     """Samples chunks of actions from a network, its linear layers in another form.
 
@@ -79,11 +88,12 @@ class Sampler:
     drop what nobody in the batch has: absent cameras, the padding of prompts.
     """
 
-    @torch.no_grad()
+    @gradient_free
     def __init__(
         self, model: Pi0, form: Form, tensors: Mapping[str, Tensor] | None = None, compiled: bool = False
     ):
-        """`compiled`: `sample` runs as one graph, which the first call of each shape compiles."""
+        """`compiled`: `sample` runs as one graph, and so does each guided step. The first call of each shape
+        compiles it."""
         self.model, self.trims = model, form != "fused"
         read = _Reader(model, form, tensors, model.dtype)
         self.vision = [_Vision(model, read, f"vision.layers.{i}") for i in range(len(model.vision.layers))]
@@ -101,36 +111,36 @@ class Sampler:
         self._bias = self._bias + over_action @ read.tensor("action_in_proj.bias").float()
         self._action_mid, self._action_out = read("action_time_mlp_out"), read("action_out_proj")
         self._biases: dict[int, Tensor] = {}
-        mode = "reduce-overhead" if self._bias.is_cuda else None
-        self._graph = torch.compile(self._sample, fullgraph=True, mode=mode) if compiled else self._sample
+        self._graph, self._guided_graph = self._sample, self._guided_velocity
+        if compiled:
+            mode = "reduce-overhead" if self._bias.is_cuda else None
+            self._graph = torch.compile(self._sample, fullgraph=True, mode=mode)
+            # One step: with its gradients, ten are more than one would like to wait for.
+            self._guided_graph = torch.compile(self._guided_velocity, fullgraph=True, mode=mode)
 
-    @torch.no_grad()
+    @gradient_free
     def context(self, observation: Observation, num_actions: int) -> Context:
         """What all chunks from an observation share."""
         return self._context(observation.trimmed() if self.trims else observation, num_actions)
 
-    @torch.no_grad()
+    @gradient_free
     def actions(
         self, context: Context, noise: Float[Tensor, "b a e"], num_steps: int
     ) -> Float[Tensor, "b a e"]:
         """A chunk of normalised actions, by Euler steps from noise."""
         return self._actions(context, noise, self._step_biases(num_steps))
 
-    @torch.no_grad()
-    def transformed_actions(
-        self,
-        context: Context,
-        noise: Float[Tensor, "b a e"],
-        num_steps: int,
-        transform: Callable[[Velocity], Velocity],
+    @gradient_free
+    def guided_actions(
+        self, context: Context, noise: Float[Tensor, "b a e"], num_steps: int, guidance: Guidance
     ) -> Float[Tensor, "b a e"]:
-        """A chunk along another velocity, made of the network's own. That one has gradients: it is computed
-        by the network, not in this sampler's form."""
+        """A chunk along the guided velocity. That one needs gradients: it is computed by the network itself,
+        not in this sampler's form."""
         cache = context.cache(noise.shape[1])
-        velocity = transform(lambda x, time: self.model.velocity(cache, x, time))
-        return integrate(velocity, noise.float(), num_steps)
+        x = noise.to(torch.float32, copy=True)  # not one of inference mode
+        return integrate(lambda x, time: self._guided_graph(cache, x, time, guidance), x, num_steps)
 
-    @torch.no_grad()
+    @gradient_free
     def sample(
         self,
         observation: Observation,
@@ -151,6 +161,11 @@ class Sampler:
         decided: Decided | None,
     ) -> Float[Tensor, "b a e"]:
         return self._actions(self._context(observation, noise.shape[1]), noise, biases, decided)
+
+    def _guided_velocity(
+        self, cache: Cache, x: Float[Tensor, "b a e"], time: Float[Tensor, " b"], guidance: Guidance
+    ) -> Float[Tensor, "b a e"]:
+        return guided(lambda x, time: self.model.velocity(cache, x, time), guidance)(x, time)
 
     def _step_biases(self, num_steps: int, decided: Decided | None = None) -> Float[Tensor, "n _ w"]:
         """What the time of each step adds to the embedding of the actions, whose time is 0 where decided."""

@@ -503,9 +503,9 @@ class Pi0Policy(PreTrainedPolicy):
                 return sampler.sample(observation, noise, steps)
             if learnt := self.config.rtc_training_max_delay:
                 return sampler.sample(observation, noise, steps, decided(leftover, learnt))
-            bend = guidance(leftover, rtc.prefix_attention_schedule.value, horizon, rtc.max_guidance_weight)
+            by = guidance(leftover, rtc.prefix_attention_schedule.value, horizon, rtc.max_guidance_weight)
             context = sampler.context(observation, self.config.chunk_size)
-            return sampler.transformed_actions(context, noise, steps, bend)
+            return sampler.guided_actions(context, noise, steps, by)
 
     def _finished(self, actions: Tensor, anchor: Tensor | None, leftover: Leftover | None = None) -> Tensor:
         """What leaves the policy, of what the network gave: absolute, numbers, within the guard's limits.

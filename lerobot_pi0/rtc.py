@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -85,43 +84,47 @@ def prefix_weights(delay: int, end: int, chunk_size: int, schedule: Schedule) ->
     return torch.where(step < end, weights, torch.zeros_like(step))
 
 
-def guided(
-    velocity: Velocity,
-    target: Float[Tensor, "b a e"],
-    weights: Float[Tensor, "a e"],
-    max_weight: float,
-) -> Velocity:
-    """The velocity, bent so that it ends near `target` where `weights` say so (paper, eq. 2 to 4).
+@dataclass(frozen=True)
+class Guidance:
+    """Where the velocity is bent to: near `target`, where `weights` say so.
+
+    `max_weight` bounds the correction near noise.
+    """
+
+    target: Float[Tensor, "b a e"]
+    weights: Float[Tensor, "a e"]
+    max_weight: float
+
+
+def guidance(leftover: Leftover, schedule: Schedule, execution_horizon: int, max_weight: float) -> Guidance:
+    """Guidance towards a leftover, over the first `execution_horizon` steps of it."""
+    steps, end = len(leftover.known), min(execution_horizon, leftover.length)
+    weights = prefix_weights(leftover.delay, end, steps, schedule).to(leftover.known.device)
+    return Guidance(leftover.actions, weights[:, None] * leftover.known, max_weight)
+
+
+def guided(velocity: Velocity, by: Guidance) -> Velocity:
+    """The velocity, bent so that it ends where it is guided to (paper, eq. 2 to 4).
 
     The correction is the error of the actions that the velocity leads to, taken back through the network: a
-    vector-Jacobian product, whose graph lives for one step. `max_weight` bounds it near noise.
+    vector-Jacobian product, whose graph lives for one step.
     """
 
     def bent(x: Float[Tensor, "b a e"], time: Float[Tensor, " b"]) -> Float[Tensor, "b a e"]:
         t = time[:, None, None]
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
+
+        def denoised(x: Tensor) -> tuple[Tensor, Tensor]:
             v = velocity(x, time)
-            actions = x - t * v
-            error = (target - actions).detach() * weights
-            (correction,) = torch.autograd.grad(actions, x, error)
+            return x - t * v, v
+
+        # Not `autograd.grad`: with this one the step can be compiled as one graph, and weights are constants.
+        actions, back, v = torch.func.vjp(denoised, x, has_aux=True)  # pyrefly: ignore[bad-unpacking]
+        (correction,) = back((by.target - actions) * by.weights)
         # (1 - τ) / (τ r²) with τ = 1 - t and r² = t² / (t² + (1 - t)²); infinite at t = 1.
-        weight = ((t**2 + (1 - t) ** 2) / (t * (1 - t))).clamp(max=max_weight)
-        return v.detach() - weight * correction
+        weight = ((t**2 + (1 - t) ** 2) / (t * (1 - t))).clamp(max=by.max_weight)
+        return v - weight * correction
 
     return bent
-
-
-def guidance(
-    leftover: Leftover, schedule: Schedule, execution_horizon: int, max_weight: float
-) -> Callable[[Velocity], Velocity]:
-    """`guided` towards a leftover, over the first `execution_horizon` steps of it."""
-    steps, end = len(leftover.known), min(execution_horizon, leftover.length)
-    weights = (
-        prefix_weights(leftover.delay, end, steps, schedule).to(leftover.known.device)[:, None]
-        * leftover.known
-    )
-    return lambda velocity: guided(velocity, leftover.actions, weights, max_weight)
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from tiny_policy import batch, noise, tiny_policy
 from lerobot_pi0.inference import Sampler
-from lerobot_pi0.rtc import decided, read_leftover
+from lerobot_pi0.rtc import decided, guidance, read_leftover
 
 graphs = []
 
@@ -255,9 +255,17 @@ for delay in (1, 3, 5):
     actions = sampler.sample(observation, noise(), 10, given)
     eager = Sampler(policy.model, "fused").sample(observation, noise(), 10, given)
     torch.testing.assert_close(actions, eager, atol=1e-5, rtol=1e-5)
-graph, _ = graphs  # one for all prompts and states of a padded length, one for all delays
-operations = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
-assert len(operations) > 500, len(operations)
+for valid, delay in ((2, 1), (length, 3), (5, 5)):
+    given = replace(observation, token_mask=torch.arange(length).expand(2, -1) < valid)
+    by = guidance(read_leftover(noise()[:, : delay + 1, :4], delay, noise(), None), "LINEAR", 6, 10.0)
+    eager = Sampler(policy.model, "fused")
+    chunks = (made.guided_actions(made.context(given, 6), noise(), 10, by) for made in (sampler, eager))
+    torch.testing.assert_close(*chunks, atol=1e-4, rtol=1e-4)
+# One for all prompts and states of a padded length, one for all delays, one for all steps of guidance.
+graph, _, step = graphs
+nodes = [*graph.graph.nodes, *step.graph.nodes]
+operations = [str(node.target) for node in nodes if node.op == "call_function"]
+assert len(operations) > 600, len(operations)
 waits = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "device_put", "lift_fresh_copy")
 assert not [name for name in operations if any(f".{wait}." in f".{name}." for wait in waits)], operations
 """
@@ -312,6 +320,20 @@ def test_chunk_after_the_weights_have_changed_is_that_of_the_new_ones(change):
     assert not torch.allclose(after, before)
     given = policy.observation(batch())
     close(after, policy.model.sample(given, noise(), STEPS)[..., :4])
+
+
+@pytest.mark.parametrize("form", ["fused", "packed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_goes_on_after_an_evaluation_in_inference_mode(form, dtype, monkeypatch):
+    """As LeRobot evaluates during training: a tensor of that mode cannot be trained."""
+    policy = tiny_policy(dtype=dtype)
+    monkeypatch.setattr(policy, "_form", lambda: form)
+    with torch.inference_mode():
+        policy.eval().select_action(batch())
+    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=1e-2)
+    policy.train()(batch())[0].backward()
+    optimizer.step()
+    assert not any(parameter.is_inference() for parameter in policy.parameters())
 
 
 def test_training_gives_back_what_sampling_kept():

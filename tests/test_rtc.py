@@ -14,6 +14,7 @@ from tiny_policy import ACTION, CHUNK, batch, first, noise, tiny_config, tiny_po
 from lerobot_pi0.configuration_pi0 import Anchor
 from lerobot_pi0.model.flow import integrate
 from lerobot_pi0.rtc import (
+    Guidance,
     decided_times,
     guided,
     prefix_weights,
@@ -75,7 +76,8 @@ def test_guidance_is_the_papers_by_a_dense_jacobian():
         ratio = torch.tensor((1 - tau) ** 2 / (tau**2 + (1 - tau) ** 2))
         scale = min(bound, (1 - tau) / (tau * ratio)) if tau else bound
         paper = -policy.model.velocity(context, x, time) + scale * (error @ jacobian).view_as(x)
-        ours = guided(lambda x, t: policy.model.velocity(context, x, t), target, weights, bound)(x, time)
+        by = Guidance(target, weights, bound)
+        ours = guided(lambda x, t: policy.model.velocity(context, x, t), by)(x, time)
         assert torch.allclose(-ours, paper, atol=2e-5)
         # LeRobot 0.6.1 takes the identity for the Jacobian, which is another direction.
         without = paper + scale * (error - error @ jacobian).view_as(x)
@@ -94,6 +96,16 @@ def test_guided_chunk_goes_on_where_the_last_one_is(policy, observation):
     assert not torch.equal(held, free)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
+def test_a_chunk_is_guided_in_inference_mode_too(dtype, tolerance, observation):
+    policy = with_rtc(tiny_policy(dtype=dtype))
+    given = {"noise": noise(1), "inference_delay": 2, "prev_chunk_left_over": leftover()}
+    chunk = policy.predict_action_chunk(observation, **given)
+    with torch.inference_mode():
+        again = policy.predict_action_chunk(observation, **given)
+    assert torch.allclose(again, chunk, atol=tolerance)
+
+
 def test_a_leftover_guides_also_when_there_is_no_delay(policy, observation):
     free = policy.predict_action_chunk(observation, noise=noise(1))
     given = {"noise": noise(1), "inference_delay": 0, "prev_chunk_left_over": leftover()}
@@ -110,8 +122,9 @@ def test_no_graph_outlives_a_step(policy, observation):
         alive.append(weakref.ref(v))
         return v
 
-    weights = torch.ones(CHUNK, PADDED)
-    chunk = integrate(guided(velocity, torch.zeros(1, CHUNK, PADDED), weights, 5.0), noise(1), 4)
+    by = Guidance(torch.zeros(1, CHUNK, PADDED), torch.ones(CHUNK, PADDED), 5.0)
+    with torch.no_grad():
+        chunk = integrate(guided(velocity, by), noise(1), 4)
     assert not chunk.requires_grad
     assert all(parameter.grad is None for parameter in policy.parameters())
 

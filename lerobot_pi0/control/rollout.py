@@ -12,6 +12,7 @@ import sys
 import traceback
 from argparse import ArgumentError
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Event
 from typing import Any, cast
@@ -33,7 +34,7 @@ from lerobot.utils.visualization_utils import init_visualization, shutdown_visua
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.control.joints import check_joints
-from lerobot_pi0.control.latency import Latencies, measure, quantile, suggestion_for
+from lerobot_pi0.control.latency import Latencies, beside_the_loop, measure, quantile, suggestion_for
 from lerobot_pi0.control.pace import pace
 from lerobot_pi0.control.trace import Trace, new_policy_trace
 from lerobot_pi0.control.watch import Watch, complaints, timing
@@ -125,7 +126,10 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
             init_visualization(
                 cfg.display_mode, session_name="rollout", ip=cfg.display_ip, port=cfg.display_port
             )
-        with complaints("lerobot.rollout.inference.rtc") as complaint:
+        with (
+            complaints("lerobot.rollout.inference.rtc") as complaint,
+            beside_the_loop() if cfg.inference.type == "rtc" else nullcontext(),
+        ):
             try:
                 strategy.setup(ctx)
                 strategy.run(ctx)

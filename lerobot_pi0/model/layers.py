@@ -25,7 +25,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*s i"]) -> Float[Tensor, "*s o"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.weight.dtype != x.dtype and self.weight.requires_grad and torch.is_grad_enabled():
+        if self.training and self.weight.requires_grad and self.weight.dtype != x.dtype:
             y = _CastingProduct.apply(x, self.weight)
             return y if bias is None else y + bias
         return F.linear(x, self.weight.to(x.dtype), bias)
