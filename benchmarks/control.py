@@ -31,7 +31,9 @@ from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 ROOT = Path("outputs", "control")
 TASK, FPS, SECONDS = "follow the red block", 30, 65
-LATENCIES = (0.0, 0.1, 0.3, 0.6)  # seconds on top of the policy's own
+# Seconds on top of the policy's own, and the execution horizon that `lerobot-pi0 latency` suggests for both:
+# twice the delay.
+LATENCIES = {0.0: 10, 0.1: 16, 0.3: 28, 0.6: 46}
 LONGEST_DELAY = 20  # steps: 0.6 s, and what the policy itself takes
 STEPS, MORE_STEPS = 1200, 500
 # Name: which policy, which of LeRobot's engines, which of `chunking`'s ways.
@@ -120,8 +122,8 @@ def one(way: str, latency: float, folder: Path) -> dict[str, Any]:
         f"--inference.type={engine}",
     ]
     if engine == "rtc":
-        arguments.append("--inference.rtc.execution_horizon=50")
-    with late(latency, how, RTCConfig(execution_horizon=50)):
+        arguments.append(f"--inference.rtc.execution_horizon={LATENCIES[latency]}")
+    with late(latency, how, RTCConfig(execution_horizon=LATENCIES[latency])):
         print(f"{way} at {latency} s\n{rollout(parse(arguments), folder)}", file=sys.stderr)
     seen = read_run(folder)
     report, std = make_report(seen), seen.start["std"]

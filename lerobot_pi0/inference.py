@@ -7,13 +7,15 @@ values go into one buffer with room for the actions, which every denoising step 
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lerobot_pi0.adapters import fold
 from lerobot_pi0.linear import FORMS, Form, Product
@@ -77,6 +79,24 @@ def gradient_free[**P, T](method: Callable[P, T]) -> Callable[P, T]:
     return torch.inference_mode(False)(torch.no_grad()(method))
 
 
+def in_any_thread[**P, T](graph: Callable[P, T]) -> Callable[P, T]:
+    """A compiled function that any thread may call, one after the other.
+
+    torch has its CUDA graphs in storage of the one thread that has imported them, and fails in others
+    (pytorch#123177): real-time chunking and servers run the policy in threads of their own.
+    """
+    from torch._inductor.cudagraph_trees import local
+
+    own = {"tree_manager_containers": {}, "tree_manager_locks": defaultdict(threading.Lock), **vars(local)}
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        for name, value in own.items():
+            vars(local).setdefault(name, value)
+        return graph(*args, **kwargs)
+
+    return call
+
+
 class Sampler:
     """Samples chunks of actions from a network, its linear layers in another form.
 
@@ -106,7 +126,8 @@ class Sampler:
         # with (actions' size, width), and a bias for each time. In float32, as in the network.
         read = _Reader(model, "packed" if self.trims else form, tensors, torch.float32)
         over_action, self._over_time = read.tensor("action_time_mlp_in.weight").float().chunk(2, dim=1)
-        self._action_in = over_action @ read.tensor("action_in_proj.weight").float()
+        action_in = over_action @ read.tensor("action_in_proj.weight").float()
+        self._action_in = nn.Parameter(action_in, requires_grad=False)  # why: see `Fused`
         self._bias = read.tensor("action_time_mlp_in.bias").float()
         self._bias = self._bias + over_action @ read.tensor("action_in_proj.bias").float()
         self._action_mid, self._action_out = read("action_time_mlp_out"), read("action_out_proj")
@@ -114,9 +135,10 @@ class Sampler:
         self._graph, self._guided_graph = self._sample, self._guided_velocity
         if compiled:
             mode = "reduce-overhead" if self._bias.is_cuda else None
-            self._graph = torch.compile(self._sample, fullgraph=True, mode=mode)
+            self._graph = in_any_thread(torch.compile(self._sample, fullgraph=True, mode=mode))
             # One step: with its gradients, ten are more than one would like to wait for.
-            self._guided_graph = torch.compile(self._guided_velocity, fullgraph=True, mode=mode)
+            guided_graph = torch.compile(self._guided_velocity, fullgraph=True, mode=mode)
+            self._guided_graph = in_any_thread(guided_graph)
 
     @gradient_free
     def context(self, observation: Observation, num_actions: int) -> Context:

@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 type Form = Literal["fused", "packed", "int8"]
 
@@ -45,11 +45,13 @@ class Product(Protocol):
 class Fused:
     """torch's own product over weights side by side: what `torch.compile` and a GPU want.
 
-    The tensors that it is given become parts of it, so that a GPU holds nothing twice.
+    The tensors that it is given become parts of it, so that a GPU holds nothing twice. They are parameters:
+    a CUDA graph reads these where they are, and copies any other tensor to a place of its own in every call.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()):
-        self.weight, self.bias = _side_by_side(weights), _side_by_side(biases) if biases else None
+        self.weight = nn.Parameter(_side_by_side(weights), requires_grad=False)
+        self.bias = nn.Parameter(_side_by_side(biases), requires_grad=False) if biases else None
         if len(weights) > 1:
             parts = self.weight.split([len(weight) for weight in weights])
             for weight, part in zip(weights, parts, strict=True):

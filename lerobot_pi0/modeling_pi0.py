@@ -316,6 +316,7 @@ class Pi0Policy(PreTrainedPolicy):
         rtc = self.config.rtc_config or RTCConfig()
         if prev_chunk_left_over is not None and prev_chunk_left_over.numel() and rtc.enabled:
             leftover = read_leftover(prev_chunk_left_over, delay, noise, anchor)
+            self._is_warm = True
         horizon = execution_horizon or rtc.execution_horizon
         if leftover is not None and delay > horizon:
             tell_of_horizon(delay, horizon, min(2 * delay, self.config.chunk_size))
@@ -370,7 +371,7 @@ class Pi0Policy(PreTrainedPolicy):
 
     def init_rtc_processor(self) -> None:
         """Called by LeRobot when it has set `config.rtc_config`, which is all that there is to know."""
-        rtc, self._is_warm = self.config.rtc_config, False
+        rtc = self.config.rtc_config
         if rtc is not None and rtc.execution_horizon > self.config.chunk_size:
             raise ValueError(
                 f"--inference.rtc.execution_horizon={rtc.execution_horizon} is more than the chunk has "
@@ -497,6 +498,8 @@ class Pi0Policy(PreTrainedPolicy):
         self, observation: Observation, noise: Tensor, leftover: Leftover | None, rtc: RTCConfig, horizon: int
     ) -> Tensor:
         """A chunk as the network gives it, which goes on from the leftover if there is one."""
+        if self.config.compile:  # one graph for all prompts
+            observation = observation.padded(self.config.tokenizer_max_length)
         with torch.autocast(noise.device.type, enabled=False):
             sampler, steps = self._sampler(), self.config.num_inference_steps
             if leftover is None:

@@ -4,20 +4,34 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lerobot.configs import PreTrainedConfig
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from peft import LoraConfig, get_peft_model
-from tiny_policy import CHUNK, batch, first, noise, statistics, tiny_config, tiny_network, tiny_policy
+from tiny_policy import (
+    ACTION,
+    CHUNK,
+    batch,
+    first,
+    noise,
+    raw_batch,
+    statistics,
+    tiny_config,
+    tiny_network,
+    tiny_policy,
+)
 from torch import Tensor
 
 from lerobot_pi0 import Pi0Policy, inference
-from lerobot_pi0.inference import Sampler
+from lerobot_pi0.inference import Sampler, in_any_thread
 from lerobot_pi0.linear import Form, Int8, Packed
 from lerobot_pi0.model import Observation, Pi0
+from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 
 STEPS = 10
 EXACT: tuple[Form, ...] = ("fused", "packed")
@@ -228,10 +242,12 @@ from tiny_policy import batch, noise, tiny_policy
 from lerobot_pi0.inference import Sampler
 from lerobot_pi0.rtc import decided, guidance, read_leftover
 
-graphs = []
+graphs, copied = [], []
 
-def keep(graph, _):
+def keep(graph, inputs):
     graphs.append(graph)
+    in_place = set(torch._guards.TracingContext.get().fw_metadata.static_input_indices)
+    copied.extend(shape for i, given in enumerate(inputs) if i not in in_place and (shape := given.shape))
     return graph.forward
 
 compile = torch.compile
@@ -266,6 +282,8 @@ graph, _, step = graphs
 nodes = [*graph.graph.nodes, *step.graph.nodes]
 operations = [str(node.target) for node in nodes if node.op == "call_function"]
 assert len(operations) > 600, len(operations)
+# A CUDA graph copies what it is given, but no weights.
+assert len(copied) > 10 and not [shape for shape in copied if len(shape) == 2 and shape[0] > 6], copied
 waits = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "device_put", "lift_fresh_copy")
 assert not [name for name in operations if any(f".{wait}." in f".{name}." for wait in waits)], operations
 """
@@ -290,7 +308,54 @@ def test_actions_of_a_graph_do_not_change_with_the_next_ones(model, observation,
     assert torch.equal(one, -two)
 
 
+def test_a_graph_may_be_called_in_any_thread():
+    """Neither the thread that has imported torch's CUDA graphs nor the one that has compiled."""
+    from torch._inductor import cudagraph_trees as torchs
+
+    def graph() -> object:
+        return torchs.get_obj(torchs.local, "tree_manager_containers")
+
+    made = in_any_thread(graph)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        with pytest.raises(AssertionError):
+            one.submit(graph).result()
+        assert made() is one.submit(made).result() is other.submit(made).result()
+        made_there = one.submit(in_any_thread, graph).result()
+        assert made_there() is one.submit(made_there).result()
+
+
 # In the policy.
+
+
+def test_prompts_of_all_lengths_have_one_graph_which_the_warm_up_compiles(monkeypatch):
+    shapes = set()
+
+    def keep_shapes(function, **_):
+        def graph(given, *rest):
+            mask = given.token_mask if isinstance(given, Observation) else given.mask
+            shapes.add((function.__name__, mask.shape))
+            return function(given, *rest)
+
+        return graph
+
+    monkeypatch.setattr(torch, "compile", keep_shapes)
+    compiled, eager = tiny_policy(compile=True), tiny_policy()
+    for policy in (compiled, eager):
+        policy.config.rtc_config = RTCConfig(execution_horizon=CHUNK)
+        policy.init_rtc_processor()
+    compiled.reset()
+    warm = set(shapes)
+    assert {name for name, _ in warm} == {"_sample", "_guided_velocity"}
+    preprocess, _ = make_lerobot_pi0_pre_post_processors(tiny_config(), statistics())
+    left: dict[str, Any] = {"inference_delay": 1, "prev_chunk_left_over": torch.ones(CHUNK, ACTION)}
+    for task in ("push", "open the door, and then close all the drawers one after the other"):
+        given = preprocess(raw_batch(1) | {"task": [task]})
+        for rest in (dict[str, Any](), left):
+            chunks = (
+                policy.predict_action_chunk(given, noise=noise(1), **rest) for policy in (compiled, eager)
+            )
+            torch.testing.assert_close(*chunks, atol=1e-4, rtol=1e-4)
+    assert shapes == warm
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,11 @@ class Observation:
     tokens: Int[Tensor, "b l"]
     token_mask: Bool[Tensor, "b l"]
     state: Float[Tensor, "b e"]  # normalised, padded with zeros
+
+    def padded(self, length: int) -> Observation:
+        """With prompts of that length."""
+        end = (0, length - self.tokens.shape[1])
+        return replace(self, tokens=F.pad(self.tokens, end), token_mask=F.pad(self.token_mask, end))
 
     def trimmed(self) -> Observation:
         """Without the cameras and the ends of prompts that nobody in the batch has (waits for a GPU)."""
