@@ -6,11 +6,13 @@ import logging
 import re
 import shlex
 import sys
+import threading
 import time
 
 import lerobot.rollout.context as context
 import lerobot.rollout.inference.rtc as engine
 import pytest
+import torch
 from lerobot.rollout import RolloutConfig
 from tiny_robot import ACTIONS, Arm, save_checkpoint
 
@@ -146,6 +148,28 @@ def test_real_time_chunking_leaves_its_three_delays(rtc, tmp_path, delayed):
         for chunk in chunks
     ]
     assert [chunk["consumed"] for chunk in chunks] == pytest.approx(meanwhile, abs=1)
+
+
+@pytest.mark.parametrize(("said", "wanted"), [(None, 1), ("2", 2)])
+def test_chunks_beside_the_loop_leave_it_a_core(rtc, monkeypatch, said, wanted):
+    before, predict, seen = torch.get_num_threads(), Pi0Policy.predict_action_chunk, set()
+
+    def watched(self, *args, **kwargs):
+        if threading.current_thread() is not threading.main_thread():
+            seen.add(torch.get_num_threads())
+        return predict(self, *args, **kwargs)
+
+    monkeypatch.setattr(Pi0Policy, "predict_action_chunk", watched)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    torch.set_num_threads(2)
+    try:
+        rollout.rollout(rtc)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {wanted}
 
 
 def test_one_slow_chunk_is_not_the_delay_of_all_that_follow(rtc, tmp_path, delayed, monkeypatch):
