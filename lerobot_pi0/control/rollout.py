@@ -170,6 +170,11 @@ def check_flags(cfg: RolloutConfig) -> None:
                 f"LeRobot wants names of recorded rollouts to begin with rollout_, and "
                 f"'{cfg.dataset.repo_id}' does not: --dataset.repo_id={user}{slash}rollout_{name}"
             )
+        if cfg.dataset.root is not None and Path(cfg.dataset.root).exists():
+            raise ValueError(
+                f"there is something in {cfg.dataset.root} already: record to another --dataset.root, or go "
+                "on with the dataset in it, --resume=true"
+            )
 
 
 def check_robot(cfg: RolloutConfig, config: Pi0Config) -> None:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_robot import save_checkpoint
 
 from lerobot_pi0.control import latency
@@ -65,6 +66,19 @@ def test_fewer_euler_steps_are_fewer_steps(checkpoint, monkeypatch):
     text = main(LatencyConfig(ControlPolicyFlags(str(checkpoint), num_inference_steps=3), repeats=1))
     assert seen == {3}
     assert "3 Euler steps" in text
+
+
+@pytest.mark.parametrize("how", ["compile", "int8"])
+def test_a_policy_is_measured_as_it_is_asked_to_run(checkpoint, monkeypatch, how):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda graph, **_: compiled.append(graph) or graph)
+    flags = ControlPolicyFlags(str(checkpoint), device="cpu")
+    setattr(flags, how, True)
+    text = main(LatencyConfig(flags, repeats=1))
+    assert ("compiled" if how == "compile" else "8-bit integers") in text
+    assert bool(compiled) == (how == "compile")
+    assert ("\ndenoise " in text) == (how == "int8")  # of one graph there are no stages
+    assert "\nguided " in text
 
 
 def test_where_lerobots_own_command_runs_otherwise_both_are_told(checkpoint, monkeypatch):

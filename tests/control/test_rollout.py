@@ -8,12 +8,15 @@ import shlex
 import sys
 import threading
 import time
+from dataclasses import asdict
 
 import lerobot.rollout.context as context
 import lerobot.rollout.inference.rtc as engine
 import pytest
 import torch
+from lerobot.configs.default import PeftConfig
 from lerobot.rollout import RolloutConfig
+from tiny_policy import statistics
 from tiny_robot import ACTIONS, Arm, save_checkpoint
 
 from lerobot_pi0 import cli
@@ -22,6 +25,7 @@ from lerobot_pi0.control.latency import Latencies
 from lerobot_pi0.control.trace import read_trace
 from lerobot_pi0.control.trace_report import make_report, read_run
 from lerobot_pi0.modeling_pi0 import Pi0Policy
+from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 
 pytestmark = pytest.mark.slow
 
@@ -110,6 +114,19 @@ def test_a_run_leaves_each_action_with_its_chunk_and_step(sync, tmp_path, arms):
     # In robot units: the chunk's first action is the one that was sent.
     first = next(event for event in read_trace(tmp_path / "run") if event["event"] == "inference")
     assert first["actions"][0] == pytest.approx([*actions[0]["values"].values()], abs=1e-4)
+
+
+@pytest.mark.parametrize("engine", [[], RTC], ids=["sync", "rtc"])
+def test_adapters_drive_a_robot_as_a_checkpoint_does(flags, tmp_path, arms, engine):
+    base = save_checkpoint(tmp_path / "base", chunk_size=50, n_action_steps=8)
+    wrapped = Pi0Policy.from_pretrained(base).wrap_with_peft(peft_cli_overrides=asdict(PeftConfig()))
+    adapters = tmp_path / "adapters"
+    wrapped.save_pretrained(adapters)
+    wrapped.config.save_pretrained(adapters)
+    for pipeline in make_lerobot_pi0_pre_post_processors(wrapped.config, statistics()):
+        pipeline.save_pretrained(adapters)
+    rollout.main([f"--policy.path={adapters}", *flags[1:], *engine])
+    assert arms[0].sent
 
 
 def test_the_way_back_to_where_the_robot_was_is_not_the_policys(sync, tmp_path, arms):
@@ -322,14 +339,17 @@ def test_a_trace_is_not_written_over_another(sync, tmp_path, arms):
         ("--fps=inf", "--fps must be"),
         ("--interpolation_multiplier=0", "--interpolation_multiplier must be"),
         ("--dataset.repo_id=me/foo", "--dataset.repo_id=me/rollout_foo"),
+        ("--dataset.root=.", "--dataset.root, or go on with the dataset in it, --resume=true"),
     ],
 )
 def test_flags_that_lerobot_trips_over_later_are_refused_before_the_robot_is_connected(
     flags, flag, said, arms
 ):
-    recording = ["--strategy.type=episodic"] if flag.startswith("--dataset") else []
+    recording = ["--strategy.type=episodic", "--dataset.repo_id=me/rollout_wave"]
+    if flag.startswith("--dataset"):
+        flags = [*flags, *recording]
     with pytest.raises(ValueError, match=re.escape(said)):
-        rollout.main([*flags, *recording, flag])
+        rollout.main([*flags, flag])
     assert not arms
 
 
