@@ -250,6 +250,19 @@ class Pi0Config(PreTrainedConfig):
             decay_factor=self.scheduler_decay_lr / self.optimizer_lr,
         )
 
+    # No field: a run's, not the policy's.
+    lerobot_warms_up = False
+
+    @property
+    def compile_model(self) -> bool:
+        """LeRobot's name for `compile`, which lerobot-rollout sets to its own --use_torch_compile. It then
+        warms up by itself."""
+        return self.compile
+
+    @compile_model.setter
+    def compile_model(self, value: bool) -> None:
+        self.compile, self.lerobot_warms_up = self.compile or value, value
+
     @property
     def observation_delta_indices(self) -> None:
         return None

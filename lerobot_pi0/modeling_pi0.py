@@ -284,6 +284,7 @@ class Pi0Policy(PreTrainedPolicy):
         per_sample = (losses.mean(-1) * valid).sum(1) / valid.sum(1).clamp(min=1)
         return (per_sample if reduction == "none" else per_sample.mean()), self._figures(losses, valid)
 
+    @torch.compiler.disable  # by LeRobot's --use_torch_compile: what can be one graph is in the sampler
     @torch.no_grad()
     def predict_action_chunk(  # pyrefly: ignore[bad-override]  # the base hides its keywords in **kwargs
         self,
@@ -316,7 +317,7 @@ class Pi0Policy(PreTrainedPolicy):
         rtc = self.config.rtc_config or RTCConfig()
         if prev_chunk_left_over is not None and prev_chunk_left_over.numel() and rtc.enabled:
             leftover = read_leftover(prev_chunk_left_over, delay, noise, anchor)
-            self._is_warm = True
+            self._is_warm = self._is_warm or leftover is not None
         horizon = execution_horizon or rtc.execution_horizon
         if leftover is not None and delay > horizon:
             tell_of_horizon(delay, horizon, min(2 * delay, self.config.chunk_size))
@@ -362,8 +363,15 @@ class Pi0Policy(PreTrainedPolicy):
         """
         self._action_queue: deque[Tensor] = deque()
         self._last_action: Tensor | None = None
-        if self.config.rtc_config is not None and self.config.rtc_config.enabled and not self._is_warm:
-            self._warm_up(self.config.rtc_config)
+        rtc = self.config.rtc_config
+        if rtc is None or not rtc.enabled or self._is_warm:
+            return
+        if self.config.lerobot_warms_up:
+            # It waits for two slow chunks: of a fast one the queue is full, and nobody asks for another. What
+            # they leave cold is for the reset after them.
+            self.config.lerobot_warms_up = False
+            return
+        self._warm_up(rtc)
 
     def supports_rtc(self) -> bool:
         """`predict_action_chunk` does real-time chunking (asked by lerobot-rollout)."""

@@ -128,7 +128,7 @@ def measure(
         for _ in range(repeats):  # in turns: what else the machine does is the same for all
             timed("chunk", chunk)
             if left is not None:
-                with beside_the_loop():
+                with beside_the_loop(config):
                     timed("guided", chunk, **left)
             if stages:
                 batch = timed("prepare", prepare)
@@ -143,20 +143,22 @@ def measure(
 
 
 @contextmanager
-def beside_the_loop() -> Iterator[None]:
-    """Meanwhile torch's products leave one core to the control loop and the cameras, unless OMP_NUM_THREADS
-    says how many threads they may have.
+def beside_the_loop(config: Pi0Config) -> Iterator[None]:
+    """Meanwhile the products of a policy on a CPU leave one core to the control loop and the cameras, unless
+    OMP_NUM_THREADS says how many threads they may have.
 
     With all of them, each product waits for the thread whose core is taken: on two cores, chunks that are
-    made beside a loop take twice as long. On a GPU it makes no difference.
+    made beside a loop take twice as long. A compiled policy is left alone: its graphs are for a number of
+    threads, and would be compiled again.
     """
     threads = torch.get_num_threads()
-    if "OMP_NUM_THREADS" not in os.environ:
+    if config.device == "cpu" and not config.compile and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(threads - 1, 1))
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def suggestion_for(

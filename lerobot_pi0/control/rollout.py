@@ -99,6 +99,8 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
         )
     check_flags(cfg)
     check_robot(cfg, config)
+    # LeRobot's flag is ours. Its warm-up, which throws chunks away, has nothing to do after our measurement.
+    config.compile, cfg.use_torch_compile = config.compile or cfg.use_torch_compile, False
     file = None if folder is None else new_policy_trace(folder)
     init_logging()
     signals = ProcessSignalHandler(use_threads=True, display_pid=False)
@@ -128,7 +130,7 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
             )
         with (
             complaints("lerobot.rollout.inference.rtc") as complaint,
-            beside_the_loop() if cfg.inference.type == "rtc" else nullcontext(),
+            beside_the_loop(config) if cfg.inference.type == "rtc" else nullcontext(),
         ):
             try:
                 strategy.setup(ctx)

@@ -15,7 +15,7 @@ import lerobot.rollout.inference.rtc as engine
 import pytest
 import torch
 from lerobot.configs.default import PeftConfig
-from lerobot.rollout import RolloutConfig
+from lerobot.rollout import RolloutConfig, create_strategy
 from tiny_policy import statistics
 from tiny_robot import ACTIONS, Arm, save_checkpoint
 
@@ -165,6 +165,37 @@ def test_real_time_chunking_leaves_its_three_delays(rtc, tmp_path, delayed):
         for chunk in chunks
     ]
     assert [chunk["consumed"] for chunk in chunks] == pytest.approx(meanwhile, abs=1)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_lerobots_flag_to_compile_compiles_and_the_robot_moves(flags, arms, monkeypatch, ours):
+    """Its warm-up waits until a second chunk is asked for: after a fast first one, for ever."""
+    compiled, compile = [], torch.compile
+
+    def slow_at_first(function, **settings):
+        if "fullgraph" not in settings:  # LeRobot's own, around the policy
+            return compile(function, **settings)
+        compiled.append(function.__name__)
+        waits = iter([2.6])  # more than a chunk takes
+
+        def graph(*args):
+            time.sleep(next(waits, 0))
+            return function(*args)
+
+        return graph
+
+    monkeypatch.setattr(torch, "compile", slow_at_first)
+    cfg = rollout.parse([*flags, "--use_torch_compile=true", "--duration=12", "--inference.type=rtc"])
+    if ours:
+        rollout.rollout(cfg)
+    else:
+        ctx = context.build_rollout_context(cfg, threading.Event())
+        strategy = create_strategy(cfg.strategy)
+        strategy.setup(ctx)
+        strategy.run(ctx)
+        strategy.teardown(ctx)
+    assert compiled == ["_sample", "_guided_velocity"]
+    assert len(arms[0].sent) > 40
 
 
 @pytest.mark.parametrize(("said", "wanted"), [(None, 1), ("2", 2)])
