@@ -57,6 +57,14 @@ class ActionLimits:
     offset: list[float]
 
 
+@dataclass(frozen=True)
+class TrainingData:
+    """What tells a person that a policy is run otherwise than it was trained."""
+
+    fps: float  # actions per second
+    tasks: list[str]  # its instructions; none if there are too many to keep
+
+
 @PreTrainedConfig.register_subclass("lerobot_pi0")
 @dataclass
 class Pi0Config(PreTrainedConfig):
@@ -158,6 +166,8 @@ class Pi0Config(PreTrainedConfig):
     anchor: Anchor | None = None
     # Filled when training starts: what the chunk guard holds actions to.
     action_limits: ActionLimits | None = None
+    # Filled when training starts: what the policy is run with is compared to it.
+    training_data: TrainingData | None = None
     # Filled by lerobot-rollout while it runs with --inference.type=rtc, and not saved.
     rtc_config: RTCConfig | None = None
     # Filled when weights come from a checkpoint of another layout: where they came from.

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -34,6 +35,7 @@ from lerobot_pi0.model.layers import Layer
 from lerobot_pi0.model.observation import letterbox
 from lerobot_pi0.model_card import make_model_card
 from lerobot_pi0.prefix_cache import PrefixCache, open_prefix_cache
+from lerobot_pi0.processor_pi0 import unknown_instruction
 from lerobot_pi0.randomness import normal, sample_keys, uniform
 from lerobot_pi0.rtc import (
     Leftover,
@@ -45,7 +47,14 @@ from lerobot_pi0.rtc import (
     tell_of_horizon,
 )
 from lerobot_pi0.sharding import whole_state
-from lerobot_pi0.statistics import Prepared, check_first_batch, make_anchor, make_limits, prepare_statistics
+from lerobot_pi0.statistics import (
+    Prepared,
+    check_first_batch,
+    describe_data,
+    make_anchor,
+    make_limits,
+    prepare_statistics,
+)
 from lerobot_pi0.training import ParameterGroups, TrainedWeights
 from lerobot_pi0.weights import WEIGHTS_FILE, Checkpoint, CheckpointError, load_weights
 
@@ -98,6 +107,7 @@ class Pi0Policy(PreTrainedPolicy):
             )
             config.anchor = make_anchor(config, self._statistics)
             config.action_limits = make_limits(config, self._statistics, dataset_meta)
+            config.training_data = describe_data(dataset_meta)
             if dataset_meta is not None:
                 dataset_meta.stats = self._statistics
         elif config.relative_actions != (config.anchor is not None):
@@ -131,6 +141,7 @@ class Pi0Policy(PreTrainedPolicy):
         if config.chunk_guard and config.action_limits is not None:
             self._guard = ChunkGuard(config.action_limits, self._joints)
         self._is_warm = False
+        self._instructions: set[str] = set()  # that it was given
         # In lists, where torch's modules look for no parameters.
         self._samplers: list[tuple[Any, Sampler]] = []
         self._loaded: list[tuple[Any, Checkpoint]] = []
@@ -537,6 +548,7 @@ class Pi0Policy(PreTrainedPolicy):
     def _checked_observation(self, batch: Batch) -> Observation:
         """The model's observation, of which every number is one."""
         observation = self.observation(batch)
+        self._check_instructions(batch.get("task", ()))
         for key in (OBS_STATE, *self.config.cameras.values()):
             names = self.config.state_feature_names if key == OBS_STATE else None
             if bad := not_finite(batch[key], names):
@@ -545,6 +557,15 @@ class Pi0Policy(PreTrainedPolicy):
                     "robot's sensor or camera, and at the statistics that normalise it"
                 )
         return observation
+
+    def _check_instructions(self, tasks: Sequence[str]) -> None:
+        """Tell of each that is not of the training data, once."""
+        if (data := self.config.training_data) is None:
+            return
+        for task in set(tasks) - self._instructions:
+            self._instructions.add(task)
+            if message := unknown_instruction(task, data):
+                logger.warning(message)
 
     @torch.no_grad()
     def _warm_up(self, rtc: RTCConfig) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TO
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config, Statistics
+from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config, Statistics, TrainingData
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,19 @@ class Pi0TokenizerStep(ProcessorStep):
 def clean_prompt(prompt: str) -> str:
     """The prompt as openpi hands it to the tokenizer: stripped, underscores and line breaks as spaces."""
     return prompt.strip().replace("_", " ").replace("\n", " ")
+
+
+def unknown_instruction(prompt: str, data: TrainingData) -> str | None:
+    """What to say of an instruction that the policy has never seen; None of one that it has."""
+    known = {clean_prompt(task): task for task in data.tasks}
+    if not known or clean_prompt(prompt) in known:
+        return None
+    near = get_close_matches(clean_prompt(prompt), known, n=3, cutoff=0.0)
+    others = f", and {len(known) - len(near)} others" if len(known) > len(near) else ""
+    return (
+        f"the instruction {prompt!r} is none of the training data's: "
+        f"{', '.join(repr(known[task]) for task in near)}{others}. The policy may not know what is meant"
+    )
 
 
 def load_tokenizer(name: str) -> Tokenizer:

@@ -16,7 +16,14 @@ from lerobot.configs import NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors import safe_open
 
-from lerobot_pi0.configuration_pi0 import ABSOLUTE_JOINTS, ActionLimits, Anchor, Pi0Config, Statistics
+from lerobot_pi0.configuration_pi0 import (
+    ABSOLUTE_JOINTS,
+    ActionLimits,
+    Anchor,
+    Pi0Config,
+    Statistics,
+    TrainingData,
+)
 from lerobot_pi0.weights import WEIGHTS_FILE, CheckpointError, find_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -34,6 +41,8 @@ NEEDED = {
     NormalizationMode.QUANTILE10: ("q10", "q90"),
 }
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+
+MOST_TASKS = 500  # instructions that a policy keeps of its data
 
 _SAMPLES = 2**19  # that quantiles of relative actions are taken from
 _BLOCK = 8192  # frames at once: what is computed of them stays in the processor's cache
@@ -187,7 +196,7 @@ def check_first_batch(config: Pi0Config, statistics: Prepared, dataset: Any, bat
         gain, offset = _affine(config, statistics, key)
         raw = frames[key][rows].astype(np.float64) * gain
         wanted = raw + offset
-        found = batch[key].detach().double().cpu().numpy()
+        found = batch[key].detach().cpu().double().numpy()  # Apple's GPUs have no float64
         found = found[:, 0] if found.ndim == 3 else found
         # As close as float32 comes to it, and a little.
         tolerance = 1e-4 + 1e-6 * (np.abs(raw) + np.abs(offset))
@@ -226,6 +235,14 @@ def make_limits(config: Pi0Config, statistics: Prepared, dataset: Any) -> Action
         return None
     gain, offset = _affine(config, statistics, ACTION)
     return ActionLimits(low.tolist(), high.tolist(), step, gain.tolist(), offset.tolist())
+
+
+def describe_data(dataset: Any) -> TrainingData | None:
+    """What a policy keeps of the dataset that it is trained on; None if it is not at hand."""
+    if getattr(dataset, "tasks", None) is None:
+        return None
+    tasks = [str(task) for task in dataset.tasks.index]
+    return TrainingData(float(dataset.fps), tasks if len(tasks) <= MOST_TASKS else [])
 
 
 # Relative actions.

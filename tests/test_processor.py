@@ -2,9 +2,11 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import pandas as pd
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
@@ -26,7 +28,10 @@ from tiny_policy import (
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-from lerobot_pi0.processor_pi0 import Pi0TokenizerStep, clean_prompt, load_tokenizer
+from lerobot_pi0 import statistics as statistics_of_runs
+from lerobot_pi0.configuration_pi0 import TrainingData
+from lerobot_pi0.modeling_pi0 import Pi0Policy
+from lerobot_pi0.processor_pi0 import Pi0TokenizerStep, clean_prompt, load_tokenizer, unknown_instruction
 
 TOKENS, MASK = "observation.language.tokens", "observation.language.attention_mask"
 LONG = "pick up the red block and then put it to the left of the big green bowl near the small drawer " * 3
@@ -263,3 +268,28 @@ def test_small_tokenizer_ships_with_the_package():
 
     assert (Path(lerobot_pi0.__file__).parent / "tokenizers" / "small.json").is_file()
     assert load_tokenizer("small").get_vocab_size() <= 1024
+
+
+def test_an_instruction_that_is_not_of_the_training_data_is_told_once_with_the_nearest(caplog):
+    data = TrainingData(30.0, ["open the door", "close the_drawer"])
+    policy = tiny_policy(training_data=data)
+    caplog.clear()
+    for _ in range(2):
+        policy.predict_action_chunk(batch(3))  # "open the door", "close the drawer", "push"
+    (message,) = caplog.messages
+    assert "the instruction 'push' is none of the training data's" in message
+    assert "'open the door'" in message
+
+
+def test_of_unknown_training_data_no_instruction_is_unknown():
+    assert unknown_instruction("push", TrainingData(30.0, [])) is None
+    many = TrainingData(30.0, [f"task {i}" for i in range(10)])
+    assert "and 7 others" in (unknown_instruction("push", many) or "")
+
+
+def test_what_a_policy_was_trained_on_is_saved_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics_of_runs, "read_columns", lambda *_: {})
+    meta: Any = SimpleNamespace(stats=statistics(), fps=15, tasks=pd.DataFrame(index=["push", "pull"]))
+    policy = Pi0Policy(tiny_config(), statistics(), meta)
+    policy.save_pretrained(tmp_path)
+    assert Pi0Policy.from_pretrained(tmp_path).config.training_data == TrainingData(15.0, ["push", "pull"])

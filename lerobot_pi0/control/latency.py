@@ -46,8 +46,9 @@ class LatencyConfig:
     """How long a chunk of actions takes on this machine, and how to drive a robot with that."""
 
     policy: ControlPolicyFlags = field(default_factory=ControlPolicyFlags)
-    # Actions per second that the robot is to get: the rate of the recordings.
-    fps: float = 30.0
+    # Actions per second that the robot is to get; without it the training data's, or 30 where the checkpoint
+    # does not know it.
+    fps: float | None = None
     # Chunks to measure, after the first.
     repeats: int = 20
     # Print JSON instead of text.
@@ -68,18 +69,20 @@ class Latencies:
 
 def main(config: LatencyConfig) -> str:
     """Run `lerobot-pi0 latency`. Raises ValueError for a rate or number that cannot be."""
-    if not (config.fps > 0 and math.isfinite(config.fps)):
+    if config.fps is not None and not (config.fps > 0 and math.isfinite(config.fps)):
         raise ValueError(f"--fps must be a number of actions per second, got {config.fps}")
     if config.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, got {config.repeats}")
     loaded = load_policy(config.policy)
-    latencies = measure(loaded, config.repeats, config.fps)
-    suggestion = suggestion_for(loaded.config, latencies, config.fps)
-    plain = suggestion_for(loaded.config, latencies, config.fps, rtc_timing)
+    data = loaded.config.training_data
+    fps = config.fps or (30.0 if data is None else data.fps)
+    latencies = measure(loaded, config.repeats, fps)
+    suggestion = suggestion_for(loaded.config, latencies, fps)
+    plain = suggestion_for(loaded.config, latencies, fps, rtc_timing)
     return (
         _as_json(latencies, suggestion, plain)
         if config.json
-        else _as_text(config.policy.path, loaded.config, latencies, suggestion, plain, config.fps)
+        else _as_text(config.policy.path, loaded.config, latencies, suggestion, plain, fps)
     )
 
 
@@ -94,6 +97,8 @@ def measure(
     """
     policy, config = loaded.policy, loaded.config
     device, frame = next(policy.parameters()).device, made_up_frame(config)
+    known = config.training_data.tasks if config.training_data is not None else []
+    task = known[0] if known else "pick up the red block"
     seconds: dict[str, list[float]] = {}
 
     def timed[**P, T](stage: str, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -105,7 +110,7 @@ def measure(
         return result
 
     def prepare() -> dict[str, Any]:
-        given = prepare_observation_for_inference(cast(Any, dict(frame)), device, "pick up the red block")
+        given = prepare_observation_for_inference(cast(Any, dict(frame)), device, task)
         return loaded.preprocess(cast(Any, given))
 
     def chunk(**leftover: Any) -> torch.Tensor:

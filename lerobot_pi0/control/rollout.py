@@ -32,7 +32,7 @@ from lerobot.utils.process import ProcessSignalHandler
 from lerobot.utils.utils import init_logging
 from lerobot.utils.visualization_utils import init_visualization, shutdown_visualization
 
-from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.configuration_pi0 import Pi0Config, TrainingData
 from lerobot_pi0.control.joints import check_joints
 from lerobot_pi0.control.latency import Latencies, beside_the_loop, measure, quantile, suggestion_for
 from lerobot_pi0.control.pace import pace
@@ -99,6 +99,7 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
         )
     check_flags(cfg)
     check_robot(cfg, config)
+    check_rate(cfg.fps, config.training_data)
     # LeRobot's flag is ours. Its warm-up, which throws chunks away, has nothing to do after our measurement.
     config.compile, cfg.use_torch_compile = config.compile or cfg.use_torch_compile, False
     file = None if folder is None else new_policy_trace(folder)
@@ -204,6 +205,19 @@ def check_robot(cfg: RolloutConfig, config: Pi0Config) -> None:
             f"the policy was trained with {missing}, which the robot does not give: it has {cameras}"
             + (f", renamed by {cfg.rename_map}" if cfg.rename_map else "")
             + f". Give the robot these cameras, or tell which is which: --rename_map='{{{pairs}}}'"
+        )
+
+
+def check_rate(fps: float, data: TrainingData | None) -> None:
+    """Tell of a rate that is not that of the training data."""
+    if data is not None and abs(fps - data.fps) > 0.01 * data.fps:
+        logger.warning(
+            "the policy was trained at %g actions per second and runs at %g: each movement takes %.3g times "
+            "as long. --fps=%g is as it was recorded",
+            data.fps,
+            fps,
+            data.fps / fps,
+            data.fps,
         )
 
 
