@@ -10,8 +10,8 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import dataclass, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,17 @@ def gradient_free[**P, T](method: Callable[P, T]) -> Callable[P, T]:
     return torch.inference_mode(False)(torch.no_grad()(method))
 
 
+def ordinary[T](given: T) -> T:
+    """A tensor, or the tensors of a dataclass, with copies of those that were made in inference mode: they
+    have no gradients, and a graph is compiled anew for them."""
+    any_given: Any = given
+    if isinstance(given, Tensor):
+        return any_given.clone() if given.is_inference() else given
+    if is_dataclass(given):
+        return replace(any_given, **{name: ordinary(value) for name, value in vars(given).items()})
+    return given
+
+
 def in_any_thread[**P, T](graph: Callable[P, T]) -> Callable[P, T]:
     """A compiled function that any thread may call, one after the other.
 
@@ -132,12 +143,13 @@ class Sampler:
         self._bias = self._bias + over_action @ read.tensor("action_in_proj.bias").float()
         self._action_mid, self._action_out = read("action_time_mlp_out"), read("action_out_proj")
         self._biases: dict[int, Tensor] = {}
-        self._graph, self._guided_graph = self._sample, self._guided_velocity
+        # Not bound to this object: it would hold itself, and its weights, until Python collects garbage.
+        self._graph, self._guided_graph = Sampler._sample, Sampler._guided_velocity
         if compiled:
             mode = "reduce-overhead" if self._bias.is_cuda else None
-            self._graph = in_any_thread(torch.compile(self._sample, fullgraph=True, mode=mode))
+            self._graph = in_any_thread(torch.compile(Sampler._sample, fullgraph=True, mode=mode))
             # One step: with its gradients, ten are more than one would like to wait for.
-            guided_graph = torch.compile(self._guided_velocity, fullgraph=True, mode=mode)
+            guided_graph = torch.compile(Sampler._guided_velocity, fullgraph=True, mode=mode)
             self._guided_graph = in_any_thread(guided_graph)
 
     @gradient_free
@@ -158,9 +170,12 @@ class Sampler:
     ) -> Float[Tensor, "b a e"]:
         """A chunk along the guided velocity. That one needs gradients: it is computed by the network itself,
         not in this sampler's form."""
-        cache = context.cache(noise.shape[1])
-        x = noise.to(torch.float32, copy=True)  # not one of inference mode
-        return integrate(lambda x, time: self._guided_graph(cache, x, time, guidance), x, num_steps)
+        cache, guidance = context.cache(noise.shape[1]), ordinary(guidance)
+        return integrate(
+            lambda x, time: self._guided_graph(self, cache, x, time, guidance),
+            ordinary(noise).float(),
+            num_steps,
+        )
 
     @gradient_free
     def sample(
@@ -172,8 +187,10 @@ class Sampler:
     ) -> Float[Tensor, "b a e"]:
         """A chunk of normalised actions for each observation, or what of it is not decided already."""
         observation = observation.trimmed() if self.trims else observation
-        chunk = self._graph(observation, noise, self._step_biases(num_steps, decided), decided)
-        return chunk if self._graph == self._sample else chunk.clone()  # a graph writes over its own memory
+        observation, noise, decided = ordinary(observation), ordinary(noise), ordinary(decided)
+        chunk = self._graph(self, observation, noise, self._step_biases(num_steps, decided), decided)
+        # A graph writes over its own memory.
+        return chunk if self._graph is Sampler._sample else chunk.clone()
 
     def _sample(
         self,
@@ -206,10 +223,11 @@ class Sampler:
         x, mask = model.join(observation, self.projector(model.vision.norm(x)))
         (batch, length), size = x.shape[:2], self.vlm[0]
         valid = torch.cat((mask, mask.new_ones(batch, 1 + num_actions)), 1)
-        shape = (len(self.vlm), batch, size.kv_heads, valid.shape[1], size.head_dim)
+        shape = (batch, size.kv_heads, valid.shape[1], size.head_dim)
         context = Context(
-            keys=x.new_empty(shape).unbind(),
-            values=x.new_empty(shape).unbind(),
+            # Not parts of one tensor: a graph would copy all of it for what it writes into one.
+            keys=tuple(x.new_empty(shape) for _ in self.vlm),
+            values=tuple(x.new_empty(shape) for _ in self.vlm),
             mask=None if self.trims and valid.all() else valid,
             by=rotation(valid.cumsum(1) - 1, size.head_dim),
         )

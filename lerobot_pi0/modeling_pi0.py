@@ -579,8 +579,10 @@ class Pi0Policy(PreTrainedPolicy):
         observation = Observation(images, mask, tokens, torch.ones_like(tokens, dtype=torch.bool), state)
         noise = torch.zeros(1, self.config.chunk_size, self.config.max_action_dim, device=device)
         left = torch.ones_like(noise[0, :, : self._action_size])
-        self._sample(observation, noise, None, rtc, 1)
-        self._sample(observation, noise, read_leftover(left, 1, noise, None), rtc, self.config.chunk_size)
+        leftover = read_leftover(left, 1, noise, None)
+        for _ in range(3 if self.config.compile else 1):  # a CUDA graph is recorded in the second call
+            self._sample(observation, noise, None, rtc, 1)
+            self._sample(observation, noise, leftover, rtc, self.config.chunk_size)
 
     def _sampler(self) -> Sampler:
         """The network in the form that is fastest here, made anew when its parameters have changed."""

@@ -1,8 +1,10 @@
 """The sampler against the network's own `sample`: each saving leaves the actions where they are."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +34,7 @@ from lerobot_pi0.inference import Sampler, in_any_thread
 from lerobot_pi0.linear import Form, Int8, Packed
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
+from lerobot_pi0.rtc import Decided
 
 STEPS = 10
 EXACT: tuple[Form, ...] = ("fused", "packed")
@@ -303,7 +306,7 @@ def test_actions_of_a_graph_do_not_change_with_the_next_ones(model, observation,
     sampler = Sampler(model, "fused", compiled=True)
     shared = torch.zeros(2, CHUNK, 8)
     # As a CUDA graph does, it writes into memory of its own.
-    monkeypatch.setattr(sampler, "_graph", lambda _, start, *__: shared.copy_(start))
+    monkeypatch.setattr(sampler, "_graph", lambda _, __, start, *___: shared.copy_(start))
     one, two = (sampler.sample(observation, start, STEPS) for start in (noise(), -noise()))
     assert torch.equal(one, -two)
 
@@ -331,10 +334,10 @@ def test_prompts_of_all_lengths_have_one_graph_which_the_warm_up_compiles(monkey
     shapes = set()
 
     def keep_shapes(function, **_):
-        def graph(given, *rest):
+        def graph(sampler, given, *rest):
             mask = given.token_mask if isinstance(given, Observation) else given.mask
             shapes.add((function.__name__, mask.shape))
-            return function(given, *rest)
+            return function(sampler, given, *rest)
 
         return graph
 
@@ -401,14 +404,47 @@ def test_training_goes_on_after_an_evaluation_in_inference_mode(form, dtype, mon
     assert not any(parameter.is_inference() for parameter in policy.parameters())
 
 
-def test_training_gives_back_what_sampling_kept():
-    policy = tiny_policy()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_gives_back_what_sampling_kept(compiled, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    policy = tiny_policy(compile=compiled)
     policy.predict_action_chunk(batch())
-    assert policy._samplers
     policy.eval()
-    assert policy._samplers
-    policy.train()
-    assert not policy._samplers
+    sampler = weakref.ref(policy._samplers[0][1])
+    gc.disable()  # a GPU that runs out of memory does not collect Python's garbage either
+    try:
+        policy.train()
+        assert sampler() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("form", ["fused", "packed"])
+def test_a_graph_is_the_same_in_inference_mode(form, model, observation, monkeypatch):
+    """It would be compiled anew for a tensor of that mode: LeRobot measures without, and controls with it."""
+    sampler, seen = Sampler(model, form), []
+
+    def graph(*given):
+        for value in given:
+            seen.extend(vars(value).values() if isinstance(value, Observation | Decided) else [value])
+        return Sampler._sample(*given)
+
+    monkeypatch.setattr(sampler, "_graph", graph)
+    with torch.inference_mode():
+        given = Observation(**{name: value.clone() for name, value in vars(observation).items()})
+        begun = Decided(noise(), torch.arange(CHUNK) < 2)
+        sampler.sample(given, noise(), STEPS, begun)
+    tensors = [value for value in seen if isinstance(value, Tensor)]
+    assert len(tensors) == 9
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
+def test_a_prompt_longer_than_the_config_says_is_not_cut_by_compiling(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    policy = tiny_policy(tokenizer_max_length=4)
+    wanted = policy.predict_action_chunk(batch(), noise=noise())
+    policy.config.compile, policy._samplers = True, []
+    close(policy.predict_action_chunk(batch(), noise=noise()), wanted)
 
 
 def test_adapters_are_part_of_the_weights():

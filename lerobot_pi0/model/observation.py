@@ -24,8 +24,8 @@ class Observation:
     state: Float[Tensor, "b e"]  # normalised, padded with zeros
 
     def padded(self, length: int) -> Observation:
-        """With prompts of that length."""
-        end = (0, length - self.tokens.shape[1])
+        """With prompts of that length, or longer ones as they are."""
+        end = (0, max(length - self.tokens.shape[1], 0))
         return replace(self, tokens=F.pad(self.tokens, end), token_mask=F.pad(self.token_mask, end))
 
     def trimmed(self) -> Observation:
