@@ -46,6 +46,9 @@ SUBCOMMANDS = {
     "trace": ("lerobot_pi0.control.trace_report:main", "stalls, jumps and delays of a run, from its trace"),
 }
 
+# Commands of LeRobot that people look for here.
+LEROBOTS = ("train", "eval", "replay", "teleoperate", "calibrate")
+
 
 def main() -> None:
     """Console entry point. Exit code 2 for a wrong command line, 1 for an error, 130 for Ctrl-C."""
@@ -57,6 +60,8 @@ def main() -> None:
     if name not in SUBCOMMANDS:
         similar = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
         hint = f" Did you mean {similar[0]}?" if similar else ""
+        if name in LEROBOTS:
+            hint = f" That is LeRobot's own, and takes this policy: lerobot-{name}."
         fail(f"{PROGRAM}: unknown subcommand {name!r}.{hint} `{PROGRAM} --help` lists them.", 2)
     ours = logging.getLogger("lerobot_pi0")
     ours.addHandler(logging.StreamHandler())

@@ -45,9 +45,9 @@ class Product(Protocol):
 class Fused:
     """torch's own product over weights side by side: what `torch.compile` and a GPU want.
 
-    The tensors that it is given become parts of it, so that a GPU holds nothing twice, save what adapters have
-    changed (`lerobot-pi0 merge` ends that). They are parameters: a CUDA graph reads these where they are, and
-    copies any other tensor to a place of its own in every call.
+    The tensors that it is given become parts of it, so that a GPU holds nothing twice, save what adapters
+    have changed (`lerobot-pi0 merge` ends that). They are parameters: a CUDA graph reads these where they
+    are, and copies any other tensor to a place of its own in every call.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()):

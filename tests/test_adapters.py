@@ -396,6 +396,12 @@ def test_merging_what_has_no_adapters_says_so(base, tmp_path):
         merge.merge(str(base), tmp_path / "merged")
 
 
+def test_merging_adapters_of_another_policy_says_where_they_are_merged(saved, tmp_path):
+    (saved / "config.json").write_text(json.dumps({"type": "pi0"}))
+    with pytest.raises(CheckpointError, match=r"of type 'pi0'.*merge_and_unload.*lerobot-pi0 convert"):
+        merge.merge(str(saved), tmp_path / "merged")
+
+
 def test_merged_policy_that_would_act_otherwise_is_not_written(saved, tmp_path, monkeypatch):
     fold = merge.fold
     monkeypatch.setattr(merge, "fold", lambda *given: fold(*given) * 1.1)

@@ -63,6 +63,11 @@ def test_an_unknown_subcommand_suggests_the_nearest(monkeypatch, capsys):
     assert "unknown subcommand 'recrod'. Did you mean record?" in capsys.readouterr().err
 
 
+def test_a_command_of_lerobot_is_told_as_one(monkeypatch, capsys):
+    assert call(monkeypatch, "train") == 2
+    assert "That is LeRobot's own, and takes this policy: lerobot-train." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -90,10 +90,12 @@ def read_config(flags: PolicyFlags) -> tuple[Pi0Config, Path]:
             "copy or download it again, or install the version that wrote it"
         ) from error
     if not isinstance(config, Pi0Config):
-        raise CheckpointError(
-            f"'{flags.path}' is a policy of type '{config.type}'. To make one of ours of its weights: "
-            f"lerobot-pi0 convert {flags.path} TARGET"
+        cure = (
+            f"To make one of ours of its weights: lerobot-pi0 convert {flags.path} TARGET"
+            if config.type == "pi0"
+            else "That is another model, which LeRobot's own commands run"
         )
+        raise CheckpointError(f"'{flags.path}' is a policy of type '{config.type}'. {cure}")
     given = {name: value for name, value in vars(flags).items() if value is not None}
     if flags.device is not None:
         _check_device(flags.device)

@@ -22,9 +22,12 @@ def test_a_config_that_cannot_be_read_is_an_error_with_its_place(tmp_path, text)
         load_policy(PolicyFlags(path=str(tmp_path)))
 
 
-def test_another_policy_is_refused_by_its_type(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"type": "act"}))
-    with pytest.raises(CheckpointError, match=r"is a policy of type 'act'.*lerobot-pi0 convert"):
+@pytest.mark.parametrize(
+    ("kind", "cure"), [("pi0", "lerobot-pi0 convert"), ("act", "another model"), ("pi05", "another model")]
+)
+def test_another_policy_is_refused_by_its_type(tmp_path, kind, cure):
+    (tmp_path / "config.json").write_text(json.dumps({"type": kind}))
+    with pytest.raises(CheckpointError, match=rf"is a policy of type '{kind}'.*{cure}"):
         load_policy(PolicyFlags(path=str(tmp_path)))
 
 
