@@ -99,8 +99,9 @@ def _load(adapter: str, folder: Path) -> tuple[Pi0Policy, str | None]:
     config: Any = PreTrainedConfig.from_pretrained(folder)
     if not isinstance(config, Pi0Config):
         raise CheckpointError(
-            f"'{adapter}' holds adapters of another policy, of type '{config.type}'. For LeRobot's own π0: merge "
-            "them there (PEFT's merge_and_unload, then save_pretrained), and lerobot-pi0 convert the result"
+            f"'{adapter}' holds adapters of another policy, of type '{config.type}'. For LeRobot's own π0: "
+            "merge them there (PEFT's merge_and_unload, then save_pretrained), and convert the result "
+            "(lerobot-pi0 convert)"
         )
     device, config.device, config.compile = config.device, "cpu", False
     config.pretrained_path = folder
