@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal, Self, cast
@@ -35,7 +36,7 @@ from lerobot_pi0.model.layers import Layer
 from lerobot_pi0.model.observation import letterbox
 from lerobot_pi0.model_card import make_model_card
 from lerobot_pi0.prefix_cache import PrefixCache, open_prefix_cache
-from lerobot_pi0.processor_pi0 import unknown_instruction
+from lerobot_pi0.processor_pi0 import load_tokenizer, unknown_instruction
 from lerobot_pi0.randomness import normal, sample_keys, uniform
 from lerobot_pi0.rtc import (
     Leftover,
@@ -169,15 +170,20 @@ class Pi0Policy(PreTrainedPolicy):
         Raises FileNotFoundError or CheckpointError that says what is wrong; it never returns a policy without
         its weights.
         """
-        folder = adapters.find_base(
+        find = partial(
+            adapters.find_base,
             pretrained_name_or_path,
             config,
-            force_download=force_download,
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             revision=revision,
         )
+        trains = isinstance(config, Pi0Config) and dataset_meta is not None
+        if trains and _policy_type(find(ignore_patterns="*.safetensors")) != cls.name:
+            # Of a checkpoint that is not ours it is gated: told before gigabytes of weights are fetched.
+            load_tokenizer(config.tokenizer)
+        folder = find(force_download=force_download)
         if config is None:
             kind = _policy_type(folder)
             if kind != cls.name:

@@ -293,3 +293,10 @@ def test_what_a_policy_was_trained_on_is_saved_with_it(tmp_path, monkeypatch):
     policy = Pi0Policy(tiny_config(), statistics(), meta)
     policy.save_pretrained(tmp_path)
     assert Pi0Policy.from_pretrained(tmp_path).config.training_data == TrainingData(15.0, ["push", "pull"])
+
+
+def test_a_tokenizer_that_cannot_be_had_is_told_before_the_weights_are_looked_for(tmp_path):
+    config = tiny_config(tokenizer="google/paligemma-3b-pt-224")
+    meta: Any = SimpleNamespace(stats=statistics())
+    with pytest.raises(OSError, match=r"tokenizer 'google/paligemma-3b-pt-224'"):
+        Pi0Policy.from_pretrained(tmp_path, config=config, dataset_stats=statistics(), dataset_meta=meta)
