@@ -61,7 +61,7 @@ def main() -> None:
         similar = difflib.get_close_matches(name, SUBCOMMANDS, n=1)
         hint = f" Did you mean {similar[0]}?" if similar else ""
         if name in LEROBOTS:
-            hint = f" That is LeRobot's own, and takes this policy: lerobot-{name}."
+            hint = f" That is a command of LeRobot's own: lerobot-{name}."
         fail(f"{PROGRAM}: unknown subcommand {name!r}.{hint} `{PROGRAM} --help` lists them.", 2)
     ours = logging.getLogger("lerobot_pi0")
     ours.addHandler(logging.StreamHandler())

@@ -180,7 +180,8 @@ class Pi0Policy(PreTrainedPolicy):
             revision=revision,
         )
         trains = isinstance(config, Pi0Config) and dataset_meta is not None
-        if trains and _policy_type(find(ignore_patterns="*.safetensors")) != cls.name:
+        needs_tokenizer = trains and not adapters.loads_adapters(config)  # those have it with them
+        if needs_tokenizer and _policy_type(find(ignore_patterns="*.safetensors")) != cls.name:
             # Of a checkpoint that is not ours it is gated: told before gigabytes of weights are fetched.
             load_tokenizer(config.tokenizer)
         folder = find(force_download=force_download)
@@ -333,6 +334,8 @@ class Pi0Policy(PreTrainedPolicy):
         anchor, leftover = self._anchor(batch), None
         rtc = self.config.rtc_config or RTCConfig()
         if prev_chunk_left_over is not None and prev_chunk_left_over.numel() and rtc.enabled:
+            if self.training:
+                raise ValueError("real-time chunking is for running a policy: call policy.eval() first")
             leftover = read_leftover(prev_chunk_left_over, delay, noise, anchor)
             self._is_warm = self._is_warm or leftover is not None
         horizon = execution_horizon or rtc.execution_horizon
@@ -554,7 +557,8 @@ class Pi0Policy(PreTrainedPolicy):
     def _checked_observation(self, batch: Batch) -> Observation:
         """The model's observation, of which every number is one."""
         observation = self.observation(batch)
-        self._check_instructions(batch.get("task", ()))
+        tasks = batch.get("task") or ()
+        self._check_instructions([tasks] if isinstance(tasks, str) else tasks)
         for key in (OBS_STATE, *self.config.cameras.values()):
             names = self.config.state_feature_names if key == OBS_STATE else None
             if bad := not_finite(batch[key], names):
@@ -568,6 +572,8 @@ class Pi0Policy(PreTrainedPolicy):
         """Tell of each that is not of the training data, once."""
         if (data := self.config.training_data) is None:
             return
+        if self.config.prompt_dropout:  # it was trained without one as well
+            tasks = [task for task in tasks if task]
         for task in set(tasks) - self._instructions:
             self._instructions.add(task)
             if message := unknown_instruction(task, data):
@@ -682,7 +688,10 @@ class Pi0Policy(PreTrainedPolicy):
 def _policy_type(folder: Path) -> str | None:
     """What LeRobot calls the policy in a checkpoint; None where it is not LeRobot's."""
     file = folder / "config.json"
-    return json.loads(file.read_text()).get("type") if file.is_file() else None
+    try:
+        return json.loads(file.read_text()).get("type") if file.is_file() else None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
 
 
 def _averaged(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

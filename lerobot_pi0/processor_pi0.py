@@ -152,6 +152,8 @@ def unknown_instruction(prompt: str, data: TrainingData) -> str | None:
     known = {clean_prompt(task): task for task in data.tasks}
     if not known or clean_prompt(prompt) in known:
         return None
+    if not prompt.strip():
+        return "there is no instruction, and the policy was not trained without one"
     near = get_close_matches(clean_prompt(prompt), known, n=3, cutoff=0.0)
     others = f", and {len(known) - len(near)} others" if len(known) > len(near) else ""
     return (

@@ -396,6 +396,14 @@ def test_merging_what_has_no_adapters_says_so(base, tmp_path):
         merge.merge(str(base), tmp_path / "merged")
 
 
+def test_adapters_go_on_training_with_the_tokenizer_that_they_have(published, tmp_path):
+    folder = save(wrap(published), tmp_path / "adapters")
+    config: Any = PreTrainedConfig.from_pretrained(folder)
+    config.pretrained_path, config.tokenizer = folder, "google/paligemma-3b-pt-224"
+    meta: Any = SimpleNamespace(stats=statistics())
+    Pi0Policy.from_pretrained(published, config=config, dataset_stats=statistics(), dataset_meta=meta)
+
+
 def test_merging_adapters_of_another_policy_says_where_they_are_merged(saved, tmp_path):
     (saved / "config.json").write_text(json.dumps({"type": "pi0"}))
     with pytest.raises(CheckpointError, match=r"of type 'pi0'.*merge_and_unload.*lerobot-pi0 convert"):

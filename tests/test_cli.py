@@ -65,7 +65,7 @@ def test_an_unknown_subcommand_suggests_the_nearest(monkeypatch, capsys):
 
 def test_a_command_of_lerobot_is_told_as_one(monkeypatch, capsys):
     assert call(monkeypatch, "train") == 2
-    assert "That is LeRobot's own, and takes this policy: lerobot-train." in capsys.readouterr().err
+    assert "That is a command of LeRobot's own: lerobot-train." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

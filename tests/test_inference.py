@@ -439,6 +439,19 @@ def test_a_graph_is_the_same_in_inference_mode(form, model, observation, monkeyp
     assert not any(tensor.is_inference() for tensor in tensors)
 
 
+def test_compiling_the_policy_around_its_sampler_changes_nothing():
+    """As LeRobot's --use_torch_compile does; what can be one graph is compiled by the sampler itself."""
+    policy, graphs = tiny_policy(), []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(policy.predict_action_chunk, backend=keep)
+    assert torch.equal(compiled(batch(), noise=noise()), policy.predict_action_chunk(batch(), noise=noise()))
+    assert not graphs
+
+
 def test_a_prompt_longer_than_the_config_says_is_not_cut_by_compiling(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     policy = tiny_policy(tokenizer_max_length=4)

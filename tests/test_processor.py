@@ -281,6 +281,17 @@ def test_an_instruction_that_is_not_of_the_training_data_is_told_once_with_the_n
     assert "'open the door'" in message
 
 
+def test_no_instruction_is_told_unless_the_policy_was_trained_without(caplog):
+    data = TrainingData(30.0, ["open the door"])
+    caplog.clear()
+    for dropout in (0.1, 0.0):
+        policy = tiny_policy(training_data=data, prompt_dropout=dropout)
+        for task in ([""], "", None):
+            policy.predict_action_chunk(batch(1) | {"task": task})
+    messages = [message for message in caplog.messages if "instruction" in message]
+    assert messages == ["there is no instruction, and the policy was not trained without one"]
+
+
 def test_of_unknown_training_data_no_instruction_is_unknown():
     assert unknown_instruction("push", TrainingData(30.0, [])) is None
     many = TrainingData(30.0, [f"task {i}" for i in range(10)])

@@ -106,6 +106,11 @@ def test_a_chunk_is_guided_in_inference_mode_too(dtype, tolerance, observation):
     assert torch.allclose(again, chunk, atol=tolerance)
 
 
+def test_a_leftover_in_training_mode_is_refused(policy, observation):
+    with pytest.raises(ValueError, match=r"policy\.eval\(\)"):
+        with_rtc(policy).train().predict_action_chunk(observation, prev_chunk_left_over=leftover())
+
+
 def test_a_leftover_guides_also_when_there_is_no_delay(policy, observation):
     free = policy.predict_action_chunk(observation, noise=noise(1))
     given = {"noise": noise(1), "inference_delay": 0, "prev_chunk_left_over": leftover()}

@@ -212,7 +212,8 @@ def _as_text(
         what = STAGES[stage].format(steps=config.num_inference_steps)
         lines.append(f"{stage:<9}{p50:>7.1f} ms{p99:>7.1f} ms  {what}")
     lines += [f"{'first':<9}{1000 * latencies.first:>7.1f} ms{'':>10}  the first chunk after loading", ""]
-    lines += [f"At {fps:g} fps: {suggestion.timing}.", "", *(f"    {flag}" for flag in suggestion.flags), ""]
+    flags = [f"--fps={fps:g}", *suggestion.flags]
+    lines += [f"At {fps:g} fps: {suggestion.timing}.", "", *(f"    {flag}" for flag in flags), ""]
     if plain != suggestion:
         lines += [f"That is with lerobot-pi0 rollout. With lerobot-rollout, which drops more: {plain}.", ""]
     lines.append(f"The highest rate without stalls on this machine is {suggestion.highest_fps:.3g} fps.")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_robot import save_checkpoint
 
+from lerobot_pi0.configuration_pi0 import TrainingData
 from lerobot_pi0.control import latency
 from lerobot_pi0.control.latency import Latencies, LatencyConfig, main
 from lerobot_pi0.modeling_pi0 import Pi0Policy
@@ -66,6 +67,12 @@ def test_fewer_euler_steps_are_fewer_steps(checkpoint, monkeypatch):
     text = main(LatencyConfig(ControlPolicyFlags(str(checkpoint), num_inference_steps=3), repeats=1))
     assert seen == {3}
     assert "3 Euler steps" in text
+
+
+def test_the_rate_is_that_of_the_training_data(tmp_path):
+    folder = str(save_checkpoint(tmp_path, chunk_size=20, training_data=TrainingData(15.0, ["wave"])))
+    assert "\n    --fps=15\n" in main(LatencyConfig(ControlPolicyFlags(folder), repeats=1))
+    assert "\n    --fps=20\n" in main(LatencyConfig(ControlPolicyFlags(folder), fps=20, repeats=1))
 
 
 @pytest.mark.parametrize("how", ["compile", "int8"])

@@ -20,6 +20,7 @@ from tiny_policy import statistics
 from tiny_robot import ACTIONS, Arm, save_checkpoint
 
 from lerobot_pi0 import cli
+from lerobot_pi0.configuration_pi0 import TrainingData
 from lerobot_pi0.control import rollout, watch
 from lerobot_pi0.control.latency import Latencies
 from lerobot_pi0.control.trace import read_trace
@@ -170,11 +171,11 @@ def test_real_time_chunking_leaves_its_three_delays(rtc, tmp_path, delayed):
 @pytest.mark.parametrize("ours", [True, False])
 def test_lerobots_flag_to_compile_compiles_and_the_robot_moves(flags, arms, monkeypatch, ours):
     """Its warm-up waits until a second chunk is asked for: after a fast first one, for ever."""
-    compiled, compile = [], torch.compile
+    compiled = []
 
     def slow_at_first(function, **settings):
-        if "fullgraph" not in settings:  # LeRobot's own, around the policy
-            return compile(function, **settings)
+        if "fullgraph" not in settings:  # LeRobot's own, around the policy, where it changes nothing
+            return function
         compiled.append(function.__name__)
         waits = iter([2.6])  # more than a chunk takes
 
@@ -229,6 +230,19 @@ def test_one_slow_chunk_is_not_the_delay_of_all_that_follow(rtc, tmp_path, delay
     chunks = [event for event in read_trace(tmp_path) if event["event"] == "inference"]
     assert max(chunk["ended"] - chunk["began"] for chunk in chunks) > 1.1
     assert max(chunk["given"] for chunk in chunks) > 20 > chunks[-1]["given"]
+
+
+def test_another_rate_than_the_datas_is_told(sync, caplog):
+    caplog.set_level(logging.WARNING)
+    sync.policy.training_data = TrainingData(15.0, [])
+    rollout.rollout(sync)
+    (message,) = [message for message in caplog.messages if "each movement" in message]
+    assert "trained at 15 actions per second and runs at 20: each movement takes 0.75 times" in message
+    assert "--fps=15" in message
+    caplog.clear()
+    sync.policy.training_data = TrainingData(20.0, [])
+    rollout.rollout(sync)
+    assert "each movement" not in caplog.text
 
 
 def test_a_robot_with_other_joints_is_refused_before_it_is_connected(sync, arms):
