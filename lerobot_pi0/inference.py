@@ -83,6 +83,8 @@ def ordinary[T](given: T) -> T:
     """A tensor, or the tensors of a dataclass, with copies of those that were made in inference mode: they
     have no gradients, and a graph is compiled anew for them."""
     any_given: Any = given
+    if torch.compiler.is_compiling():  # the caller's graph, who knows its mode
+        return given
     if isinstance(given, Tensor):
         return any_given.clone() if given.is_inference() else given
     if is_dataclass(given):
