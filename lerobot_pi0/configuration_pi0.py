@@ -119,7 +119,8 @@ class Pi0Config(PreTrainedConfig):
     dtype: Dtype = "bfloat16"
     # Running a policy on a CPU: multiply in 8-bit integers, a third faster. Nothing of it is saved.
     int8: bool = False
-    # Running a policy on a GPU: the whole of sampling as one graph. The first chunk compiles it.
+    # Running a policy on a GPU: the whole of sampling as one graph, and each guided step. The first chunk
+    # compiles it, for prompts of `tokenizer_max_length`.
     compile: bool = False
 
     # What stays as it is in training. With "vlm" no gradient runs through the prefix: half the work, the same

@@ -2,7 +2,7 @@
 
 A `Sampler` takes the network as an argument and keeps the weights of its linear layers in a form of its own
 (`lerobot_pi0.linear`). What depends on the observation alone is computed once per observation: keys and
-values go into one buffer with room for the actions, which every denoising step reads in place.
+values of each layer go into a buffer with room for the actions, which every denoising step reads in place.
 """
 
 from __future__ import annotations
