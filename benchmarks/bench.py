@@ -203,16 +203,6 @@ ROWS = (
         inverse=True,
     ),
     Row(
-        "expert_only_cached_prefix",
-        "expert only, prefix from a cache",
-        Side("training:cached_prefix_ours", 10),
-        _IN_TREE_EXPERT_ONLY,
-        (_goal(25),),
-        figure="samples_per_second",
-        unit="samples/s",
-        inverse=True,
-    ),
-    Row(
         "checkpointed_step",
         "forward and backward of everything, gradient checkpointing, Gemma 300M, float32",
         Side("training:checkpointed_ours", 13, _SMALL),

@@ -11,14 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from lerobot.utils.constants import ACTION
 from torch import Tensor, nn
 
 from lerobot_pi0 import Pi0Policy
 
 from . import intree, ours
-from .inputs import actions, batch, noise
+from .inputs import actions, batch
 from .worker import Measure, Measurement, Setup
 
 FLOW_SAMPLES = 8
@@ -40,16 +39,6 @@ def flow_samples_ours(setup: Setup) -> Measure:
     """Several (noise, time) pairs over one pass of the frozen vision-language model."""
     policy = trained(ours.build(setup, freeze="vlm", num_flow_samples=FLOW_SAMPLES))
     return measure(policy, policy_loss(policy, setup), FLOW_SAMPLES)
-
-
-def cached_prefix_ours(setup: Setup) -> Measure:
-    """The expert alone, over a prefix that was computed before."""
-    policy = trained(ours.build(setup, freeze="vlm"))
-    observation = policy.observation(batch(setup))
-    with torch.no_grad():
-        prefix = policy.model.prefix(observation)
-    pair = actions(setup), noise(setup), torch.tensor([0.5])
-    return measure(policy, lambda: policy.model.loss(observation, *pair, prefix=prefix).mean())
 
 
 def checkpointed_ours(setup: Setup) -> Measure:

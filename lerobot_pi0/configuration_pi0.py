@@ -126,9 +126,6 @@ class Pi0Config(PreTrainedConfig):
     # What stays as it is in training. With "vlm" no gradient runs through the prefix: half the work, the same
     # gradients for the expert.
     freeze: Frozen = "nothing"
-    # With freeze=vlm: keep each frame's prefix beside the dataset (10 MB each at full size; the total is
-    # logged first), so that the vision-language model runs in the first epoch only. Not with augmentation.
-    cache_prefix: bool = False
     # Recompute activations in the backward pass: less memory, about a quarter more work.
     gradient_checkpointing: bool = False
     # (noise, time) pairs drawn per observation and step, over one pass of the vision-language model.
@@ -183,16 +180,6 @@ class Pi0Config(PreTrainedConfig):
             raise ValueError(
                 f"n_action_steps ({self.n_action_steps}) must be between 1 and chunk_size "
                 f"({self.chunk_size}): set --policy.n_action_steps or --policy.chunk_size"
-            )
-        if self.cache_prefix and self.freeze != "vlm":
-            raise ValueError(
-                "--policy.cache_prefix=true keeps what the frozen vision-language model gives, but "
-                f"--policy.freeze is '{self.freeze}': set --policy.freeze=vlm, or --policy.cache_prefix=false"
-            )
-        if self.cache_prefix and (self.augmentation or self.prompt_dropout):
-            raise ValueError(
-                "--policy.cache_prefix=true keeps the prefix of each frame as it is: it needs "
-                "--policy.augmentation=false and --policy.prompt_dropout=0"
             )
         if not 0 <= self.ema_decay < 1 or not 0 <= self.prompt_dropout < 1:
             raise ValueError(

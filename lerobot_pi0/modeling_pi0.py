@@ -31,11 +31,9 @@ from lerobot_pi0.inference import Context, Sampler
 from lerobot_pi0.linear import Form, Packed
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.model.flow import sample_time
-from lerobot_pi0.model.gemma import Cache
 from lerobot_pi0.model.layers import Layer
 from lerobot_pi0.model.observation import letterbox
 from lerobot_pi0.model_card import make_model_card
-from lerobot_pi0.prefix_cache import PrefixCache, open_prefix_cache
 from lerobot_pi0.processor_pi0 import load_tokenizer, unknown_instruction
 from lerobot_pi0.randomness import normal, sample_keys, uniform
 from lerobot_pi0.rtc import (
@@ -134,7 +132,6 @@ class Pi0Policy(PreTrainedPolicy):
             if isinstance(module, Layer):
                 module.gradient_checkpointing = config.gradient_checkpointing
         self._dataset_meta = dataset_meta
-        self._prefix_cache: PrefixCache | None = None
         self._trained = TrainedWeights(config.ema_decay)
         self.register_state_dict_post_hook(_averaged)
         self._base: adapters.Base | None = None
@@ -287,7 +284,8 @@ class Pi0Policy(PreTrainedPolicy):
         # Precision has one owner, the model: an autocast around it would round what it keeps in float32.
         with torch.autocast(actions.device.type, enabled=False):
             if self.config.freeze == "vlm":
-                prefix = self._prefix(batch, observation)
+                with torch.no_grad():
+                    prefix = self.model.prefix(observation)
             losses = self.model.loss(observation, actions, noise, time, prefix)
         losses = losses.unflatten(0, (len(actions), -1))
         if learnt is None:
@@ -499,15 +497,6 @@ class Pi0Policy(PreTrainedPolicy):
         save_file(tensors, unfinished, metadata={"format": "pt"})
         unfinished.replace(save_directory / WEIGHTS_FILE)
         write_certificate(self, save_directory)
-
-    def _prefix(self, batch: Batch, observation: Observation) -> Cache:
-        """The frozen model's prefix, without a graph: from the cache beside the dataset, or computed."""
-        if self.config.cache_prefix and self._dataset_meta is not None:
-            if self._prefix_cache is None:
-                self._prefix_cache = open_prefix_cache(self.config, self.model, self._dataset_meta)
-            return self._prefix_cache.lookup(observation, batch["index"], self.model.prefix)
-        with torch.no_grad():
-            return self.model.prefix(observation)
 
     def _anchor(self, batch: Batch) -> Tensor | None:
         """What relative actions are relative to: float32 (B, action size), normalised, zero where they are

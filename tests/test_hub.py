@@ -80,7 +80,7 @@ def ran(tmp_path_factory) -> Path:
         ]
 
     new = ["--policy.type=lerobot_pi0", *SIZES, "--policy.tokenizer=small", "--policy.log_joints_every=1"]
-    cached = ["--policy.freeze=vlm", "--policy.augmentation=false", "--policy.cache_prefix=true"]
+    cached = ["--policy.freeze=vlm", "--policy.augmentation=false"]
     # The only revision that the hub has of it: a run that asked for another would find nothing.
     commit(folder / "home" / "hub", "me/data", Path(dataset.root), repo_type="dataset", revision="monday")
     # A stream has as many shards as there are workers: LeRobot 0.6.1 reads nothing without one.

@@ -39,7 +39,6 @@ LAYERS = (
         "tokenizers",
         "inference",
         "linear",
-        "prefix_cache",
         "randomness",
         "rtc",
         "sharding",
