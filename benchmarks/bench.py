@@ -20,6 +20,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from lerobot_pi0.errors import CommandError, UserError
+
 from .inputs import write_checkpoint
 from .worker import Measurement, Setup, Worker, WorkerError
 
@@ -269,7 +271,7 @@ def select(names: str) -> list[Row]:
     known = {row.id: row for row in ROWS}
     wanted = [name.strip() for name in names.split(",") if name.strip()] or list(known)
     if unknown := [name for name in wanted if name not in known]:
-        raise ValueError(f"--rows names {unknown}; there are {', '.join(known)}")
+        raise UserError(f"--rows names {unknown}; there are {', '.join(known)}")
     return [known[name] for name in wanted]
 
 
@@ -297,7 +299,7 @@ class Bench:
         assert theirs is not None
         apart = (ours - theirs).abs().max().item()
         if not apart <= SAME_ACTIONS:
-            raise RuntimeError(
+            raise CommandError(
                 f"the two sides differ by {apart:.1e} in the same actions (float32, tiny size; "
                 f"{SAME_ACTIONS:.0e} is rounding): nothing was timed"
             )

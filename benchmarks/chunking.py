@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lerobot_pi0.model.flow import integrate
 from lerobot_pi0.modeling_pi0 import Pi0Policy
-from lerobot_pi0.rtc import read_leftover
+from lerobot_pi0.sampling.rtc import read_leftover
 
 # (processed batch, delay in steps, leftover (steps, size) or None) -> chunk (1, steps, size), normalised
 Predict = Callable[[dict[str, Any], int, Tensor | None], Tensor]

@@ -25,10 +25,10 @@ from benchmarks.chunking import predictor
 from benchmarks.finetuning import percent
 from lerobot_pi0.demo.command import Command, Job, run
 from lerobot_pi0.demo.demo import TRAINING_ENVIRONMENT
-from lerobot_pi0.demo.environment import FPS, task_instructions
+from lerobot_pi0.demo.metaworld import FPS, task_instructions
 from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv
 from lerobot_pi0.demo.record import RecordConfig, record
-from lerobot_pi0.tools.inputs import LoadedPolicy, PolicyFlags, load_policy
+from lerobot_pi0.inputs.policy import LoadedPolicy, PolicyFlags, load_policy
 
 ROOT = Path("outputs", "delay")
 CHUNK, LONGEST_DELAY, STEPS, TUNING_STEPS = 50, 24, 3400, 1000

@@ -14,8 +14,9 @@ from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 
+from lerobot_pi0.checkpoints.files import WEIGHTS_FILE
+from lerobot_pi0.checkpoints.layouts import to_openpi
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
-from lerobot_pi0.weights import WEIGHTS_FILE, to_openpi
 
 from .worker import Setup
 

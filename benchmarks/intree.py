@@ -16,7 +16,7 @@ from lerobot.policies.pi0 import PI0Config, PI0Policy, modeling_pi0
 from safetensors import safe_open
 from torch import nn
 
-from lerobot_pi0.weights import WEIGHTS_FILE
+from lerobot_pi0.checkpoints.files import WEIGHTS_FILE
 
 from .inputs import NUM_STEPS, batch, chunk_size, features, noise, read_through, sizes
 from .worker import Measure, Measurement, Setup, time_pops, timed

@@ -23,8 +23,8 @@ from lerobot.configs.default import PeftConfig
 from lerobot.utils.constants import ACTION
 
 from lerobot_pi0 import Pi0Config, Pi0Policy
-from lerobot_pi0.footprint import footprint
-from lerobot_pi0.planning import GIGABYTE, HEAP, PROCESS, on_cpu
+from lerobot_pi0.tools.memory import footprint
+from lerobot_pi0.tools.plan import GIGABYTE, HEAP, PROCESS, on_cpu
 
 from . import inputs, ours
 from .worker import Setup, Size

@@ -22,8 +22,8 @@ from torch._inductor.graph import GraphLowering
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lerobot_pi0.inference import Sampler
 from lerobot_pi0.model import Observation, Pi0
+from lerobot_pi0.sampling.sampler import Sampler
 
 from . import intree, ours
 from .inputs import NUM_STEPS, PADDED_DIM, batch, noise, sizes

@@ -11,6 +11,7 @@ from lerobot.configs import PreTrainedConfig
 
 from lerobot_pi0 import Pi0Config, Pi0Policy
 from lerobot_pi0.configuration_pi0 import Dtype
+from lerobot_pi0.errors import MissingFileError
 
 from .inputs import NUM_STEPS, batch, chunk_size, features, noise, read_through, sizes
 from .worker import Measure, Measurement, Setup, time_pops, timed
@@ -71,7 +72,7 @@ def int8_on_demo(setup: Setup) -> Measure:
 
     checkpoint = setup.demo / "training" / "checkpoints" / "last" / "pretrained_model"
     if not checkpoint.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"there is no {checkpoint}: run `lerobot-pi0 demo` first, or give --demo=FOLDER"
         )
     exact = _demo_policy(checkpoint, "float32")

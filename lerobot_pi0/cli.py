@@ -11,11 +11,12 @@ import itertools
 import logging
 import re
 import sys
-import traceback
 from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn, get_type_hints
+
+from lerobot_pi0.errors import UserError
 
 PROGRAM = "lerobot-pi0"
 
@@ -31,18 +32,21 @@ SUBCOMMANDS = {
     "doctor": ("lerobot_pi0.tools.doctor.command:main", "what is wrong with a policy, its data, its robot"),
     "language": ("lerobot_pi0.tools.language:main", "does a policy follow its instruction? Swap it and see"),
     "latency": ("lerobot_pi0.control.latency:main", "how long a chunk takes, and how to drive with that"),
-    "merge": ("lerobot_pi0.merge:main", "make one plain checkpoint of LoRA adapters and their base"),
-    "plan": ("lerobot_pi0.planning:main", "which fine-tuning fits a GPU, how long it takes, which command"),
+    "merge": (
+        "lerobot_pi0.conversion.merge:main",
+        "one plain checkpoint of LoRA adapters and their base",
+    ),
+    "plan": ("lerobot_pi0.tools.plan:main", "which fine-tuning fits a GPU, how long it takes, which command"),
     "record": ("lerobot_pi0.demo.record:main", "record scripted Meta-World experts as a LeRobotDataset"),
     "report": (
-        "lerobot_pi0.tools.report:main",
+        "lerobot_pi0.tools.report.command:main",
         "compare a policy with recorded actions and naive guesses: a page",
     ),
     "rollout": (
         "lerobot_pi0.control.rollout:main",
         "lerobot-rollout with checks before it moves, and a trace",
     ),
-    "serve": ("lerobot_pi0.control.serve:main", "serve a policy to robots by LeRobot's async inference"),
+    "serve": ("lerobot_pi0.serving.serve:main", "serve a policy to robots by LeRobot's async inference"),
     "trace": ("lerobot_pi0.control.trace_report:main", "stalls, jumps and delays of a run, from its trace"),
 }
 
@@ -73,9 +77,7 @@ def main() -> None:
         run(name, flags)
     except KeyboardInterrupt:
         fail(f"\n{PROGRAM} {name}: interrupted.", 130)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        if not is_message(error):
-            raise
+    except UserError as error:
         fail(f"{PROGRAM} {name}: error: {error}", 1)
 
 
@@ -133,18 +135,6 @@ def usage() -> str:
             f"`{PROGRAM} <subcommand> --help` explains the flags. Training, evaluation and robots are",
             "LeRobot's own commands, with --policy.type=lerobot_pi0: lerobot-train, lerobot-eval, ...",
         ]
-    )
-
-
-def is_message(error: BaseException) -> bool:
-    """Whether our own code raised the error, for a person to read, or LeRobot's check of what is installed;
-    anything else needs its traceback."""
-    origin = traceback.extract_tb(error.__traceback__)[-1]
-    package = Path(__file__).parent
-    ours = (package, package.parent / "benchmarks")
-    return (origin.line or "").startswith("raise") and (
-        origin.name == "require_package"
-        or any(Path(origin.filename).is_relative_to(folder) for folder in ours)
     )
 
 

@@ -1,19 +1,17 @@
 """Every setting of the policy: default, meaning, validation. The defaults are openpi's π0 as published."""
 
 import logging
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lerobot.configs import NormalizationMode, PreTrainedConfig
-from lerobot.optim import LRSchedulerConfig
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
+from lerobot_pi0.errors import UserError
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
-from lerobot_pi0.training import ResumableAdamWConfig
+from lerobot_pi0.training.optimizer import ResumableAdamWConfig
+from lerobot_pi0.training.schedule import CosineAfterWarmupConfig
 
 logger = logging.getLogger(__name__)
 
@@ -177,25 +175,25 @@ class Pi0Config(PreTrainedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.n_action_steps <= self.chunk_size:
-            raise ValueError(
+            raise UserError(
                 f"n_action_steps ({self.n_action_steps}) must be between 1 and chunk_size "
                 f"({self.chunk_size}): set --policy.n_action_steps or --policy.chunk_size"
             )
         if not 0 <= self.ema_decay < 1 or not 0 <= self.prompt_dropout < 1:
-            raise ValueError(
+            raise UserError(
                 "--policy.ema_decay and --policy.prompt_dropout must be at least 0 and less than 1, got "
                 f"{self.ema_decay} and {self.prompt_dropout}"
             )
         if not 0 <= self.rtc_training_max_delay < self.chunk_size:
-            raise ValueError(
+            raise UserError(
                 f"--policy.rtc_training_max_delay ({self.rtc_training_max_delay}) must be less than a chunk "
                 f"(--policy.chunk_size={self.chunk_size}): of a chunk that is all decided nothing is learnt"
             )
         for name in ("num_inference_steps", "num_flow_samples", "max_state_dim", "max_action_dim"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--policy.{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"--policy.{name} must be at least 1, got {getattr(self, name)}")
         if self.tokenizer_max_length < 3:
-            raise ValueError(
+            raise UserError(
                 "--policy.tokenizer_max_length must leave room for a beginning, a word and a newline, got "
                 f"{self.tokenizer_max_length}"
             )
@@ -211,17 +209,17 @@ class Pi0Config(PreTrainedConfig):
         ):
             if feature is None:
                 features = [*(self.input_features or ()), *(self.output_features or ())]
-                raise ValueError(
+                raise UserError(
                     f"π0 needs '{kind}'. The features are {features}: record it, or start from a checkpoint "
                     "of this policy with --policy.path and --rename_map"
                 )
             if len(feature.shape) != 1 or feature.shape[0] > limit:
-                raise ValueError(
+                raise UserError(
                     f"'{kind}' has shape {feature.shape}; the model takes vectors of at most {limit}. "
                     f"A model trained from scratch can be larger: --policy.{flag}={max(feature.shape)}"
                 )
         if not self.image_features:
-            raise ValueError(
+            raise UserError(
                 f"π0 needs at least one camera. The input features are {list(self.input_features or ())}: "
                 "use a dataset with images or videos"
             )
@@ -274,38 +272,6 @@ class Pi0Config(PreTrainedConfig):
         return None
 
 
-@LRSchedulerConfig.register_subclass("lerobot_pi0_cosine")
-@dataclass
-class CosineAfterWarmupConfig(LRSchedulerConfig):
-    """openpi's schedule (optax.warmup_cosine_decay_schedule).
-
-    Linear from peak/(warmup+1), then a cosine that starts where warm-up ends. A run shorter than
-    `num_decay_steps` gets the whole schedule, warm-up and decay shrunk alike.
-    """
-
-    # The base also allows None.
-    num_warmup_steps: int = 1_000  # pyrefly: ignore[bad-override-mutable-attribute]
-    num_decay_steps: int = 30_000  # warm-up included
-    decay_factor: float = 0.1  # last learning rate over peak
-
-    def build(self, optimizer: Optimizer, num_training_steps: int) -> LambdaLR:
-        warmup, decay = self.num_warmup_steps, self.num_decay_steps
-        if num_training_steps < decay:
-            warmup, decay = round(warmup * num_training_steps / decay), num_training_steps
-            logger.info(
-                "learning rate: %d steps of warm-up and decay at %d, shrunk to the run", warmup, decay
-            )
-
-        def factor(step: int) -> float:
-            if step < warmup:
-                start = 1 / (warmup + 1)
-                return start + (1 - start) * step / warmup
-            progress = min(step - warmup, decay - warmup) / max(decay - warmup, 1)
-            return self.decay_factor + (1 - self.decay_factor) * (1 + math.cos(math.pi * progress)) / 2
-
-        return LambdaLR(optimizer, factor)
-
-
 def assign_cameras(keys: list[str], given: dict[str, str]) -> dict[str, str]:
     """Slot → image feature, in the order in which the model sees them.
 
@@ -317,7 +283,7 @@ def assign_cameras(keys: list[str], given: dict[str, str]) -> dict[str, str]:
     if given:
         chosen = {slot: _find_camera(name, slot, keys) for slot, name in given.items()}
         if len(set(chosen.values())) < len(chosen):
-            raise ValueError(f"--policy.cameras puts one camera into two slots: {given}")
+            raise UserError(f"--policy.cameras puts one camera into two slots: {given}")
     else:
         chosen = {}
         wrists = [key for key in keys if any(word in key.lower() for word in ("wrist", "hand", "gripper"))]
@@ -346,7 +312,7 @@ def _find_camera(name: str, slot: str, keys: list[str]) -> str:
     for key in keys:
         if name in (key, key.removeprefix(f"{OBS_IMAGES}."), key.removeprefix("observation.")):
             return key
-    raise ValueError(f"--policy.cameras puts '{name}' into slot '{slot}', but the cameras are {keys}")
+    raise UserError(f"--policy.cameras puts '{name}' into slot '{slot}', but the cameras are {keys}")
 
 
 def _dimension_names(feature: dict[str, Any]) -> list[str] | None:

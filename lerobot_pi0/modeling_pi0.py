@@ -22,21 +22,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from lerobot_pi0 import adapters
-from lerobot_pi0.augmentation import augment, drop_prompts
-from lerobot_pi0.certificate import check_certificate, write_certificate
+from lerobot_pi0.checkpoints import adapters
+from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, Checkpoint, load_weights
+from lerobot_pi0.checkpoints.golden_actions import check_certificate, write_certificate
+from lerobot_pi0.checkpoints.model_card import make_model_card
 from lerobot_pi0.configuration_pi0 import Pi0Config
-from lerobot_pi0.guard import ChunkGuard, not_finite
-from lerobot_pi0.inference import Context, Sampler
-from lerobot_pi0.linear import Form, Packed
+from lerobot_pi0.data.normalization import Prepared
+from lerobot_pi0.data.relative_actions import make_anchor
+from lerobot_pi0.data.statistics import prepare_statistics
+from lerobot_pi0.data.training_data import check_first_batch, describe_data, make_limits
+from lerobot_pi0.errors import CheckpointError, UserError
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.model.flow import sample_time
 from lerobot_pi0.model.layers import Layer
 from lerobot_pi0.model.observation import letterbox
-from lerobot_pi0.model_card import make_model_card
 from lerobot_pi0.processor_pi0 import load_tokenizer, unknown_instruction
-from lerobot_pi0.randomness import normal, sample_keys, uniform
-from lerobot_pi0.rtc import (
+from lerobot_pi0.sampling.guard import ChunkGuard, not_finite
+from lerobot_pi0.sampling.linear import Form, Packed
+from lerobot_pi0.sampling.rtc import (
     Leftover,
     decided,
     decided_times,
@@ -45,17 +48,12 @@ from lerobot_pi0.rtc import (
     sample_delays,
     tell_of_horizon,
 )
-from lerobot_pi0.sharding import whole_state
-from lerobot_pi0.statistics import (
-    Prepared,
-    check_first_batch,
-    describe_data,
-    make_anchor,
-    make_limits,
-    prepare_statistics,
-)
-from lerobot_pi0.training import ParameterGroups, TrainedWeights
-from lerobot_pi0.weights import WEIGHTS_FILE, Checkpoint, CheckpointError, load_weights
+from lerobot_pi0.sampling.sampler import Context, Sampler
+from lerobot_pi0.training.augmentation import augment, drop_prompts
+from lerobot_pi0.training.ema import ParameterGroups, TrainedWeights
+from lerobot_pi0.training.fsdp import whole_state
+from lerobot_pi0.training.lora import compute_as_given, summary
+from lerobot_pi0.training.randomness import normal, sample_keys, uniform
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +96,7 @@ class Pi0Policy(PreTrainedPolicy):
         config.validate_features()
         trains = dataset_stats is not None or dataset_meta is not None
         if trains and config.int8:
-            raise ValueError("--policy.int8 is for running a policy: train without it")
+            raise UserError("--policy.int8 is for running a policy: train without it")
         self._statistics: Prepared | None = None
         if trains:
             self._statistics = prepare_statistics(
@@ -110,7 +108,7 @@ class Pi0Policy(PreTrainedPolicy):
             if dataset_meta is not None:
                 dataset_meta.stats = self._statistics
         elif config.relative_actions != (config.anchor is not None):
-            raise ValueError(
+            raise UserError(
                 f"--policy.relative_actions={str(config.relative_actions).lower()}, but the policy was not "
                 "trained so: leave the flag out to run a checkpoint, or give a dataset to train"
             )
@@ -235,7 +233,7 @@ class Pi0Policy(PreTrainedPolicy):
         """The model's observation of a processed batch: cameras in slot order, state padded with zeros."""
         missing = [key for key in (*self.config.cameras.values(), OBS_STATE) if key not in batch]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"the observation has no {missing}; it has "
                 f"{sorted(key for key in batch if key.startswith('obs'))}. "
                 "Give the robot or environment these names with --rename_map, or train with --policy.cameras"
@@ -322,7 +320,7 @@ class Pi0Policy(PreTrainedPolicy):
         """
         delay = inference_delay or 0
         if delay >= self.config.chunk_size:
-            raise ValueError(
+            raise UserError(
                 f"the delay of {delay} steps is a whole chunk of {self.config.chunk_size}: each action would "
                 "be out of date when it arrives, and the robot would not move. `lerobot-pi0 latency` says "
                 "what this machine can hold; a lower --fps or fewer --policy.num_inference_steps helps"
@@ -333,7 +331,7 @@ class Pi0Policy(PreTrainedPolicy):
         rtc = self.config.rtc_config or RTCConfig()
         if prev_chunk_left_over is not None and prev_chunk_left_over.numel() and rtc.enabled:
             if self.training:
-                raise ValueError("real-time chunking is for running a policy: call policy.eval() first")
+                raise UserError("real-time chunking is for running a policy: call policy.eval() first")
             leftover = read_leftover(prev_chunk_left_over, delay, noise, anchor)
             self._is_warm = self._is_warm or leftover is not None
         horizon = execution_horizon or rtc.execution_horizon
@@ -399,7 +397,7 @@ class Pi0Policy(PreTrainedPolicy):
         """Called by LeRobot when it has set `config.rtc_config`, which is all that there is to know."""
         rtc = self.config.rtc_config
         if rtc is not None and rtc.execution_horizon > self.config.chunk_size:
-            raise ValueError(
+            raise UserError(
                 f"--inference.rtc.execution_horizon={rtc.execution_horizon} is more than the chunk has "
                 f"({self.config.chunk_size} actions)"
             )
@@ -410,13 +408,13 @@ class Pi0Policy(PreTrainedPolicy):
 
         LeRobot calls this once per run: after adapters were put in, before an optimizer is restored.
         """
-        adapters.compute_as_given(self.model)
+        compute_as_given(self.model)
         return self._trained.take(self, self.model.dtype)
 
     def update(self) -> None:
         """Called by LeRobot after each step of the optimizer: moves the average."""
         if self.config.ema_decay and not self._trained.parameters:
-            raise ValueError(
+            raise UserError(
                 "the moving average of the weights needs this policy's own optimizer: leave "
                 "--use_policy_training_preset=true, or train with --policy.ema_decay=0"
             )
@@ -462,7 +460,7 @@ class Pi0Policy(PreTrainedPolicy):
         wrapped = super().wrap_with_peft(peft_config, peft_cli_overrides)
         assert self._base is not None
         adapters.name_base(wrapped, self.config, self._base)
-        logger.info(adapters.summary(self.model))
+        logger.info(summary(self.model))
         return wrapped
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
@@ -473,7 +471,7 @@ class Pi0Policy(PreTrainedPolicy):
 
     def _validate_peft_config(self, peft_config: Any) -> None:
         if self._base is None:
-            raise ValueError(
+            raise UserError(
                 "adapters over random weights are of no use: start from a checkpoint (--policy.path=... or "
                 "--policy.pretrained_path=lerobot/pi0_base), or train without --peft"
             )
@@ -537,7 +535,7 @@ class Pi0Policy(PreTrainedPolicy):
         actions = actions[..., : self._action_size]
         actions = actions if anchor is None else actions + anchor[:, None]
         if bad := not_finite(actions, self._joints):
-            raise ValueError(
+            raise UserError(
                 f"the policy gave no numbers for {bad}, although its observation has numbers alone: nothing "
                 "is sent. Its weights are damaged, or overflow: `lerobot-pi0 doctor --policy.path=...` looks"
             )
@@ -551,7 +549,7 @@ class Pi0Policy(PreTrainedPolicy):
         for key in (OBS_STATE, *self.config.cameras.values()):
             names = self.config.state_feature_names if key == OBS_STATE else None
             if bad := not_finite(batch[key], names):
-                raise ValueError(
+                raise UserError(
                     f"'{key}' of the observation is NaN or infinite in {bad}: no action is sent. Look at the "
                     "robot's sensor or camera, and at the statistics that normalise it"
                 )
@@ -598,7 +596,7 @@ class Pi0Policy(PreTrainedPolicy):
     def _form(self) -> Form:
         on_cpu = self.config.device == "cpu"
         if self.config.int8 and not on_cpu:
-            raise ValueError(f"--policy.int8 is for CPUs, and this policy runs on '{self.config.device}'")
+            raise UserError(f"--policy.int8 is for CPUs, and this policy runs on '{self.config.device}'")
         if not on_cpu or self.config.compile or not Packed.runs(self.model.dtype):
             return "fused"
         return "int8" if self.config.int8 else "packed"
@@ -662,13 +660,13 @@ class Pi0Policy(PreTrainedPolicy):
 
     def _image(self, image: Tensor, key: str) -> Tensor:
         if image.ndim != 4 or image.shape[1] != 3:
-            raise ValueError(f"'{key}' must be (batch, 3, height, width), got {tuple(image.shape)}")
+            raise UserError(f"'{key}' must be (batch, 3, height, width), got {tuple(image.shape)}")
         image = image.float() / 255 if image.dtype == torch.uint8 else image.float()
         return letterbox(image, self.config.vision.image_size) * 2 - 1
 
     def _pad(self, vector: Tensor, size: int, key: str, feature: Any) -> Tensor:
         if vector.shape[-1] != feature.shape[0]:
-            raise ValueError(
+            raise UserError(
                 f"'{key}' has {vector.shape[-1]} dimensions, the policy was made for {feature.shape[0]}"
             )
         return torch.nn.functional.pad(vector.float(), (0, size - vector.shape[-1]))

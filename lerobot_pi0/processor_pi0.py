@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config, Statistics, TrainingData
+from lerobot_pi0.errors import UnavailableError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class Pi0TokenizerStep(ProcessorStep):
         task = (complementary or {}).get("task")
         texts = [task] if isinstance(task, str) else task
         if not (texts and isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)):
-            raise ValueError(
+            raise UserError(
                 f"π0 needs an instruction, but 'task' is {task!r}. Datasets store one per episode; "
                 'lerobot-rollout takes --task="..."'
             )
@@ -76,13 +77,13 @@ class Pi0TokenizerStep(ProcessorStep):
         text = encode(clean_prompt(prompt), add_special_tokens=False).ids
         beginning = self._tokenizer.token_to_id("<bos>")
         if beginning is None:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer '{self.tokenizer}' has no token '<bos>', with which a prompt of π0 begins: "
                 "name PaliGemma's, or one made like it, with --policy.tokenizer"
             )
         ids = [beginning, *text, *encode("\n", add_special_tokens=False).ids]
         if max(ids) >= self.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer '{self.tokenizer}' gives id {max(ids)} for {prompt!r}, but the model's "
                 f"vocabulary has {self.vocab_size} entries: raise --policy.vlm.vocab_size (training from "
                 "scratch), or name the tokenizer that belongs to the weights with --policy.tokenizer"
@@ -196,7 +197,7 @@ def load_tokenizer(name: str) -> Tokenizer:
             )
         else:
             why = str(error).strip().splitlines()[0]
-        raise OSError(
+        raise UnavailableError(
             f"the tokenizer '{name}' cannot be had: {why}. Ways out: (1) accept the licence at "
             f"huggingface.co/{name} and run `hf auth login`; (2) --policy.tokenizer=FOLDER with a copy of "
             "its tokenizer.json; (3) start from a checkpoint of this policy, which carries its tokenizer: "
@@ -214,11 +215,12 @@ def make_lerobot_pi0_pre_post_processors(
 
     Without statistics from a dataset, those of the checkpoint that the weights came from are taken.
     """
-    from lerobot_pi0.statistics import Prepared, prepare_statistics
+    from lerobot_pi0.data.normalization import Prepared
+    from lerobot_pi0.data.statistics import prepare_statistics
 
     if not isinstance(dataset_stats, Prepared) and (dataset_stats or config.base_checkpoint):
         if config.relative_actions:
-            raise ValueError(
+            raise UserError(
                 "with --policy.relative_actions=true the statistics are computed when the policy is made: "
                 "make it first, Pi0Policy(config, dataset.meta.stats, dataset.meta), then these pipelines "
                 "with dataset.meta.stats"

@@ -11,11 +11,12 @@ from tiny_policy import ACTION, STATE, statistics, tiny_config
 
 from lerobot_pi0 import Pi0Config
 from lerobot_pi0.conversion import targets
-from lerobot_pi0.conversion.convert import ConvertConfig, convert
+from lerobot_pi0.conversion.convert import convert
+from lerobot_pi0.conversion.flags import ConvertConfig
+from lerobot_pi0.data.statistics import prepare_statistics
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
-from lerobot_pi0.statistics import prepare_statistics
 
 VISION = SiglipConfig(image_size=28, patch_size=14, width=32, depth=2, mlp_dim=48, num_heads=2)
 # LeRobot's π0 has eight query heads written into its attention.

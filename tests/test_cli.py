@@ -10,8 +10,8 @@ from lerobot.utils.import_utils import require_package
 
 from lerobot_pi0 import cli
 from lerobot_pi0.demo import record
+from lerobot_pi0.inputs import policy
 from lerobot_pi0.simulated_robot import simulation
-from lerobot_pi0.tools import inputs
 
 
 def call(monkeypatch, *arguments: str) -> int:
@@ -44,7 +44,7 @@ def test_every_flag_of_a_subcommand_is_explained(monkeypatch, capsys, name):
 def flags(config_class) -> list[str]:
     names = []
     for field in dataclasses.fields(config_class):
-        ours = getattr(field.type, "__module__", "") == inputs.__name__
+        ours = getattr(field.type, "__module__", "") == policy.__name__
         nested = flags(field.type) if ours else [""]
         names += [f"{field.name}.{name}".removesuffix(".") for name in nested]
     return names

@@ -12,6 +12,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +25,28 @@ PACKAGE = ROOT / "lerobot_pi0"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
-# Layers of the package, lowest first: a module imports from its own layer and from those below. What is not
-# named here is a tool, above them all. "" stands for `from lerobot_pi0 import ...`.
-LAYERS = (
-    {"model"},
-    {
-        "adapters",
-        "augmentation",
-        "guard",
-        "model_card",
-        "weights",
-        "configuration_pi0",
-        "statistics",
-        "tokenizers",
-        "inference",
-        "linear",
-        "randomness",
-        "rtc",
-        "sharding",
-        "training",
-    },
-    {"processor_pi0", "certificate", "modeling_pi0", ""},
+# Floors of the package, lowest first. A module imports from its own folder and from the floors below, never
+# from a floor above. What is not named here has no floor, and the test says so.
+FLOORS = (
+    "errors",
+    "model",
+    "tokenizers",
+    "training",
+    "configuration_pi0",
+    "sampling",
+    "checkpoints",
+    "data",
+    "processor_pi0",
+    "modeling_pi0",
+    "",  # `from lerobot_pi0 import ...`
+    "inputs",
+    "demo",
+    "conversion",
+    "tools",
+    "control",
+    "serving",
+    "simulated_robot",
+    "cli",
 )
 
 # What discovery may import of ours.
@@ -54,6 +56,7 @@ DISCOVERED = {
     "lerobot_pi0.configuration_pi0",
     "lerobot_pi0.demo",
     "lerobot_pi0.demo.environment",
+    "lerobot_pi0.demo.metaworld",
     "lerobot_pi0.model",
     "lerobot_pi0.model.flow",
     "lerobot_pi0.model.gemma",
@@ -65,7 +68,11 @@ DISCOVERED = {
     "lerobot_pi0.simulated_robot",
     "lerobot_pi0.simulated_robot.config_scripted_so101",
     "lerobot_pi0.simulated_robot.config_simulated_so101",
+    "lerobot_pi0.errors",
     "lerobot_pi0.training",
+    "lerobot_pi0.training.ema",
+    "lerobot_pi0.training.optimizer",
+    "lerobot_pi0.training.schedule",
 }
 
 LEROBOT_ALONE = """
@@ -190,31 +197,49 @@ def imported_roots(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imported_names(path)} - sys.stdlib_module_names
 
 
-def layer(part: str) -> int:
-    return next((i for i, parts in enumerate(LAYERS) if part in parts), len(LAYERS))
-
-
 def in_package(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
 
+def module_name(path: Path) -> str:
+    """`lerobot_pi0.model.flow` for its file."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def floor(module: str) -> int:
+    part = module.partition(".")[2].partition(".")[0]
+    assert part in FLOORS, f"'{part}' has no floor: name it in FLOORS"
+    return FLOORS.index(part)
+
+
+def arrows(path: Path) -> set[str]:
+    """The modules of the package that a file imports, lazily and for type checkers too."""
+    known = {module_name(module) for module in MODULES}
+    modules = {name for name in imported_names(path) if name in known}
+    # `from a import b` gives "a" and "a.b": "a" is no arrow where "a.b" is a module.
+    packages = {name for name in modules if any(other.startswith(f"{name}.") for other in modules)}
+    return modules - packages - {module_name(path)}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=in_package)
 def test_imports_point_downwards(path):
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    own = layer("" if parts == ("__init__",) else parts[0])
-    parts_of_the_package = {child.stem for child in PACKAGE.iterdir()}
-    for name in imported_names(path):
-        root, _, rest = name.partition(".")
-        if root != "lerobot_pi0":
-            continue
-        if parts == ("__init__",) and rest.startswith(("demo", "simulated_robot")):
-            # Registers types of environments, robots and teleoperators, wherever the plugin is discovered.
-            assert f"lerobot_pi0.{rest}" in DISCOVERED
-            continue
-        part = rest.split(".")[0]
-        # `from lerobot_pi0 import cli` names a module, `from lerobot_pi0 import Pi0Config` a public name.
-        imported = layer(part if part in parts_of_the_package else "")
-        assert imported <= own, f"{in_package(path)} imports {name}, which lies above it"
+    own = module_name(path)
+    for imported in arrows(path):
+        if own == "lerobot_pi0" and imported in DISCOVERED:
+            continue  # registers types of environments, robots and teleoperators
+        assert floor(imported) <= floor(own), f"{own} imports {imported}, which lies above it"
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    graph = {module_name(path): arrows(path) for path in MODULES}
+    graph["lerobot_pi0"] = graph["lerobot_pi0"] - DISCOVERED
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("path", MODULES, ids=in_package)
+def test_no_module_imports_a_private_name_of_another(path):
+    private = {name for name in imported_names(path) if name.startswith("lerobot_pi0.") and "._" in name}
+    assert private == set()
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "model").rglob("*.py")), ids=in_package)
@@ -222,8 +247,8 @@ def test_model_is_pure_torch(path):
     assert imported_roots(path) <= {"torch", "jaxtyping", "lerobot_pi0"}
 
 
-def test_weights_know_neither_lerobot_nor_transformers():
-    assert not imported_roots(PACKAGE / "weights.py") & {"lerobot", "transformers"}
+def test_layouts_know_neither_lerobot_nor_transformers():
+    assert not imported_roots(PACKAGE / "checkpoints" / "layouts.py") & {"lerobot", "transformers"}
 
 
 def test_model_stays_short_enough_to_read_in_an_evening():

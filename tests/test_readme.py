@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from test_configuration import read_training_config
+from shipped_configs import read_training_config
 from tiny_policy import tiny_config
 
 from lerobot_pi0 import Pi0Config, Pi0Policy

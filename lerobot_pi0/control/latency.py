@@ -27,7 +27,8 @@ from lerobot_pi0.control.timing import (
     suggest,
     watched_timing,
 )
-from lerobot_pi0.tools.inputs import ControlPolicyFlags, LoadedPolicy, load_policy
+from lerobot_pi0.errors import UserError
+from lerobot_pi0.inputs.policy import ControlPolicyFlags, LoadedPolicy, load_policy
 
 Frame = dict[str, np.ndarray]
 
@@ -70,9 +71,9 @@ class Latencies:
 def main(config: LatencyConfig) -> str:
     """Run `lerobot-pi0 latency`. Raises ValueError for a rate or number that cannot be."""
     if config.fps is not None and not (config.fps > 0 and math.isfinite(config.fps)):
-        raise ValueError(f"--fps must be a number of actions per second, got {config.fps}")
+        raise UserError(f"--fps must be a number of actions per second, got {config.fps}")
     if config.repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, got {config.repeats}")
+        raise UserError(f"--repeats must be at least 1, got {config.repeats}")
     loaded = load_policy(config.policy)
     data = loaded.config.training_data
     fps = config.fps or (30.0 if data is None else data.fps)

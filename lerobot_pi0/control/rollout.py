@@ -32,15 +32,16 @@ from lerobot.utils.process import ProcessSignalHandler
 from lerobot.utils.utils import init_logging
 from lerobot.utils.visualization_utils import init_visualization, shutdown_visualization
 
+from lerobot_pi0.checkpoints.files import find_checkpoint
 from lerobot_pi0.configuration_pi0 import Pi0Config, TrainingData
-from lerobot_pi0.control.joints import check_joints
 from lerobot_pi0.control.latency import Latencies, beside_the_loop, measure, quantile, suggestion_for
 from lerobot_pi0.control.pace import pace
 from lerobot_pi0.control.trace import Trace, new_policy_trace
 from lerobot_pi0.control.watch import Watch, complaints, timing
+from lerobot_pi0.errors import CommandError, UnavailableError, UserError
+from lerobot_pi0.inputs.joints import check_joints
+from lerobot_pi0.inputs.policy import LoadedPolicy
 from lerobot_pi0.modeling_pi0 import Pi0Policy
-from lerobot_pi0.tools.inputs import LoadedPolicy
-from lerobot_pi0.weights import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def parse(arguments: list[str]) -> RolloutConfig:
         if isinstance(reason, OSError | HFValidationError) and (path := parser.get_path_arg("policy")):
             revision = parser.parse_arg("policy.pretrained_revision")
             find_checkpoint(path, revision=revision, ignore_patterns="*.safetensors")  # says what is wrong
-        raise ValueError(f"{reason}") from error
+        raise UserError(f"{reason}") from error
     finally:
         sys.argv = before
 
@@ -94,7 +95,7 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
     config = cfg.policy
     assert config is not None
     if not isinstance(config, Pi0Config):
-        raise ValueError(
+        raise UserError(
             f"'{config.pretrained_path}' is a policy of type '{config.type}': lerobot-rollout runs it"
         )
     check_flags(cfg)
@@ -110,9 +111,9 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
     except Exception as error:
         _disconnect(error)
         if isinstance(error, ConnectionError):
-            raise ConnectionError(f"the robot does not answer: {error}") from error
+            raise UnavailableError(f"the robot does not answer: {error}") from error
         if isinstance(error, ValueError):
-            raise ValueError(f"{error}") from error
+            raise UserError(f"{error}") from error
         raise
     strategy = create_strategy(cfg.strategy)
     trace = None
@@ -148,7 +149,7 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
             shutdown_visualization(cfg.display_mode)
     failed = watch.engine.failed
     if failed or not watch.num_actions:
-        raise RuntimeError(_why_it_failed(watch, failed, complaint.last, signals.shutdown_event.is_set()))
+        raise CommandError(_why_it_failed(watch, failed, complaint.last, signals.shutdown_event.is_set()))
     return _summary(watch, folder, complaint.last)
 
 
@@ -158,23 +159,23 @@ def check_flags(cfg: RolloutConfig) -> None:
     Raises ValueError that names the flag.
     """
     if not (cfg.task or "").strip():  # draccus makes None of an empty flag
-        raise ValueError(
+        raise UserError(
             "the policy has no instruction: say what it is to do, in the words of its training data, "
             'with --task="..."'
         )
     if not (cfg.fps > 0 and math.isfinite(cfg.fps)):
-        raise ValueError(f"--fps must be a number of actions per second, got {cfg.fps:g}")
+        raise UserError(f"--fps must be a number of actions per second, got {cfg.fps:g}")
     if cfg.interpolation_multiplier < 1:
-        raise ValueError(f"--interpolation_multiplier must be at least 1, got {cfg.interpolation_multiplier}")
+        raise UserError(f"--interpolation_multiplier must be at least 1, got {cfg.interpolation_multiplier}")
     if cfg.dataset is not None and not cfg.resume:
         user, slash, name = cfg.dataset.repo_id.rpartition("/")
         if not cfg.dataset.repo_id.split("/", 1)[-1].startswith("rollout_"):
-            raise ValueError(
+            raise UserError(
                 f"LeRobot wants names of recorded rollouts to begin with rollout_, and "
                 f"'{cfg.dataset.repo_id}' does not: --dataset.repo_id={user}{slash}rollout_{name}"
             )
         if cfg.dataset.root is not None and Path(cfg.dataset.root).exists():
-            raise ValueError(
+            raise UserError(
                 f"there is something in {cfg.dataset.root} already: record to another --dataset.root, or go "
                 "on with the dataset in it, --resume=true"
             )
@@ -201,7 +202,7 @@ def check_robot(cfg: RolloutConfig, config: Pi0Config) -> None:
             camera for camera in cameras if cfg.rename_map.get(camera, camera) not in config.cameras.values()
         ]
         pairs = ", ".join(f'"{free[i] if i < len(free) else "…"}": "{key}"' for i, key in enumerate(missing))
-        raise ValueError(
+        raise UserError(
             f"the policy was trained with {missing}, which the robot does not give: it has {cameras}"
             + (f", renamed by {cfg.rename_map}" if cfg.rename_map else "")
             + f". Give the robot these cameras, or tell which is which: --rename_map='{{{pairs}}}'"
@@ -236,7 +237,7 @@ def check_latency(cfg: RolloutConfig, latencies: Latencies, config: Pi0Config) -
     if inference.type == "rtc":
         best = timing(cfg, size, config.n_action_steps, min(latencies.stages[stage]))
         if best.delay >= size:
-            raise RuntimeError(
+            raise CommandError(
                 f"{ran}. The policy cannot go on from a chunk of {size} actions that is over when the next "
                 f"one comes: real-time chunking is of no use here. {advice}"
             )
@@ -266,7 +267,7 @@ def _own_flags(arguments: list[str]) -> tuple[Path | None, list[str]]:
             continue
         value = value if equals else next(waiting, "")
         if not value or value.startswith("--"):
-            raise ValueError("--trace needs a folder: --trace=FOLDER")
+            raise UserError("--trace needs a folder: --trace=FOLDER")
         folder = Path(value)
     return folder, rest
 

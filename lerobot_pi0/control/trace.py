@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lerobot_pi0.errors import MissingFileError, OutputExistsError
+
 POLICY_FILE = "policy.jsonl"
 
 
@@ -51,7 +53,7 @@ def new_policy_trace(folder: Path) -> Path:
     """The file for a policy's trace in a folder. Raises FileExistsError if there is one, not an empty one."""
     file = folder / POLICY_FILE
     if file.exists() and file.stat().st_size:
-        raise FileExistsError(f"{file} is the trace of another run: give another --trace, or delete it")
+        raise OutputExistsError(f"{file} is the trace of another run: give another --trace, or delete it")
     folder.mkdir(parents=True, exist_ok=True)
     return file
 
@@ -65,7 +67,7 @@ def read_trace(run: Path) -> Iterator[dict[str, Any]]:
     """
     events = [event for file in sorted(run.glob("*.jsonl")) for event in _events(file)]
     if not events:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{run} holds no trace (*.jsonl). `lerobot-pi0 rollout --trace={run} ...` writes one"
         )
     yield from sorted(events, key=lambda event: event["t"])

@@ -11,6 +11,7 @@ import numpy as np
 
 from lerobot_pi0.control.pace import Pace, pace, spread
 from lerobot_pi0.control.trace import read_trace
+from lerobot_pi0.errors import CommandError
 
 Event = dict[str, Any]
 
@@ -106,7 +107,7 @@ def read_run(folder: Path) -> Run:
     kinds = Counter(event["event"] for event in events)
     if not count:
         why = [event["why"] for event in events if event["event"] == "stop" and event.get("why")]
-        raise RuntimeError(
+        raise CommandError(
             f"{folder}: no action was sent to the robot ({kinds['observation']} observations, "
             f"{kinds['inference']} chunks). "
             + (f"The run ended: {why[-1]}. " if why else "")
@@ -137,7 +138,7 @@ def read_run(folder: Path) -> Run:
     periods = np.concatenate([np.diff([action["t"] for action in episode]) for episode in episodes])
     fps = start["fps"] * start.get("interpolation", 1) if "fps" in start else None
     if fps is None and not len(periods):
-        raise RuntimeError(f"{folder}: one action was sent, and nothing says how many per second were wanted")
+        raise CommandError(f"{folder}: one action was sent, and nothing says how many per second were wanted")
     return Run(
         start,
         episodes,

@@ -9,22 +9,21 @@ import hashlib
 import io
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lerobot_pi0.certificate import fixed_input, write_certificate
-from lerobot_pi0.configuration_pi0 import Dtype
+from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, Checkpoint, load_weights
+from lerobot_pi0.checkpoints.golden_actions import fixed_input, write_certificate
+from lerobot_pi0.checkpoints.layouts import to_openpi
+from lerobot_pi0.conversion.flags import ConvertConfig
 from lerobot_pi0.conversion.sources import IN_TREE, Policy, read_policy
 from lerobot_pi0.conversion.streaming import digest, write_safetensors
 from lerobot_pi0.conversion.targets import write_in_tree, write_openpi, write_ours
+from lerobot_pi0.errors import CommandError, OutputExistsError
 from lerobot_pi0.modeling_pi0 import Pi0Policy
-from lerobot_pi0.weights import WEIGHTS_FILE, Checkpoint, load_weights, to_openpi
-
-Layout = Literal["lerobot_pi0", "lerobot", "openpi-pytorch"]
 
 EXPERT_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
 # Policies of up to this many parameters are run in both implementations without being asked.
@@ -32,49 +31,6 @@ _COMPARED = 200_000_000
 # Largest difference of normalised actions in float32 between two implementations, over the largest action:
 # the time embedding of another precision alone makes 2e-4.
 _TOLERANCE = 1e-3
-
-
-@dataclass
-class ConvertConfig:
-    """Convert a π0 policy between openpi (JAX, PyTorch), LeRobot's own π0, transformers' and this one.
-
-    What SOURCE is, is recognised: a folder, or a repository on the hub. Weights are bit for bit those of the
-    source unless --dtype says otherwise.
-    """
-
-    # Checkpoint to read: openpi's JAX (with params/) or PyTorch, LeRobot's pi0, transformers' PI0, or ours.
-    source: str
-    # Folder to write, which must not exist.
-    target: Path
-    # Layout to write.
-    to: Layout = "lerobot_pi0"
-    # Of the weights in the file, and what the policy computes in. Default: as the source has them.
-    dtype: Dtype | None = None
-    # PaliGemma's tokenizer, if the source does not carry it: a folder with its tokenizer.json, or
-    # a repository.
-    tokenizer: str | None = None
-    # openpi does not name a robot's cameras: which feature fills which slot, as --policy.cameras. Default:
-    # the slots' own names (base, left_wrist, right_wrist), to be matched with --rename_map.
-    cameras: dict[str, str] = field(default_factory=dict)
-    # openpi keeps statistics by robot, in assets/<asset_id>: which of them to read, or the name to write.
-    asset_id: str | None = None
-    # Without statistics: a checkpoint to fine-tune, which cannot drive a robot as it is.
-    statistics: bool = True
-    # Dimensions of the robot's state. Default: as the source says, or its statistics.
-    state_dim: int | None = None
-    # The same of its action.
-    action_dim: int | None = None
-    # openpi's action_horizon. Default: as the source says, or 50.
-    chunk_size: int | None = None
-    # openpi's mask of actions that are relative to the state, as given to make_bool_mask: '[6, -1]'.
-    delta_mask: list[int] = field(default_factory=list)
-    # alpha of openpi's LoRA. Default: the rank.
-    lora_alpha: float | None = None
-    # Attention heads of a vision tower that is not SigLIP So400m, where the source does not say.
-    vision_heads: int | None = None
-    # Where one side is LeRobot's own π0: run it and ours, and compare. Needs 30 GB of memory at full size.
-    # Default: small policies only.
-    compare: bool | None = None
 
 
 def main(config: ConvertConfig) -> str:
@@ -90,7 +46,7 @@ def convert(flags: ConvertConfig) -> str:
     """
     target = flags.target
     if target.exists():
-        raise FileExistsError(f"{target} exists: give another TARGET, or delete it")
+        raise OutputExistsError(f"{target} exists: give another TARGET, or delete it")
     unfinished = target.with_name(f"{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was interrupted
     made = [folder for folder in unfinished.parents if not folder.exists()]
@@ -142,14 +98,14 @@ def _proof(policy: Policy, folder: Path, digests: dict[str, str], flags: Convert
     """Read the target back, compare it with what was read from the source, and say so."""
     written = Checkpoint(folder)
     if written.keys() != digests.keys():
-        raise RuntimeError(
+        raise CommandError(
             f"{folder} does not read back as it was written: {written.keys() ^ digests.keys()}"
         )
     whole, parameters, dtypes = hashlib.blake2b(digest_size=8), 0, set()
     for name in sorted(digests):
         tensor = written[name]
         if digest(tensor) != digests[name]:
-            raise RuntimeError(
+            raise CommandError(
                 f"{name} reads back from {folder} differently from what was written: a faulty disk?"
             )
         whole.update(f"{name} {digests[name]}".encode())
@@ -170,7 +126,7 @@ def _proof(policy: Policy, folder: Path, digests: dict[str, str], flags: Convert
         return text
     difference, largest = _compare(policy, folder, in_tree)
     if not difference <= _TOLERANCE * max(largest, 1):
-        raise RuntimeError(
+        raise CommandError(
             f"LeRobot's own π0 and ours act differently on the same weights, by {difference:.1e} (the "
             "largest "
             f"action is {largest:.2f}): nothing was written. Please report this"

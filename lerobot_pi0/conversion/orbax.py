@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lerobot_pi0.weights import CheckpointError, as_tensor, openpi_jax_parts
+from lerobot_pi0.conversion.openpi_jax import as_tensor, openpi_jax_parts
+from lerobot_pi0.errors import CheckpointError, CommandError
 
 _AT_ONCE = 2**28  # bytes that are unpacked in memory; a larger leaf goes through a temporary file
 _LORA = ("lora_a", "lora_b")
@@ -69,7 +70,7 @@ class OrbaxCheckpoint(Mapping[str, Tensor]):
 
     def __init__(self, params: Path, scratch: Path, lora_alpha: float | None = None):
         if find_spec("tensorstore") is None:
-            raise RuntimeError(
+            raise CommandError(
                 f"{params} is a checkpoint of openpi's JAX code, which is read with tensorstore: "
                 "pip install 'lerobot_policy_pi0[openpi]'"
             )

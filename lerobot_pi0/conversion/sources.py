@@ -14,14 +14,17 @@ from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch import Tensor
 
+from lerobot_pi0.checkpoints.files import Checkpoint, check_fit, find_checkpoint
 from lerobot_pi0.configuration_pi0 import CAMERA_SLOTS, Pi0Config, Statistics
 from lerobot_pi0.conversion.orbax import PARAMS, OrbaxCheckpoint, find_params
+from lerobot_pi0.data.normalization import EPSILON, NEEDED, Prepared
+from lerobot_pi0.data.relative_actions import make_anchor_of
+from lerobot_pi0.data.statistics import read_statistics
+from lerobot_pi0.errors import CheckpointError, MissingFileError, UserError
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
-from lerobot_pi0.statistics import EPSILON, NEEDED, Prepared, make_anchor_of, read_statistics
-from lerobot_pi0.weights import Checkpoint, CheckpointError, check_fit, find_checkpoint
 
 if TYPE_CHECKING:
-    from lerobot_pi0.conversion.convert import ConvertConfig
+    from lerobot_pi0.conversion.flags import ConvertConfig
 
 OURS, IN_TREE = "lerobot_pi0", "LeRobot's pi0"
 LEROBOT_EPSILON = 1e-8  # LeRobot's normalizer adds this to deviations, and divides by it where a range is 0
@@ -43,7 +46,7 @@ class Policy:
 def read_policy(flags: "ConvertConfig", scratch: Path) -> Policy:
     """The policy in the source; its tensors are read later. `scratch`: a folder for temporary files."""
     if "://" in flags.source:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{flags.source}: download it first, for example with gsutil -m cp -r {flags.source} FOLDER"
         )
     folder = Path(flags.source).expanduser()
@@ -79,12 +82,12 @@ def _refuse_flags(flags: "ConvertConfig") -> None:
         if getattr(flags, name)
     ]
     if given:
-        raise ValueError(
+        raise UserError(
             f"--{given[0]} says what openpi's checkpoints do not; '{flags.source}' is a LeRobot policy, "
             "whose config.json does: leave the flag out"
         )
     if flags.asset_id and flags.to != "openpi-pytorch":
-        raise ValueError(
+        raise UserError(
             f"--asset_id={flags.asset_id} is a folder of openpi's, and neither '{flags.source}' nor the "
             "target is: leave the flag out"
         )
@@ -95,7 +98,7 @@ def _read_ours(
 ) -> Policy:
     if flags.to == "lerobot_pi0" and (flags.tokenizer or not flags.statistics):
         given = "--tokenizer" if flags.tokenizer else "--statistics=false"
-        raise ValueError(
+        raise UserError(
             f"'{flags.source}' is a policy of ours already and keeps its processors: leave {given} out"
         )
     try:
@@ -120,7 +123,7 @@ def _read_in_tree(
 ) -> Policy:
     """LeRobot's own π0, of today or up to 0.3: the file of its config is read, since its class changes."""
     if saved.get("adapt_to_pi_aloha"):
-        raise ValueError(
+        raise UserError(
             f"{folder} was trained with adapt_to_pi_aloha, which turned the joints of ALOHA into those of "
             "openpi's: LeRobot itself no longer does, and neither does this policy"
         )
@@ -279,7 +282,7 @@ def _sizes(
             heads[0] if heads else flags.vision_heads or (16 if width == SiglipConfig().width else None)
         )
         if vision_heads is None:
-            raise ValueError(
+            raise UserError(
                 f"the vision tower is {width} wide, and the source does not "
                 "say how many attention heads it has (SigLIP So400m is 1152 wide and has 16): "
                 "--vision_heads=..."
@@ -346,9 +349,9 @@ def _openpi_statistics(folder: Path, flags: "ConvertConfig") -> Statistics:
         return {}
     files = {file.parent.relative_to(folder / "assets").as_posix(): file for file in _assets(folder)}
     if flags.asset_id is not None and flags.asset_id not in files:
-        raise ValueError(f"{folder} has no assets/{flags.asset_id}/norm_stats.json; it has {sorted(files)}")
+        raise UserError(f"{folder} has no assets/{flags.asset_id}/norm_stats.json; it has {sorted(files)}")
     if len(files) != 1 and flags.asset_id is None:
-        raise ValueError(
+        raise UserError(
             (
                 f"{folder} has statistics of several robots: --asset_id=... chooses one of {sorted(files)}"
                 if files
@@ -407,7 +410,7 @@ def _fitting(config: Pi0Config, found: Statistics, epsilon: float, source: str) 
         if missing or any(length < size or (length > size and epsilon != EPSILON) for length in lengths):
             what = f"has no {missing}" if missing else f"has statistics of {sorted(lengths)} dimensions"
             flag = "state_dim" if key == OBS_STATE else "action_dim"
-            raise ValueError(
+            raise UserError(
                 f"{source} {what} for '{key}', and the robot has {size}: statistics of another robot? "
                 f"--asset_id chooses among openpi's, --{flag} gives the size, --statistics=false does without"
             )
@@ -416,7 +419,7 @@ def _fitting(config: Pi0Config, found: Statistics, epsilon: float, source: str) 
             for name, value in (of if isinstance(found, Prepared) else _with_epsilon(of, epsilon)).items()
         }
         if not all(np.isfinite(value).all() for value in prepared[key].values()):
-            raise ValueError(
+            raise UserError(
                 f"{source}: the statistics of '{key}' hold numbers that are infinite or none (NaN)"
             )
     return Prepared(prepared)
@@ -441,9 +444,9 @@ def _make_relative(config: Pi0Config, statistics: Prepared | None, joints: list[
     state = cast(PolicyFeature, config.robot_state_feature).shape[0]
     action = cast(PolicyFeature, config.action_feature).shape[0]
     if statistics is None:
-        raise ValueError("relative actions are made absolute by means of the statistics: --statistics=true")
+        raise UserError("relative actions are made absolute by means of the statistics: --statistics=true")
     if joints and max(joints) >= min(state, action):
-        raise ValueError(
+        raise UserError(
             f"dimension {max(joints)} of the action is relative, but the state has {state} and the action "
             f"{action} dimensions: --delta_mask, --state_dim or --action_dim is another robot's"
         )

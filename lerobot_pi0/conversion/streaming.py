@@ -15,7 +15,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from lerobot_pi0.weights import CheckpointError
+from lerobot_pi0.errors import CheckpointError
 
 _DTYPES = {
     torch.float64: "F64",

@@ -11,12 +11,13 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.conversion.sources import OURS, Policy, is_absolute
+from lerobot_pi0.data.normalization import EPSILON, Prepared
+from lerobot_pi0.errors import UnavailableError, UserError
 from lerobot_pi0.model import GemmaConfig, SiglipConfig
 from lerobot_pi0.processor_pi0 import load_tokenizer, make_lerobot_pi0_pre_post_processors
-from lerobot_pi0.statistics import EPSILON, Prepared
 
 if TYPE_CHECKING:
-    from lerobot_pi0.conversion.convert import ConvertConfig
+    from lerobot_pi0.conversion.flags import ConvertConfig
 
 # The sizes that openpi and LeRobot's own π0 know by name: width, depth, MLP, heads, heads of keys, and the
 # size of a head.
@@ -37,7 +38,7 @@ def write_ours(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[str
         try:
             load_tokenizer(config.tokenizer)
         except OSError as error:
-            raise OSError(
+            raise UnavailableError(
                 f"{str(error).partition(' Ways out')[0]} A policy carries its tokenizer: give a folder "
                 "that has "
                 "it, --tokenizer=FOLDER, or accept the licence at "
@@ -160,7 +161,7 @@ def _variants(config: Pi0Config) -> tuple[str, str]:
         by_size.get((expert.width, vlm.depth, expert.mlp_dim, *rest)),
     )
     if None in found or config.vision != VISION or vlm.vocab_size != VOCABULARY:
-        raise ValueError(
+        raise UserError(
             f"openpi and LeRobot's own π0 know SigLIP So400m at {VISION.image_size} pixels and Gemma as "
             f"{' or '.join(VARIANTS)} with {VOCABULARY} words, and this policy is another size: only "
             "this package "
@@ -179,7 +180,7 @@ def _in_tree_joints(config: Pi0Config) -> tuple[list[str], list[str] | None]:
     for words in (config.absolute_joints, [name for i, name in enumerate(names) if i not in relative]):
         if [i for i in range(size) if not is_absolute(names, i, words)] == relative:
             return words, names
-    raise ValueError(
+    raise UserError(
         f"LeRobot's own π0 tells relative joints from absolute ones by words in their names, and {names} "
         "has no "
         f"words for {[names[i] for i in relative]} alone"
@@ -190,7 +191,7 @@ def _anchored(config: Pi0Config) -> list[int]:
     """The relative dimensions of actions. Raises ValueError unless each is relative to its own number."""
     assert config.anchor is not None
     if config.anchor.actions != config.anchor.states:
-        raise ValueError(
+        raise UserError(
             "openpi and LeRobot's own π0 take an action to be relative to the dimension of the state "
             "with the "
             f"same number; here actions {config.anchor.actions} are relative to {config.anchor.states} "
@@ -204,7 +205,7 @@ def _openpi_norm_stats(config: Pi0Config, statistics: Prepared) -> dict[str, Any
     found = {}
     for theirs, ours, kind in (("state", OBS_STATE, "STATE"), ("actions", ACTION, "ACTION")):
         if config.normalization_mapping[kind] is not NormalizationMode.MEAN_STD:
-            raise ValueError(
+            raise UserError(
                 f"openpi's π0 normalises by mean and standard deviation, and this policy's {kind} by "
                 f"{config.normalization_mapping[kind].value}"
             )

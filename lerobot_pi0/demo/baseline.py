@@ -10,7 +10,7 @@ import numpy as np
 from lerobot.utils.constants import ACTION
 from tqdm import tqdm
 
-from lerobot_pi0.demo.environment import task_instructions
+from lerobot_pi0.demo.metaworld import task_instructions
 
 
 def mean_demonstration(actions: list[np.ndarray]) -> np.ndarray:

@@ -17,6 +17,8 @@ from typing import IO
 
 from tqdm import tqdm
 
+from lerobot_pi0.errors import CommandError
+
 logger = logging.getLogger(__name__)
 
 MODULES = {
@@ -126,7 +128,7 @@ def _follow(job: Job, process: subprocess.Popen[bytes], position: int) -> None:
                     progress.set_postfix_str(f"loss {loss[1]}", refresh=False)
     if process.wait() != 0:
         end = "\n".join(last_lines)
-        raise RuntimeError(
+        raise CommandError(
             f"{job.name} failed with exit code {process.returncode}. The end of its output:\n\n{end}\n\n"
             f"All of it is in {job.log}. The command was\n{job.command}"
         )

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from lerobot_pi0.demo.command import Command, Job, run
-from lerobot_pi0.demo.environment import OPPOSITES, parse_tasks, task_instructions
+from lerobot_pi0.demo.metaworld import OPPOSITES, parse_tasks, task_instructions
 from lerobot_pi0.demo.record import SETTINGS_FILE, RecordConfig, is_recorded
+from lerobot_pi0.errors import MissingFileError, OutputExistsError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +57,9 @@ class DemoConfig:
         for name in ("episodes_per_task", "eval_episodes"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name} must be at least 1, not {value}.")
+                raise UserError(f"--{name} must be at least 1, not {value}.")
         if self.train_config is not None and not self.train_config.is_file():
-            raise ValueError(f"--train_config={self.train_config}: there is no such file.")
+            raise UserError(f"--train_config={self.train_config}: there is no such file.")
 
 
 class Demo:
@@ -104,7 +105,7 @@ class Demo:
         last = self.training / "checkpoints" / "last"
         if not last.exists():
             if self.training.exists() and not self._log("train").exists():
-                raise FileExistsError(
+                raise OutputExistsError(
                     f"{self.training} is there, but not from this demo. Choose another --output_dir."
                 )
             # An earlier start that did not come as far as a checkpoint; lerobot-train wants no such folder.
@@ -247,7 +248,7 @@ def shipped_config() -> Path:
     candidates = [package / "configs" / "demo.yaml", package.parent / "configs" / "demo.yaml"]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"The package's configs/demo.yaml is missing ({', '.join(map(str, candidates))}). "
             "Reinstall the package, or name another file with --train_config."
         )

@@ -8,10 +8,8 @@ Plugin discovery imports this module, so it holds the settings only. The simulat
 `metaworld_env` when an environment is made.
 """
 
-import json
 from dataclasses import dataclass, field
-from functools import cache, partial
-from importlib.resources import files
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -20,49 +18,15 @@ from lerobot.envs import EnvConfig
 from lerobot.envs.utils import freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 
-# Meta-World's control rate: MuJoCo steps of 2.5 ms, five per action.
-FPS = 80
-ACTION_NAMES = ("hand_dx", "hand_dy", "hand_dz", "gripper_effort")
-POSITION_NAMES = ("hand_x", "hand_y", "hand_z", "gripper_effort")
-STATE_NAMES = ("hand_x", "hand_y", "hand_z", "gripper_opening")
-
-# Tasks in the same scene that ask for opposite things.
-OPPOSITES = {
-    "faucet-open-v3": "faucet-close-v3",
-    "faucet-close-v3": "faucet-open-v3",
-    "drawer-open-v3": "drawer-close-v3",
-    "drawer-close-v3": "drawer-open-v3",
-    "window-open-v3": "window-close-v3",
-    "window-close-v3": "window-open-v3",
-}
-
-
-@cache
-def task_instructions() -> dict[str, str]:
-    """Meta-World's tasks and LeRobot's sentence for each: {"faucet-open-v3": "Rotate the faucet ..."}."""
-    text = files("lerobot.envs").joinpath("metaworld_config.json").read_text(encoding="utf-8")
-    return json.loads(text)["TASK_DESCRIPTIONS"]
-
-
-def parse_tasks(tasks: str) -> list[str]:
-    """Split "faucet-open-v3,plate-slide-v3" into names and check each of them.
-
-    Raises:
-        ValueError: if a name is unknown (the known ones are listed), given twice, or if there is none.
-    """
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    known = task_instructions()
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(
-            f"Unknown Meta-World task{'s' if len(unknown) > 1 else ''} {', '.join(unknown)}. "
-            f"Known tasks: {', '.join(sorted(known))}."
-        )
-    if not names:
-        raise ValueError("No Meta-World task given. Name at least one, for example faucet-open-v3.")
-    if len(set(names)) < len(names):
-        raise ValueError(f"A task is named twice in {tasks!r}; name each task once.")
-    return names
+from lerobot_pi0.demo.metaworld import (
+    ACTION_NAMES,
+    FPS,
+    OPPOSITES,
+    STATE_NAMES,
+    parse_tasks,
+    task_instructions,
+)
+from lerobot_pi0.errors import UserError
 
 
 @EnvConfig.register_subclass("metaworld_fast")
@@ -93,10 +57,10 @@ class MetaworldFastEnvConfig(EnvConfig):
         tasks = parse_tasks(self.task)
         for name in ("episode_length", "image_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--env.{name} must be at least 1, not {getattr(self, name)}.")
+                raise UserError(f"--env.{name} must be at least 1, not {getattr(self, name)}.")
         single = [name for name in tasks if name not in OPPOSITES]
         if self.swap_instructions and single:
-            raise ValueError(
+            raise UserError(
                 f"--env.swap_instructions=true needs tasks that have an opposite ({', '.join(OPPOSITES)}), "
                 f"not {', '.join(single)}. Take them out of --env.task."
             )

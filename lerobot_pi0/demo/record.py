@@ -18,7 +18,7 @@ import numpy as np
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from tqdm import tqdm
 
-from lerobot_pi0.demo.environment import (
+from lerobot_pi0.demo.metaworld import (
     ACTION_NAMES,
     FPS,
     POSITION_NAMES,
@@ -26,6 +26,7 @@ from lerobot_pi0.demo.environment import (
     parse_tasks,
     task_instructions,
 )
+from lerobot_pi0.errors import CommandError, OutputExistsError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -74,10 +75,10 @@ class RecordConfig:
             ("image_size", 32),  # the AV1 encoder brings the process down below
         ):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, not {getattr(self, name)}.")
+                raise UserError(f"--{name} must be at least {least}, not {getattr(self, name)}.")
         for name in ("noise", "after_success"):
             if getattr(self, name) < 0:
-                raise ValueError(f"--{name} must not be negative, but is {getattr(self, name)}.")
+                raise UserError(f"--{name} must not be negative, but is {getattr(self, name)}.")
 
     def settings(self) -> dict[str, Any]:
         """What determines the recorded frames: everything but the folder."""
@@ -156,7 +157,7 @@ def is_recorded(config: RecordConfig) -> bool:
     try:
         recorded = json.loads((config.root / SETTINGS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileExistsError(
+        raise OutputExistsError(
             f"{config.root} exists but is not a recording of `lerobot-pi0 record`. "
             "Choose another folder with --root."
         ) from None
@@ -166,7 +167,7 @@ def is_recorded(config: RecordConfig) -> bool:
         if recorded.get(name, getattr(RecordConfig, name)) != value
     ]
     if differing:
-        raise FileExistsError(
+        raise OutputExistsError(
             f"{config.root} holds a recording with other settings ({' '.join(differing)}). "
             "Give these, choose another folder with --root, or delete that one."
         )
@@ -219,7 +220,7 @@ def demonstrations(task: str, config: RecordConfig) -> Iterator[list[Frame]]:
                     return
     finally:
         env.close()
-    raise RuntimeError(
+    raise CommandError(
         f"The scripted expert solved {task} only {found} times in {max_tries} tries with "
         f"--noise={config.noise} and --episode_length={config.episode_length}. "
         "Lower the former or raise the latter."

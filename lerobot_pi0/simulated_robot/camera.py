@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lerobot_pi0.errors import CommandError
 from lerobot_pi0.simulated_robot.simulation import CAMERA, Simulation, import_mujoco
 
 # In seconds. The first picture takes about one, on a busy machine several; later ones 5 ms.
@@ -50,7 +51,7 @@ class SimulatedCamera:
         Raises RuntimeError when the process has ended, TimeoutError when it hangs.
         """
         if self._running is None:
-            raise RuntimeError("the simulated camera is not connected: connect the robot first")
+            raise CommandError("the simulated camera is not connected: connect the robot first")
         taken, pixels = self._running.read_latest()
         return taken, np.frombuffer(pixels, np.uint8).reshape(self.height, self.width, 3).copy()
 
@@ -84,7 +85,7 @@ class _Running:
     def read_latest(self) -> tuple[float, bytes]:
         """As `SimulatedCamera.read_latest`."""
         if self._ended.is_set():
-            raise RuntimeError(self._last_words())
+            raise CommandError(self._last_words())
         if self._latest is None or self._simulation.clock() - self._latest[0] > MAX_AGE:
             raise TimeoutError(
                 f"the simulated camera (process {self.process.pid}) has given no picture for "

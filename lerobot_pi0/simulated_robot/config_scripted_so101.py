@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from lerobot.teleoperators.config import TeleoperatorConfig
 
+from lerobot_pi0.errors import UserError
+
 # What a reach takes at most, and what the way home takes until the arm rests, in seconds.
 REACH_TIME, HOME_TIME = 2.0, 2.0
 
@@ -21,7 +23,7 @@ class ScriptedSO101Config(TeleoperatorConfig):
     def __post_init__(self) -> None:
         for name, least in (("episode_time_s", REACH_TIME), ("reset_time_s", HOME_TIME)):
             if getattr(self, name) < least:
-                raise ValueError(
+                raise UserError(
                     f"--teleop.{name} must be at least {least}, got {getattr(self, name)}: the script needs "
                     f"as much. Give it what --dataset.{name} has"
                 )

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from lerobot.robots.config import RobotConfig
 
+from lerobot_pi0.errors import UserError
+
 
 @RobotConfig.register_subclass("simulated_so101")
 @dataclass
@@ -26,6 +28,6 @@ class SimulatedSO101Config(RobotConfig):
         super().__post_init__()
         for name in ("camera_width", "camera_height", "camera_fps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--robot.{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"--robot.{name} must be at least 1, got {getattr(self, name)}")
         if self.seed < 0:
-            raise ValueError(f"--robot.seed must be at least 0, got {self.seed}")
+            raise UserError(f"--robot.seed must be at least 0, got {self.seed}")

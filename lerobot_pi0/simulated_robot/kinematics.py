@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from lerobot_pi0.errors import UserError
 from lerobot_pi0.simulated_robot.simulation import HOME, JOINTS, TIP, import_mujoco
 
 # The gripper points so far below the horizontal, in degrees: lift, elbow and wrist turn about parallel axes,
@@ -32,4 +33,4 @@ def joints_for_tip(model: Any, point: np.ndarray) -> dict[str, float]:
             return dict(zip(JOINTS[:-1], np.degrees(angles[:-1]).tolist(), strict=True))
         turns = np.linalg.solve(np.vstack([jacobian[:, :4], (0, 1, 1, 1)]), error)
         angles[:4] += np.clip(turns, -MAX_TURN, MAX_TURN)
-    raise ValueError(f"the point {point.round(3).tolist()} is out of the arm's reach")
+    raise UserError(f"the point {point.round(3).tolist()} is out of the arm's reach")

@@ -21,6 +21,8 @@ from weakref import WeakSet
 
 import numpy as np
 
+from lerobot_pi0.errors import CommandError, UserError
+
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 # Folded, with the gripper above the table and away from where the block lies.
 HOME = dict(zip(JOINTS, (0.0, -85.0, 60.0, 70.0, 0.0, 10.0), strict=True))
@@ -55,7 +57,7 @@ def running_simulation() -> "Simulation":
     Raises RuntimeError when there is none, or more than one.
     """
     if len(RUNNING) != 1:
-        raise RuntimeError(
+        raise CommandError(
             f"{len(RUNNING) or 'no'} simulated robots are connected in this process, but a scripted "
             "teleoperator operates one: use it with --robot.type=simulated_so101"
         )
@@ -108,9 +110,9 @@ class Simulation:
         """
         for joint, target in targets.items():
             if joint not in JOINTS:
-                raise ValueError(f"an SO-101 has no joint '{joint}': it has {', '.join(JOINTS)}")
+                raise UserError(f"an SO-101 has no joint '{joint}': it has {', '.join(JOINTS)}")
             if not math.isfinite(target):
-                raise ValueError(f"action refused, the arm stays: the target of '{joint}' is {target}")
+                raise UserError(f"action refused, the arm stays: the target of '{joint}' is {target}")
         indices = [JOINTS.index(joint) for joint in targets]
         values = np.clip([*targets.values()], self._low[indices], self._high[indices])
         with self._lock:

@@ -16,19 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lerobot_pi0.errors import UserError
+from lerobot_pi0.inputs.dataset import DatasetFlags, dataset_metadata, open_dataset
+from lerobot_pi0.inputs.policy import LoadedPolicy, PolicyFlags, load_policy, read_config
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.model.flow import step_times
 from lerobot_pi0.model.gemma import Cache, DecoderLayer, rotate, rotation
 from lerobot_pi0.processor_pi0 import Pi0TokenizerStep
-from lerobot_pi0.tools.inputs import (
-    DatasetFlags,
-    LoadedPolicy,
-    PolicyFlags,
-    dataset_metadata,
-    load_policy,
-    open_dataset,
-    read_config,
-)
 from lerobot_pi0.tools.open_loop import draw_noise, observations, prepare, read_recording, select_episodes
 
 NUM_SAMPLES = 4  # of noise, that attention is averaged over
@@ -77,7 +71,7 @@ def main(config: AttentionConfig) -> str:
     for name, limit in (("layer", policy_config.vlm.depth), ("head", policy_config.vlm.num_heads)):
         value = getattr(config, name)
         if value is not None and not 0 <= value < limit:
-            raise ValueError(f"--{name}={value}, but the policy has {name}s 0 to {limit - 1}")
+            raise UserError(f"--{name}={value}, but the policy has {name}s 0 to {limit - 1}")
     metadata = dataset_metadata(config.dataset)
     (episode, *_) = select_episodes(config.dataset.episodes, metadata, folder, 1).episodes
     dataset = open_dataset(config.dataset, episodes=[episode])
@@ -85,7 +79,7 @@ def main(config: AttentionConfig) -> str:
     rows = recording.frames(episode)
     frame = len(rows) // 2 if config.frame is None else config.frame
     if not 0 <= frame < len(rows):
-        raise ValueError(f"--frame={frame}, but episode {episode} has frames 0 to {len(rows) - 1}")
+        raise UserError(f"--frame={frame}, but episode {episode} has frames 0 to {len(rows) - 1}")
     loaded = load_policy(config.policy)
     (item,) = observations(dataset, recording.index[rows[[frame]]], "looking")
     batch = prepare(loaded, item)

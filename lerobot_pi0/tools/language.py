@@ -15,14 +15,9 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from lerobot_pi0.tools.inputs import (
-    DatasetFlags,
-    PolicyFlags,
-    dataset_metadata,
-    load_policy,
-    open_dataset,
-    read_config,
-)
+from lerobot_pi0.errors import UserError
+from lerobot_pi0.inputs.dataset import DatasetFlags, dataset_metadata, open_dataset
+from lerobot_pi0.inputs.policy import PolicyFlags, load_policy, read_config
 from lerobot_pi0.tools.open_loop import (
     Recording,
     draw_noise,
@@ -66,9 +61,9 @@ class LanguageConfig:
     def __post_init__(self) -> None:
         for name, least in (("episodes_per_task", 1), ("frames_per_episode", 1), ("num_samples", 2)):
             if getattr(self, name) < least:
-                raise ValueError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+                raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
         if self.tasks is not None and len(set(self.tasks)) < 2:
-            raise ValueError(f"--tasks={self.tasks}: name two instructions or more, to compare them")
+            raise UserError(f"--tasks={self.tasks}: name two instructions or more, to compare them")
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ def main(config: LanguageConfig) -> str:
     metadata = dataset_metadata(config.dataset)
     instructions = read_instructions(metadata)
     if len(instructions) < 2:
-        raise ValueError(NOTHING_TO_TELL)
+        raise UserError(NOTHING_TO_TELL)
     tasks = _tasks(config.tasks, instructions)
     told = [instructions[task] for task in tasks]
     count = config.episodes_per_task * len(tasks)
@@ -188,7 +183,7 @@ def compare(recording: Recording, frame: int, planned: dict[int, np.ndarray]) ->
 def summarise(swaps: list[Swap]) -> list[Pair]:
     """Both directions of each pair of instructions together. Raises ValueError if there was none to swap."""
     if not swaps:
-        raise ValueError(NOTHING_TO_TELL)
+        raise UserError(NOTHING_TO_TELL)
     groups: dict[tuple[int, int], list[Swap]] = {}
     for swap in swaps:
         groups.setdefault((min(swap.task, swap.told), max(swap.task, swap.told)), []).append(swap)
@@ -304,7 +299,7 @@ def _tasks(chosen: list[int] | None, instructions: dict[int, str]) -> list[int]:
     unknown = sorted(set(chosen) - set(present))
     if unknown:
         listed = ", ".join(f"{task}: {instructions[task]!r}" for task in present[:20])
-        raise ValueError(f"--tasks={chosen}, but the dataset has no task {unknown[0]}. It has {listed}")
+        raise UserError(f"--tasks={chosen}, but the dataset has no task {unknown[0]}. It has {listed}")
     return sorted(set(chosen))
 
 

@@ -20,11 +20,13 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from tqdm import tqdm
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
-from lerobot_pi0.statistics import FLOOR, NEARLY_CONSTANT, read_columns
-from lerobot_pi0.tools.doctor.columns import Columns
-from lerobot_pi0.tools.doctor.pairing import Pairing
-from lerobot_pi0.tools.inputs import LoadedPolicy, check_episodes
-from lerobot_pi0.weights import CheckpointError
+from lerobot_pi0.data.frames import read_columns
+from lerobot_pi0.data.normalization import FLOOR, NEARLY_CONSTANT
+from lerobot_pi0.errors import CheckpointError, UserError
+from lerobot_pi0.inputs.dataset import check_episodes
+from lerobot_pi0.inputs.policy import LoadedPolicy
+from lerobot_pi0.tools.columns import Columns
+from lerobot_pi0.tools.pairing import Pairing
 
 HOLD, MEAN, NEAREST = "holding still", "the mean action", "the nearest demonstration"
 
@@ -92,7 +94,7 @@ def read_recording(metadata: LeRobotDatasetMetadata, config: Pi0Config) -> Recor
     size = config.action_feature.shape[0] if config.action_feature else 0
     if not columns or columns[ACTION].shape[1] != size:
         found = columns[ACTION].shape[1] if columns else "no"
-        raise ValueError(
+        raise UserError(
             f"the dataset has actions of {found} dimensions, the policy was made for {size}: name a dataset "
             "of its robot with --dataset.repo_id and --dataset.root"
         )
@@ -265,7 +267,7 @@ def plan(loaded: LoadedPolicy, batch: dict[str, Any], noise: torch.Tensor) -> np
     context = loaded.policy.encode(batch)
     chunks = loaded.policy.plan(context, noise.to(batch[OBS_STATE].device), num_samples=len(noise))
     if not chunks.isfinite().all():
-        raise ValueError(
+        raise UserError(
             "the policy plans actions that are not finite: its weights or its statistics are broken. "
             "Try an earlier checkpoint"
         )

@@ -10,7 +10,7 @@ import pytest
 from tiny_policy import ACTION, STATE, tiny_config
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
-from lerobot_pi0.control.joints import check_joints
+from lerobot_pi0.inputs.joints import check_joints
 
 STATES = ["pan.pos", "lift.pos", "elbow.pos", "wrist.pos", "gripper.pos"]
 ACTIONS = STATES[:ACTION]

@@ -17,12 +17,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 
-from lerobot_pi0 import weights
+from lerobot_pi0.checkpoints import layouts as weights
 from lerobot_pi0.conversion import orbax
+from lerobot_pi0.conversion.openpi_jax import from_openpi_jax
 from lerobot_pi0.conversion.orbax import OrbaxCheckpoint
 from lerobot_pi0.model import Observation, pi0
 from lerobot_pi0.modeling_pi0 import Pi0Policy
-from lerobot_pi0.weights import from_openpi_jax
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")

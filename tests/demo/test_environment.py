@@ -14,7 +14,8 @@ from lerobot.envs import close_envs, env_to_policy_features, make_env
 from lerobot.envs.utils import NEW_ROLLOUT_OPTION
 
 from lerobot_pi0.demo import metaworld_env
-from lerobot_pi0.demo.environment import MetaworldFastEnvConfig, parse_tasks, task_instructions
+from lerobot_pi0.demo.environment import MetaworldFastEnvConfig
+from lerobot_pi0.demo.metaworld import parse_tasks, task_instructions
 from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv, Simulation, scripted_expert
 from lerobot_pi0.demo.record import RecordConfig
 

@@ -11,7 +11,7 @@ from lerobot.datasets import LeRobotDataset
 
 from lerobot_pi0.demo import record as recorder
 from lerobot_pi0.demo.baseline import blind_success, mean_demonstration, recorded_actions
-from lerobot_pi0.demo.environment import FPS, task_instructions
+from lerobot_pi0.demo.metaworld import FPS, task_instructions
 from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv, scripted_expert
 from lerobot_pi0.demo.record import RecordConfig, record
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lerobot_pi0.checkpoints.files import load_weights
+from lerobot_pi0.conversion.openpi_jax import from_openpi_jax
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, SiglipConfig, pi0
-from lerobot_pi0.weights import from_openpi_jax, load_weights
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")

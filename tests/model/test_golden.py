@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from lerobot_pi0.conversion.openpi_jax import from_openpi_jax
 from lerobot_pi0.model import flow, gemma
-from lerobot_pi0.weights import from_openpi_jax
 
 END_TO_END = 3e-4
 ROUNDING = 2e-5  # absolute, of values of order 1 to 4 after some 40 matrix products

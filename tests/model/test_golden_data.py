@@ -12,13 +12,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
 from lerobot_pi0 import Pi0Config, Pi0Policy
+from lerobot_pi0.data.normalization import FLOOR, NEARLY_CONSTANT
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 from lerobot_pi0.processor_pi0 import (
     Pi0TokenizerStep,
     clean_prompt,
     make_lerobot_pi0_pre_post_processors,
 )
-from lerobot_pi0.statistics import FLOOR, NEARLY_CONSTANT
 
 CASES = ("a_480x640", "b_240x320", "c_300x300", "d_333x201", "e_100x121")
 FLOAT32 = 2.0**-23

@@ -6,8 +6,8 @@ import torch
 from lerobot.optim import AdamWConfig
 
 from lerobot_pi0 import Pi0Config
-from lerobot_pi0.configuration_pi0 import CosineAfterWarmupConfig
-from lerobot_pi0.weights import from_openpi_jax
+from lerobot_pi0.conversion.openpi_jax import from_openpi_jax
+from lerobot_pi0.training.schedule import CosineAfterWarmupConfig
 
 # Cancels in the softmax: its gradient is rounding, which Adam scales up to steps.
 SIGLIP_KEY_BIAS = "PaliGemma/img/Transformer/encoderblock/MultiHeadDotProductAttention_0/key/bias"

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lerobot_pi0.checkpoints.files import load_weights
+from lerobot_pi0.checkpoints.layouts import from_published
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, SiglipConfig
-from lerobot_pi0.weights import from_published, load_weights
 
 VISION = SiglipConfig(image_size=28, patch_size=14, width=32, depth=2, mlp_dim=48, num_heads=2)
 # LeRobot's π0 has eight query heads written into its attention.

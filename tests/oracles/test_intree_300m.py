@@ -14,8 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lerobot_pi0.checkpoints.files import Checkpoint, load_weights
+from lerobot_pi0.checkpoints.layouts import from_published
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, SiglipConfig
-from lerobot_pi0.weights import Checkpoint, from_published, load_weights
 
 STEPS = 10
 

@@ -15,8 +15,8 @@ from lerobot.utils.errors import DeviceAlreadyConnectedError, DeviceNotConnected
 
 import lerobot_pi0
 from lerobot_pi0.control.trace import read_trace
+from lerobot_pi0.simulated_robot.attempts import NEAR, attempts, judge
 from lerobot_pi0.simulated_robot.config_simulated_so101 import SimulatedSO101Config
-from lerobot_pi0.simulated_robot.judge import NEAR, attempts, judge
 from lerobot_pi0.simulated_robot.kinematics import joints_for_tip
 from lerobot_pi0.simulated_robot.simulated_so101 import SimulatedSO101
 from lerobot_pi0.simulated_robot.simulation import HOME, JOINTS

@@ -29,19 +29,19 @@ from tiny_policy import tiny_config
 
 from lerobot_pi0 import cli
 from lerobot_pi0.configuration_pi0 import Anchor, Pi0Config
-from lerobot_pi0.footprint import Footprint, footprint
+from lerobot_pi0.inputs.dataset import DatasetFlags, fit_to
+from lerobot_pi0.inputs.policy import PolicyFlags
 from lerobot_pi0.modeling_pi0 import Pi0Policy
-from lerobot_pi0.planning import fit_to
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
+from lerobot_pi0.tools.columns import Columns
 from lerobot_pi0.tools.doctor import behaviour, cameras, command, joints, machine, motion, prompts, scales
 from lerobot_pi0.tools.doctor.checks import CHECKS, Answer, examine
-from lerobot_pi0.tools.doctor.columns import Columns
 from lerobot_pi0.tools.doctor.command import DoctorConfig
 from lerobot_pi0.tools.doctor.finding import Severity
 from lerobot_pi0.tools.doctor.page import page
-from lerobot_pi0.tools.doctor.pairing import FRAMES
 from lerobot_pi0.tools.doctor.subject import Subject
-from lerobot_pi0.tools.inputs import DatasetFlags, PolicyFlags
+from lerobot_pi0.tools.memory import Footprint, footprint
+from lerobot_pi0.tools.pairing import FRAMES
 
 pytestmark = pytest.mark.slow
 

@@ -7,9 +7,10 @@ from safetensors.torch import load_file, save_file
 from tiny_dataset import make_checkpoint
 from tiny_policy import tiny_policy
 
-from lerobot_pi0.tools import inputs
-from lerobot_pi0.tools.inputs import DatasetFlags, PolicyFlags, dataset_metadata, load_policy
-from lerobot_pi0.weights import CheckpointError
+from lerobot_pi0.errors import CheckpointError
+from lerobot_pi0.inputs import policy
+from lerobot_pi0.inputs.dataset import DatasetFlags, dataset_metadata
+from lerobot_pi0.inputs.policy import PolicyFlags, load_policy
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_adapters_without_peft_are_an_error_that_says_what_to_install(tmp_path, 
     def absent(*_, **__) -> None:
         raise ImportError("'peft' is required but not installed")
 
-    monkeypatch.setattr(inputs, "require_package", absent)
+    monkeypatch.setattr(policy, "require_package", absent)
     with pytest.raises(CheckpointError, match="holds adapters: 'peft' is required"):
         load_policy(PolicyFlags(path=str(tmp_path)))
 

@@ -15,6 +15,7 @@ import pytest
 from tiny_dataset import EPISODES, FRAMES, JOINTS, LENGTH, TASKS, recorded
 
 from lerobot_pi0 import cli
+from lerobot_pi0.errors import CheckpointError
 from lerobot_pi0.tools.open_loop import (
     HOLD,
     MEAN,
@@ -25,8 +26,7 @@ from lerobot_pi0.tools.open_loop import (
     select_episodes,
     trained_episodes,
 )
-from lerobot_pi0.tools.report import evaluate
-from lerobot_pi0.weights import CheckpointError
+from lerobot_pi0.tools.report.evaluation import evaluate
 
 CHUNK, STRIDE, SAMPLES = 8, 4, 3
 

@@ -11,8 +11,9 @@ from lerobot.utils.constants import OBS_IMAGES
 from torch import Tensor
 
 from lerobot_pi0.configuration_pi0 import Pi0Config, assign_cameras
+from lerobot_pi0.errors import UserError
+from lerobot_pi0.inputs.dataset import fit_to
 from lerobot_pi0.model.observation import letterbox
-from lerobot_pi0.planning import fit_to
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
 from lerobot_pi0.tools.doctor.subject import Subject
 
@@ -202,7 +203,7 @@ def contact_sheet(subject: Subject, file: Path) -> None:
     slots = {slot: key for slot, key in subject.config.cameras.items() if key in pictures}
     slots |= {_short(key): key for key in pictures if key not in slots.values()}
     if not slots:
-        raise ValueError("the dataset has no camera")
+        raise UserError("the dataset has no camera")
     # One of each episode, each a little later in it.
     episodes = torch.stack([frame["episode_index"] for frame in subject.frames])
     firsts = [int((episodes == episode).nonzero()[0]) for episode in episodes.unique()]

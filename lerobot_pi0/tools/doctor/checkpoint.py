@@ -11,11 +11,12 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from safetensors import safe_open
 from torch import Tensor
 
-from lerobot_pi0.statistics import NEEDED, read_statistics
+from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, Checkpoint
+from lerobot_pi0.data.normalization import NEEDED
+from lerobot_pi0.data.statistics import read_statistics
+from lerobot_pi0.inputs.policy import PIPELINES
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
 from lerobot_pi0.tools.doctor.subject import Subject
-from lerobot_pi0.tools.inputs import PIPELINES
-from lerobot_pi0.weights import ADAPTER_CONFIG, Checkpoint
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 COPY_AGAIN = (

@@ -9,12 +9,14 @@ from lerobot.robots import Robot, RobotConfig, make_robot_from_config
 # Registers the robots and cameras that LeRobot has.
 from lerobot.scripts import lerobot_rollout  # noqa: F401
 
+from lerobot_pi0.errors import UserError
+from lerobot_pi0.inputs.dataset import DatasetFlags, check_episodes
+from lerobot_pi0.inputs.policy import PolicyFlags
 from lerobot_pi0.tools.doctor.cameras import contact_sheet
 from lerobot_pi0.tools.doctor.checks import UNREADABLE, examine
 from lerobot_pi0.tools.doctor.finding import Severity
 from lerobot_pi0.tools.doctor.page import as_json, page
 from lerobot_pi0.tools.doctor.subject import Subject
-from lerobot_pi0.tools.inputs import DatasetFlags, PolicyFlags, check_episodes
 
 
 @dataclass
@@ -44,7 +46,7 @@ def main(config: DoctorConfig) -> tuple[str, int]:
     policy = config.policy if config.policy.path else None
     dataset = config.dataset if config.dataset.repo_id or config.dataset.root else None
     if policy is None and dataset is None:
-        raise ValueError(
+        raise UserError(
             "which policy or dataset? Name one or both: --policy.path=outputs/…/pretrained_model, "
             "--dataset.repo_id=user/name"
         )
@@ -76,6 +78,6 @@ def _robot(config: RobotConfig | None) -> Robot | None:
     try:
         return make_robot_from_config(config)
     except ImportError as reason:
-        raise ValueError(
+        raise UserError(
             f"the robot '{config.type}' cannot be made to ask for its joints and cameras: {reason}"
         ) from reason

@@ -6,7 +6,7 @@ Vectors carry no names on their way, so a wrong order raises nothing and gives e
 import json
 from collections.abc import Iterator, Sequence
 
-from lerobot_pi0.control.joints import compare_names
+from lerobot_pi0.inputs.joints import compare_names
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
 from lerobot_pi0.tools.doctor.subject import Subject
 

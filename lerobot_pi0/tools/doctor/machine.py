@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import torch
 from lerobot.utils.device_utils import is_torch_device_available
 
-from lerobot_pi0.footprint import footprint
-from lerobot_pi0.planning import CONTEXT, FRAGMENTATION, GIGABYTE, on_cpu
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, note
 from lerobot_pi0.tools.doctor.subject import Subject
+from lerobot_pi0.tools.memory import footprint
+from lerobot_pi0.tools.plan import CONTEXT, FRAGMENTATION, GIGABYTE, on_cpu
 
 TRAINING_BATCH = 8
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lerobot_pi0.statistics import NEARLY_CONSTANT
+from lerobot_pi0.data.normalization import NEARLY_CONSTANT
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
 from lerobot_pi0.tools.doctor.subject import Subject
 

@@ -9,13 +9,9 @@ from lerobot.configs import NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0.configuration_pi0 import Pi0Config, Statistics
-from lerobot_pi0.statistics import (
-    NEARLY_CONSTANT,
-    NEEDED,
-    QUANTILES,
-    read_statistics,
-    relative_statistics,
-)
+from lerobot_pi0.data.normalization import NEARLY_CONSTANT, NEEDED, QUANTILES
+from lerobot_pi0.data.relative_actions import relative_statistics
+from lerobot_pi0.data.statistics import read_statistics
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
 from lerobot_pi0.tools.doctor.subject import Subject
 

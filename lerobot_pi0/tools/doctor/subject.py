@@ -21,20 +21,13 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch.utils.data import default_collate
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.data.frames import read_columns
+from lerobot_pi0.errors import UserError
+from lerobot_pi0.inputs.dataset import DatasetFlags, dataset_metadata, fit_to, open_dataset
+from lerobot_pi0.inputs.policy import LoadedPolicy, PolicyFlags, load_policy, read_config
 from lerobot_pi0.model.flow import sample_time
-from lerobot_pi0.planning import fit_to
-from lerobot_pi0.statistics import read_columns
-from lerobot_pi0.tools.doctor.columns import Columns
-from lerobot_pi0.tools.doctor.pairing import Pairing
-from lerobot_pi0.tools.inputs import (
-    DatasetFlags,
-    LoadedPolicy,
-    PolicyFlags,
-    dataset_metadata,
-    load_policy,
-    open_dataset,
-    read_config,
-)
+from lerobot_pi0.tools.columns import Columns
+from lerobot_pi0.tools.pairing import Pairing
 
 EPISODES, MOMENTS = 4, 4
 FLOW_SAMPLES = 8  # (noise, time) pairs of each frame, for a loss that chance moves little
@@ -106,7 +99,7 @@ class Subject:
         missing = [key for key in keys if key not in self.metadata.features]
         found = {} if missing else read_columns(self.metadata, keys)
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"the dataset '{self.metadata.repo_id}' has no {missing or 'frames'} to examine: its "
                 f"features are {list(self.metadata.features)}"
             )

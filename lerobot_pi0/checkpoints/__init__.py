@@ -1,0 +1,1 @@
+"""What lies on disk: layouts of published checkpoints, strict loading, adapters, golden actions."""

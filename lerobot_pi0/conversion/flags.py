@@ -1,0 +1,52 @@
+"""The flags of `lerobot-pi0 convert`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from lerobot_pi0.configuration_pi0 import Dtype
+
+Layout = Literal["lerobot_pi0", "lerobot", "openpi-pytorch"]
+
+
+@dataclass
+class ConvertConfig:
+    """Convert a π0 policy between openpi (JAX, PyTorch), LeRobot's own π0, transformers' and this one.
+
+    What SOURCE is, is recognised: a folder, or a repository on the hub. Weights are bit for bit those of the
+    source unless --dtype says otherwise.
+    """
+
+    # Checkpoint to read: openpi's JAX (with params/) or PyTorch, LeRobot's pi0, transformers' PI0, or ours.
+    source: str
+    # Folder to write, which must not exist.
+    target: Path
+    # Layout to write.
+    to: Layout = "lerobot_pi0"
+    # Of the weights in the file, and what the policy computes in. Default: as the source has them.
+    dtype: Dtype | None = None
+    # PaliGemma's tokenizer, if the source does not carry it: a folder with its tokenizer.json, or
+    # a repository.
+    tokenizer: str | None = None
+    # openpi does not name a robot's cameras: which feature fills which slot, as --policy.cameras. Default:
+    # the slots' own names (base, left_wrist, right_wrist), to be matched with --rename_map.
+    cameras: dict[str, str] = field(default_factory=dict)
+    # openpi keeps statistics by robot, in assets/<asset_id>: which of them to read, or the name to write.
+    asset_id: str | None = None
+    # Without statistics: a checkpoint to fine-tune, which cannot drive a robot as it is.
+    statistics: bool = True
+    # Dimensions of the robot's state. Default: as the source says, or its statistics.
+    state_dim: int | None = None
+    # The same of its action.
+    action_dim: int | None = None
+    # openpi's action_horizon. Default: as the source says, or 50.
+    chunk_size: int | None = None
+    # openpi's mask of actions that are relative to the state, as given to make_bool_mask: '[6, -1]'.
+    delta_mask: list[int] = field(default_factory=list)
+    # alpha of openpi's LoRA. Default: the rank.
+    lora_alpha: float | None = None
+    # Attention heads of a vision tower that is not SigLIP So400m, where the source does not say.
+    vision_heads: int | None = None
+    # Where one side is LeRobot's own π0: run it and ours, and compare. Needs 30 GB of memory at full size.
+    # Default: small policies only.
+    compare: bool | None = None

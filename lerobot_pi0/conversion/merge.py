@@ -1,0 +1,147 @@
+"""Adapters and the weights that they were trained over → one plain checkpoint, which acts the same.
+
+Nothing else then needs PEFT, and sampling on a GPU no longer holds the folded weights beside the base's.
+"""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from lerobot.utils.import_utils import require_package
+from torch import Tensor
+
+from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, WEIGHTS_FILE, find_checkpoint, load_weights
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.errors import CheckpointError, CommandError, OutputExistsError, UserError
+from lerobot_pi0.modeling_pi0 import Pi0Policy
+from lerobot_pi0.training.lora import fold, trains_in_full
+
+# Beyond this difference of normalised actions something is wrong, and not rounding.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+
+@dataclass
+class MergeConfig:
+    """Make one plain checkpoint of LoRA adapters and their base, and show that it acts the same."""
+
+    # Where lerobot-train --peft left the adapters: a folder, or a repository on the hub.
+    adapter: str
+    # Folder to write, which must not exist.
+    output: Path
+
+
+def main(config: MergeConfig) -> str:
+    """Run `lerobot-pi0 merge`."""
+    difference, largest = merge(config.adapter, config.output)
+    return (
+        f"{config.output} is a plain checkpoint. On a random observation, with the same noise, its actions "
+        f"differ from those of base and adapters by at most {difference:.1e} (the largest is {largest:.2f}; "
+        "normalised)."
+    )
+
+
+def merge(adapter: str, output: Path) -> tuple[float, float]:
+    """Write the checkpoint that base and adapters are together; it appears when complete and compared.
+
+    Sums are taken in float32. What adapters change keeps the base's dtype, or has the policy's if that is
+    wider; what trained in full is float32; all else stays as it is in the base's file.
+    Returns the largest difference of the actions, normalised, and the largest action.
+    Raises FileExistsError for an output that exists, CheckpointError where there are no adapters,
+    RuntimeError when the actions differ.
+    """
+    if output.exists():
+        raise OutputExistsError(f"{output} exists: give another --output, or delete it")
+    folder = find_checkpoint(adapter)
+    policy, device = _load(adapter, folder)
+    wanted = _chunk(policy)
+    policy.train()  # gives back what sampling keeps of the weights
+    config = replace(
+        policy.config, use_peft=False, base_fingerprint=None, pretrained_path=None, pretrained_revision=None
+    )
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a merge that was interrupted
+    try:
+        merged = _folded(policy, config)
+        del policy
+        merged.config.device = device
+        merged.save_pretrained(unfinished)
+        del merged
+        for file in folder.glob("policy_p*processor*"):
+            shutil.copy(file, unfinished)
+        config.device = "cpu"
+        found = _chunk(Pi0Policy.from_pretrained(unfinished, config=config))
+        difference = (found - wanted).abs().max().item()
+        if not difference <= TOLERANCE[getattr(torch, config.dtype)]:
+            raise CommandError(
+                f"the merged policy's actions differ from those of base and adapters by {difference:.1e}: "
+                "nothing was written. Please report this, with the adapter's config"
+            )
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return difference, wanted.abs().max().item()
+
+
+def _load(adapter: str, folder: Path) -> tuple[Pi0Policy, str | None]:
+    """The base with the adapters in it, on the CPU; and the device that the config names."""
+    try:
+        require_package("peft", extra="peft")
+    except ImportError as error:
+        raise UserError(f"'{adapter}' holds adapters: {error}") from error
+    from peft import PeftConfig, PeftModel
+
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"'{adapter}' holds no adapters (no {ADAPTER_CONFIG}). lerobot-train --peft.method_type=LORA "
+            "leaves them in outputs/…/checkpoints/last/pretrained_model"
+            + (", and this is a plain checkpoint already" if (folder / WEIGHTS_FILE).is_file() else "")
+        )
+    config: Any = PreTrainedConfig.from_pretrained(folder)
+    if not isinstance(config, Pi0Config):
+        raise CheckpointError(
+            f"'{adapter}' holds adapters of another policy, of type '{config.type}'. For LeRobot's own π0: "
+            "merge them there (PEFT's merge_and_unload, then save_pretrained), and convert the result "
+            "(lerobot-pi0 convert)"
+        )
+    device, config.device, config.compile = config.device, "cpu", False
+    config.pretrained_path = folder
+    settings: Any = PeftConfig.from_pretrained(str(folder))
+    base = Pi0Policy.from_pretrained(
+        settings.base_model_name_or_path, config=config, revision=settings.revision
+    )
+    PeftModel.from_pretrained(base, str(folder), config=settings)  # puts them into the base
+    return base.eval(), device
+
+
+def _folded(policy: Pi0Policy, config: Pi0Config) -> Pi0Policy:
+    """The policy without adapters, their effect in its weights."""
+    assert policy._base is not None
+    with torch.device("meta"):
+        merged = Pi0Policy(config)
+    checkpoint, tensors = policy._base.checkpoint, {}
+    for name in merged.model.state_dict():
+        tensor, was = fold(policy.model, name, checkpoint), checkpoint[name].dtype
+        if tensor.dtype != was and not trains_in_full(policy.model, name):
+            tensor = tensor.to(torch.promote_types(was, policy.model.dtype))
+        tensors[name] = tensor
+    load_weights(merged.model, tensors)
+    return merged
+
+
+def _chunk(policy: Pi0Policy) -> Tensor:
+    """Actions for a random observation and noise, always the same."""
+    config, generator = policy.config, torch.Generator().manual_seed(0)
+    size = config.vision.image_size
+    assert config.robot_state_feature is not None
+    batch: dict[str, Tensor] = {
+        camera: torch.rand(1, 3, size, size, generator=generator) for camera in config.cameras.values()
+    }
+    batch[OBS_STATE] = torch.randn(1, config.robot_state_feature.shape[0], generator=generator)
+    batch[OBS_LANGUAGE_TOKENS] = torch.randint(config.vlm.vocab_size, (1, 8), generator=generator)
+    batch[OBS_LANGUAGE_ATTENTION_MASK] = torch.ones(1, 8, dtype=torch.bool)
+    noise = torch.randn(1, config.chunk_size, config.max_action_dim, generator=generator)
+    return policy.predict_action_chunk(batch, noise=noise)

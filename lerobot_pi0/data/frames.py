@@ -1,0 +1,45 @@
+"""Columns of a LeRobot dataset, read from its parquet files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+
+
+def data_files(dataset: Any) -> list[Path]:
+    """The files with a dataset's frames; none when it is streamed, and has metadata alone on this disk."""
+    root = getattr(dataset, "root", None)
+    return sorted(Path(root).glob("data/*/*.parquet")) if root else []
+
+
+def read_columns(
+    dataset: Any, columns: Sequence[str], indices: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Columns (frames, dims) of a dataset's frames on disk, all or some, and "index" (frames,), ascending.
+
+    Empty when there are none.
+    """
+    filters = None if indices is None else [("index", "in", {int(i) for i in indices})]
+    tables = [
+        pyarrow.parquet.read_table(file, columns=[*columns, "index"], filters=filters)
+        for file in data_files(dataset)
+    ]
+    if not sum(table.num_rows for table in tables):
+        return {}
+
+    def array(name: str) -> np.ndarray:
+        chunks = [chunk for table in tables for chunk in table.column(name).chunks]
+        flat = [chunk.flatten() if hasattr(chunk, "flatten") else chunk for chunk in chunks]
+        return np.concatenate([part.to_numpy(zero_copy_only=False) for part in flat])
+
+    index = array("index")
+    order = np.argsort(index, kind="stable")
+    return {"index": index[order], **{name: array(name).reshape(len(index), -1)[order] for name in columns}}
+
+
+def episode_borders(frames: dict[str, np.ndarray]) -> np.ndarray:
+    """Which frames (frames,) are the first of an episode, or come after a gap."""
+    changes = (np.diff(frames["episode_index"][:, 0]) != 0) | (np.diff(frames["index"]) != 1)
+    return np.append(True, changes)

@@ -1,0 +1,233 @@
+"""Normalisation statistics: where a run's are from, made fit to divide by, and checked before they do harm.
+
+LeRobot normalises by `dataset.meta.stats`, and reads them after it has built the policy. So the policy leaves
+there what `prepare_statistics` gives, and neither LeRobot's processors nor a fine-tune know of any others.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lerobot.configs import NormalizationMode
+from lerobot.utils.constants import ACTION, OBS_STATE
+from safetensors import safe_open
+
+from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, find_checkpoint
+from lerobot_pi0.configuration_pi0 import (
+    Pi0Config,
+    Statistics,
+)
+from lerobot_pi0.data.normalization import (
+    EPSILON,
+    FLOOR,
+    NEARLY_CONSTANT,
+    NEEDED,
+    Prepared,
+    affine,
+    dimension_name,
+    normalization_modes,
+)
+from lerobot_pi0.data.relative_actions import relative_action_statistics, relative_joints
+from lerobot_pi0.errors import CheckpointError, UserError
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_statistics(
+    config: Pi0Config,
+    dataset_stats: Statistics | None,
+    dataset: Any = None,
+    checkpoint: str | Path | None = None,
+    revision: str | None = None,
+) -> Prepared:
+    """The statistics that a run normalises by, all others of the dataset among them.
+
+    `dataset`: its metadata, whose data is read if actions are relative. `checkpoint`: what training starts
+    from, for `--policy.statistics=checkpoint`. Logs the three dimensions that get the largest values.
+    Raises ValueError or CheckpointError where there are none that fit.
+    """
+    raw = dataset_stats.raw if isinstance(dataset_stats, Prepared) else dataset_stats or {}
+    modes = normalization_modes(config)
+    data = dict(raw)
+    if config.statistics == "checkpoint":
+        if checkpoint is None:
+            raise UserError(
+                "--policy.statistics=checkpoint, but training starts from random weights: name a checkpoint "
+                "with --policy.path or --policy.pretrained_path, or set --policy.statistics=dataset"
+            )
+        chosen, source = read_statistics(checkpoint, revision), f"the checkpoint '{checkpoint}'"
+        _check_kind(config, checkpoint, revision)
+        if config.relative_actions:
+            data.pop(ACTION, None)  # the dataset's are absolute
+    else:
+        if config.relative_actions and modes.get(ACTION) is not NormalizationMode.IDENTITY:
+            data[ACTION] = relative_action_statistics(config, raw.get(ACTION, {}), dataset)
+        chosen, source = data, "the dataset"
+    check_statistics(config, chosen, source)
+    prepared = dict(raw)
+    for key, mode in modes.items():
+        of = chosen.get(key, raw.get(key))
+        if mode is not NormalizationMode.IDENTITY and of is not None:
+            ready = isinstance(chosen, Prepared) and key in chosen
+            prepared[key] = of if ready else _prepare(config, key, of)
+    _tell_largest(config, prepared, data)
+    return Prepared(prepared, raw)
+
+
+def read_statistics(checkpoint: str | Path, revision: str | None = None) -> Statistics:
+    """A checkpoint's statistics: {"action": {"mean": …, "std": …}, "observation.state": {…}}.
+
+    Sources: LeRobot's processor files, ours among them, whose statistics are prepared; openpi's
+    `assets/*/norm_stats.json`; the buffers of LeRobot up to 0.3. Raises CheckpointError when there are none.
+    """
+    folder = find_checkpoint(checkpoint, revision=revision)
+    pipeline = folder / "policy_preprocessor.json"
+    if pipeline.is_file():
+        for step in json.loads(pipeline.read_text())["steps"]:
+            if step.get("registry_name") == "normalizer_processor" and step.get("state_file"):
+                with safe_open(folder / step["state_file"], framework="np") as file:
+                    found = _nested({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
+                return Prepared(found) if step["config"].get("eps") == 0 else found
+    assets = sorted(folder.glob("assets/**/norm_stats.json"))
+    if len(assets) > 1:
+        raise CheckpointError(
+            f"'{checkpoint}' carries statistics of several robots "
+            f"({', '.join(path.parent.name for path in assets)}): copy it and leave that of your robot in "
+            "assets/, or train with --policy.statistics=dataset"
+        )
+    if assets:
+        stats = json.loads(assets[0].read_text())["norm_stats"]
+        keys = {"state": "observation.state", "actions": "action"}
+        return {
+            keys[name]: {k: np.array(v) for k, v in of.items()} for name, of in stats.items() if name in keys
+        }
+    if (folder / WEIGHTS_FILE).is_file():
+        with safe_open(folder / WEIGHTS_FILE, framework="np") as file:
+            buffers = {
+                name.split(".buffer_", 1)[1].replace(
+                    "observation_state", "observation.state"
+                ): file.get_tensor(name)
+                for name in file.keys()  # noqa: SIM118 (no mapping)
+                if name.startswith(("normalize_inputs.buffer_", "normalize_targets.buffer_"))
+            }
+        if buffers:
+            return _nested(buffers)
+    raise CheckpointError(
+        f"'{checkpoint}' carries no normalisation statistics (no policy_preprocessor.json with a normalizer, "
+        "no assets/*/norm_stats.json): train with --policy.statistics=dataset"
+    )
+
+
+def check_statistics(config: Pi0Config, statistics: Statistics, source: str) -> None:
+    """Check that there are the statistics of state and action that the config normalises by.
+
+    `source` says where they are from, as in "the dataset". Raises ValueError for one that is missing or of
+    another size than the robot's vector. LeRobot would pass the values on without normalising them, or fail
+    in mid-batch.
+    """
+    modes = normalization_modes(config)
+    for kind, key, feature in (
+        ("STATE", OBS_STATE, config.robot_state_feature),
+        ("ACTION", ACTION, config.action_feature),
+    ):
+        mode = modes.get(key, NormalizationMode.IDENTITY)
+        if mode is NormalizationMode.IDENTITY or feature is None:
+            continue
+        low, high = NEEDED[mode]
+        of = statistics.get(key, {})
+        missing = [name for name in (low, high) if name not in of]
+        if missing:
+            raise UserError(
+                f"{source} has no {missing} of '{key}', which --policy.normalization_mapping needs ({kind}: "
+                f"{mode.value}): compute them with lerobot-edit-dataset --operation.type=recompute_stats, or "
+                "choose another mode"
+            )
+        size = np.asarray(of[high]).size
+        if size != feature.shape[0]:
+            raise UserError(
+                f"{source} has statistics of {size} dimensions for '{key}', the robot has "
+                f"{feature.shape[0]}: take the dataset's (--policy.statistics=dataset)"
+            )
+
+
+# Relative actions.
+
+
+def _check_kind(config: Pi0Config, checkpoint: str | Path, revision: str | None) -> None:
+    """Raises ValueError when a checkpoint's statistics are known to be of other actions than the config's."""
+    file = find_checkpoint(checkpoint, revision=revision) / "config.json"
+    saved = json.loads(file.read_text()) if file.is_file() else {}
+    wanted = [action for action, _ in relative_joints(config)] if config.relative_actions else []
+    if saved.get("type") == "lerobot_pi0":
+        same = wanted == (saved.get("anchor") or {"actions": []})["actions"]
+    elif saved:
+        same = bool(wanted) == bool(saved.get("use_relative_actions"))
+    else:
+        return  # openpi's do not say
+    if not same:
+        raise UserError(
+            f"the statistics of '{checkpoint}' are those of other actions: this run has "
+            f"--policy.relative_actions={str(config.relative_actions).lower()} and "
+            f"--policy.absolute_joints='{json.dumps(config.absolute_joints)}'. Set them as that checkpoint "
+            "was trained, or take the dataset's statistics (--policy.statistics=dataset)"
+        )
+
+
+# What both need.
+
+
+def _prepare(config: Pi0Config, key: str, of: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Statistics of a feature with epsilon and floor, for all modes alike. Tells where the floor is used."""
+    # numpy, because policies are built under torch's meta device.
+    values = {name: np.asarray(value, np.float64) for name, value in of.items()}
+    for mode, (low, high) in NEEDED.items():
+        start = values.get(low) if mode is not NormalizationMode.MEAN_STD else 0.0
+        if high not in values or start is None:
+            continue
+        spread = values[high] - start
+        flat = spread < NEARLY_CONSTANT
+        values[high] = start + np.where(flat, FLOOR, spread + EPSILON)
+        if flat.any() and mode is normalization_modes(config)[key]:
+            logger.warning(
+                "%s hardly moves in the data in: %s. There it is divided by %g, lest noise be blown up",
+                key,
+                ", ".join(
+                    f"{dimension_name(config, key, int(i))} ({spread.flat[i]:.1e})"
+                    for i in np.flatnonzero(flat)
+                ),
+                FLOOR,
+            )
+    return {name: value.astype(np.float32) for name, value in values.items()}
+
+
+def _tell_largest(config: Pi0Config, statistics: Statistics, data: Statistics) -> None:
+    """Log where the data's ends, normalised, are farthest from zero: dimensions to look at in the data."""
+    found = []
+    for key, mode in normalization_modes(config).items():
+        if (
+            mode is NormalizationMode.IDENTITY
+            or key not in statistics
+            or not {"min", "max"} <= {*data.get(key, ())}
+        ):
+            continue
+        gain, offset = affine(config, statistics, key)
+        ends = [np.asarray(data[key][name], np.float64).ravel() * gain + offset for name in ("min", "max")]
+        largest = np.abs(ends).max(0)
+        found += [
+            (value, f"{value:.1f} in {dimension_name(config, key, i)} of {key}")
+            for i, value in enumerate(largest)
+        ]
+    if found:
+        found.sort(reverse=True)
+        logger.info("largest normalised values in the data: %s", "; ".join(text for _, text in found[:3]))
+
+
+def _nested(flat: dict[str, np.ndarray]) -> Statistics:
+    """{"action.mean": …} → {"action": {"mean": …}}."""
+    nested: Statistics = {}
+    for name, value in flat.items():
+        key, statistic = name.rsplit(".", 1)
+        nested.setdefault(key, {})[statistic] = value
+    return nested

@@ -1,0 +1,83 @@
+"""What a policy keeps of its training data, and the check of the first batch against it."""
+
+from typing import Any
+
+import numpy as np
+from lerobot.utils.constants import ACTION, OBS_STATE
+
+from lerobot_pi0.configuration_pi0 import ActionLimits, Pi0Config, TrainingData
+from lerobot_pi0.data.frames import data_files, episode_borders, read_columns
+from lerobot_pi0.data.normalization import Prepared, affine, dimension_name
+from lerobot_pi0.errors import UserError
+
+MOST_TASKS = 500  # instructions that a policy keeps of its data
+
+
+def check_first_batch(config: Pi0Config, statistics: Prepared, dataset: Any, batch: dict[str, Any]) -> None:
+    """Check that a processed batch is normalised by these statistics, against the dataset's raw frames.
+
+    `dataset` is its metadata. Without data on disk (streaming), or without `batch["index"]`, nothing can be
+    checked. Raises ValueError that names the dimension that differs most, and both of its values.
+    """
+    if batch.get("index") is None or not data_files(dataset):
+        return
+    indices = batch["index"].flatten().cpu().numpy()
+    keys = [key for key in (OBS_STATE, ACTION) if key in dataset.features]
+    frames = read_columns(dataset, keys, indices)
+    if not frames:
+        return
+    rows = np.searchsorted(frames["index"], indices).clip(max=len(frames["index"]) - 1)
+    known = frames["index"][rows] == indices
+    worst, message = 0.0, ""
+    for key in keys:
+        gain, offset = affine(config, statistics, key)
+        raw = frames[key][rows].astype(np.float64) * gain
+        wanted = raw + offset
+        found = batch[key].detach().cpu().double().numpy()  # Apple's GPUs have no float64
+        found = found[:, 0] if found.ndim == 3 else found
+        # As close as float32 comes to it, and a little.
+        tolerance = 1e-4 + 1e-6 * (np.abs(raw) + np.abs(offset))
+        # What is no number differs most.
+        error = np.nan_to_num(np.abs(found - wanted) / tolerance, nan=np.inf, posinf=np.inf)
+        error[~known] = 0
+        if error.max() > max(worst, 1.0):
+            worst = error.max()
+            i, j = np.unravel_index(error.argmax(), error.shape)
+            message = (
+                f"frame {indices[i]} has {found[i, j]:.6g} in '{dimension_name(config, key, int(j))}' of "
+                f"'{key}'; "
+                f"by this run's statistics it is {wanted[i, j]:.6g}"
+            )
+    if message:
+        raise UserError(
+            f"the batch is not normalised by the statistics that this run computed: {message}. A resumed run "
+            "needs the dataset and the settings that it began with. To go on with others, start a run from "
+            "its last checkpoint: --policy.path=…/checkpoints/last/pretrained_model"
+        )
+
+
+def make_limits(config: Pi0Config, statistics: Prepared, dataset: Any) -> ActionLimits | None:
+    """What actions the dataset has, for the chunk guard: from its frames on disk, or else its statistics,
+    which say nothing of steps. None where neither says.
+    """
+    frames = {} if dataset is None else read_columns(dataset, [ACTION, "episode_index"])
+    step = None
+    if frames:
+        actions, successive = frames[ACTION].astype(np.float64), ~episode_borders(frames)[1:]
+        low, high = actions.min(0), actions.max(0)
+        if successive.any():
+            step = np.abs(np.diff(actions, axis=0)[successive]).max(0).tolist()
+    elif {"min", "max"} <= statistics.raw.get(ACTION, {}).keys():
+        low, high = (np.asarray(statistics.raw[ACTION][name], np.float64).ravel() for name in ("min", "max"))
+    else:
+        return None
+    gain, offset = affine(config, statistics, ACTION)
+    return ActionLimits(low.tolist(), high.tolist(), step, gain.tolist(), offset.tolist())
+
+
+def describe_data(dataset: Any) -> TrainingData | None:
+    """What a policy keeps of the dataset that it is trained on; None if it is not at hand."""
+    if getattr(dataset, "tasks", None) is None:
+        return None
+    tasks = [str(task) for task in dataset.tasks.index]
+    return TrainingData(float(dataset.fps), tasks if len(tasks) <= MOST_TASKS else [])

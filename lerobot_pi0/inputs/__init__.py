@@ -1,0 +1,1 @@
+"""What the commands open: a policy, a dataset, a robot's joints."""

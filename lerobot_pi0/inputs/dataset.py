@@ -1,0 +1,104 @@
+"""The dataset that a command reads: flags, metadata, episodes, frames."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from lerobot.configs import FeatureType
+from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.datasets.utils import CompatibilityError
+from lerobot.utils.feature_utils import dataset_to_policy_features
+
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.errors import MissingFileError, UserError
+
+
+@dataclass
+class DatasetSource:
+    """Where the dataset is, with LeRobot's flags."""
+
+    # Name of the dataset, on the hub or in LeRobot's folder for local ones.
+    repo_id: str
+    # Its folder, if it lies elsewhere.
+    root: Path | None = None
+    # Branch, tag or commit on the hub.
+    revision: str | None = None
+
+
+def read_dataset(source: DatasetSource) -> LeRobotDatasetMetadata:
+    """A dataset's metadata, local or from the hub. Raises FileNotFoundError or ValueError with the cure."""
+    if source.root is not None and not (source.root / "meta" / "info.json").is_file():
+        raise MissingFileError(
+            f"there is no dataset in {source.root} (no meta/info.json): --dataset.root is the folder of the "
+            "dataset itself; leave it out to look on the hub"
+        )
+    try:
+        dataset = LeRobotDatasetMetadata(source.repo_id, source.root, source.revision)
+    except CompatibilityError as error:  # LeRobot's message says how to convert it
+        raise UserError(str(error).strip()) from error
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise MissingFileError(
+            f"the dataset '{source.repo_id}' cannot be had, neither from LeRobot's folder for local datasets "
+            f"nor from the hub ({reason}). Check --dataset.repo_id; give --dataset.root for a folder "
+            "elsewhere; a private dataset needs `hf auth login`"
+        ) from error
+    if not dataset.total_frames:
+        raise UserError(f"the dataset '{source.repo_id}' has no frames: record episodes first")
+    return dataset
+
+
+def fit_to(policy: Pi0Config, dataset: LeRobotDatasetMetadata) -> None:
+    """Give a config the features of a dataset, as LeRobot's make_policy does, and its cameras their slots."""
+    features = dataset_to_policy_features(dataset.features)
+    policy.output_features = {key: f for key, f in features.items() if f.type is FeatureType.ACTION}
+    policy.input_features = {key: f for key, f in features.items() if f.type is not FeatureType.ACTION}
+    policy.validate_features()
+
+
+@dataclass
+class DatasetFlags:
+    """`--dataset.*` of a tool, as lerobot-train has them."""
+
+    # Name of the dataset, on the hub or in --dataset.root.
+    repo_id: str = ""
+    # Folder of the dataset. Default: LeRobot's own place for it.
+    root: Path | None = None
+    # Branch, tag or commit on the hub.
+    revision: str | None = None
+    # Which episodes, for example '[0, 7]'. Default: the tool's choice.
+    episodes: list[int] | None = None
+
+
+def dataset_metadata(flags: DatasetFlags) -> LeRobotDatasetMetadata:
+    """What a dataset says of itself. Raises FileNotFoundError when there is none."""
+    if not flags.repo_id and flags.root is None:
+        raise UserError("which dataset? Name it: --dataset.repo_id=user/name, or --dataset.root=FOLDER")
+    return read_dataset(DatasetSource(_repo_id(flags), flags.root, flags.revision))
+
+
+def check_episodes(chosen: list[int], metadata: LeRobotDatasetMetadata) -> None:
+    """Raises ValueError for an episode that does not exist, and for none."""
+    if not chosen or not set(chosen) <= set(range(metadata.total_episodes)):
+        raise UserError(
+            f"--dataset.episodes={chosen}, but the dataset has episodes 0 to {metadata.total_episodes - 1}"
+        )
+
+
+def open_dataset(
+    flags: DatasetFlags, chunk_size: int | None = None, episodes: list[int] | None = None
+) -> LeRobotDataset:
+    """A dataset, or those `episodes` of it; with a `chunk_size` each item has as many actions to come."""
+    metadata = dataset_metadata(flags)
+    deltas = {"action": [step / metadata.fps for step in range(chunk_size)]} if chunk_size else None
+    return LeRobotDataset(
+        _repo_id(flags),
+        root=flags.root,
+        revision=flags.revision,
+        episodes=episodes,
+        delta_timestamps=deltas,
+    )
+
+
+def _repo_id(flags: DatasetFlags) -> str:
+    return flags.repo_id or f"local/{flags.root.name if flags.root else 'dataset'}"

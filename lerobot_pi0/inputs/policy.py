@@ -1,0 +1,140 @@
+"""The policy and the dataset that a tool's flags name, opened in one way for all of them."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from draccus.utils import ParsingError
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.device_utils import is_torch_device_available
+from lerobot.utils.import_utils import require_package
+
+from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, find_checkpoint
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.data.statistics import check_statistics
+from lerobot_pi0.errors import CheckpointError, UserError
+from lerobot_pi0.modeling_pi0 import Pi0Policy
+
+PIPELINES = ("policy_preprocessor.json", "policy_postprocessor.json")
+
+
+@dataclass
+class PolicyFlags:
+    """`--policy.*` of a tool."""
+
+    # Checkpoint of this policy: a folder or a repository on the hub; adapters are loaded over their base.
+    path: str = ""
+    # Branch, tag or commit on the hub.
+    revision: str | None = None
+    # Where the policy runs. Default: where its checkpoint says, or what this machine has.
+    device: str | None = None
+
+
+@dataclass
+class ControlPolicyFlags(PolicyFlags):
+    """`--policy.*` of a tool that drives a robot."""
+
+    # Euler steps from noise to actions. Default: as in the checkpoint.
+    num_inference_steps: int | None = None
+    # On a CPU: multiply in 8-bit integers, a third faster.
+    int8: bool = False
+    # On a GPU: the whole of sampling as one graph, which is compiled at the start.
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedPolicy:
+    """A policy in eval mode with its processors."""
+
+    policy: Pi0Policy
+    preprocess: PolicyProcessorPipeline[dict[str, Any], dict[str, Any]]
+    postprocess: PolicyProcessorPipeline[Any, Any]
+
+    @property
+    def config(self) -> Pi0Config:
+        return self.policy.config
+
+
+def read_config(flags: PolicyFlags) -> tuple[Pi0Config, Path]:
+    """The config of a checkpoint of ours, and the folder that it was found in.
+
+    Raises FileNotFoundError or CheckpointError that says what is wrong.
+    """
+    if not flags.path:
+        raise UserError("which policy? Name its checkpoint: --policy.path=outputs/…/pretrained_model")
+    folder = find_checkpoint(flags.path, revision=flags.revision)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"'{flags.path}' has no config.json: it is no checkpoint of this policy")
+    try:
+        config = PreTrainedConfig.from_pretrained(folder)
+    except (ValueError, ParsingError) as error:
+        raise CheckpointError(
+            f"the config.json of '{flags.path}' cannot be read ({str(error).strip().partition(chr(10))[0]}): "
+            "copy or download it again, or install the version that wrote it"
+        ) from error
+    if not isinstance(config, Pi0Config):
+        cure = (
+            f"To make one of ours of its weights: lerobot-pi0 convert {flags.path} TARGET"
+            if config.type == "pi0"
+            else "That is another model, which LeRobot's own commands run"
+        )
+        raise CheckpointError(f"'{flags.path}' is a policy of type '{config.type}'. {cure}")
+    given = {name: value for name, value in vars(flags).items() if value is not None}
+    if flags.device is not None:
+        _check_device(flags.device)
+    config = replace(config, **{name: given[name] for name in given if name not in ("path", "revision")})
+    config.pretrained_path, config.pretrained_revision = folder, None
+    return config, folder
+
+
+def load_policy(flags: PolicyFlags) -> LoadedPolicy:
+    """A checkpoint of this policy with its processors, in eval mode; adapters lie over their base.
+
+    Raises FileNotFoundError or CheckpointError that says what is wrong.
+    """
+    config, folder = read_config(flags)
+    for name in PIPELINES:
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"'{flags.path}' has no {name}, with which the policy was trained: copy or download the "
+                "whole folder again"
+            )
+    if (folder / ADAPTER_CONFIG).is_file():
+        try:
+            require_package("peft", extra="peft")
+        except ImportError as error:
+            raise CheckpointError(f"'{flags.path}' holds adapters: {error}") from error
+        from peft import PeftConfig, PeftModel
+
+        settings: Any = PeftConfig.from_pretrained(str(folder))
+        policy = Pi0Policy.from_pretrained(
+            settings.base_model_name_or_path, config=config, revision=settings.revision
+        )
+        PeftModel.from_pretrained(policy, str(folder), config=settings)  # puts them into the policy
+        policy.eval()
+    else:
+        policy = Pi0Policy.from_pretrained(folder, config=config)
+    preprocess, postprocess = make_pre_post_processors(
+        config,
+        pretrained_path=str(folder),
+        preprocessor_overrides={"device_processor": {"device": config.device}},
+    )
+    for pipeline in (preprocess, postprocess):
+        for step in pipeline.steps:
+            if statistics := getattr(step, "stats", None):  # none: a policy with random weights
+                try:
+                    check_statistics(config, statistics, f"'{flags.path}'")
+                except ValueError as error:
+                    raise CheckpointError(f"{error}, or the checkpoint's own") from error
+    return LoadedPolicy(policy, cast(Any, preprocess), cast(Any, postprocess))
+
+
+def _check_device(name: str) -> None:
+    try:
+        available = is_torch_device_available(name)
+    except ValueError:  # no name of a device
+        available = False
+    if not available:
+        raise UserError(f"this machine has no device '{name}': name another one (cuda, mps, xpu, cpu)")

@@ -1,0 +1,1 @@
+"""What happens when the policy acts: the sampler, its linear backends, real-time chunking, action limits."""

@@ -1,0 +1,1 @@
+"""The policy server of LeRobot's asynchronous inference."""

@@ -1,0 +1,329 @@
+"""`lerobot-pi0 plan`: which fine-tuning fits a GPU, how long it takes, and the command that starts it.
+
+Reads a dataset's metadata and no frame. Memory comes from `footprint`; what stands here is what has to be
+chosen: which recipes there are, what is left free, how many samples a dataset is worth. Its sources are named
+where it is chosen.
+"""
+
+import json
+import math
+import shlex
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import draccus
+from lerobot.configs.train import TrainPipelineConfig
+from lerobot.datasets import LeRobotDatasetMetadata
+
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.errors import MissingFileError, UserError
+from lerobot_pi0.inputs.dataset import DatasetSource, fit_to, read_dataset
+from lerobot_pi0.tools.memory import Footprint, footprint
+
+GIGABYTE = 10**9  # cards sold as 24 GB have from 23.6e9 (with error correction) to 25.8e9 bytes
+
+# What a step takes beyond its tensors. On a GPU the CUDA context, kernels and the workspaces of cuBLAS, 0.5
+# to 1 GB; and a tenth of what comes and goes in a step, for blocks that torch's allocator cannot fill.
+# Neither was measured here, for want of a GPU. On a CPU the interpreter with torch and LeRobot, and a
+# quarter of a step for holes of the C library's heap and buffers of oneDNN, if MALLOC_MMAP_THRESHOLD_=1048576
+# is set (see benchmarks/memory.py); without it the holes were as large as the step itself.
+CONTEXT = 1.0 * GIGABYTE
+FRAGMENTATION = 0.1
+PROCESS = 0.8 * GIGABYTE
+HEAP = 0.25
+
+# openpi fine-tunes π0 on 30,000 batches of 32; LeRobot's guides say 5 to 10 epochs, and 3,000 batches of 32
+# in their example for π0. So: ten epochs, within these two.
+BATCH_SIZE = 32
+EPOCHS = 10
+FEWEST_SAMPLES, MOST_SAMPLES = 3_000 * BATCH_SIZE, 30_000 * BATCH_SIZE
+# LeRobot's guide wants batches of 16 or more for π0; its training loop does not accumulate gradients.
+GOOD_BATCH_SIZE = 16
+NUM_CHECKPOINTS = 6
+
+# Memory in GB and peak of dense bfloat16 products in TFLOP/s, by the vendor's data sheets.
+GPUS = {
+    "RTX 4090": (24, 165),
+    "RTX 5090": (32, 209),
+    "L40S": (48, 362),
+    "A100": (80, 312),
+    "H100": (80, 989),
+}
+# Of that peak. LeRobot's hardware guide reports 12.6 samples per second and H100 for its π0.5 with
+# checkpointing, some 19 TFLOP each: 24 %.
+UTILISATION = 0.25
+
+Recipe = Literal["full", "lora", "expert"]
+
+
+@dataclass
+class PlanConfig:
+    """Flags of `lerobot-pi0 plan`."""
+
+    # The dataset to train on; only its metadata is read.
+    dataset: DatasetSource
+    # Memory of the GPU in GB, for example 24.
+    gpu_memory: float
+    # Plan for this one; without it, for the first of full, lora and expert that fits with a good batch size.
+    recipe: Recipe | None = None
+    # Settings of the policy that differ from the recipes', for example --policy.cameras='{"base": "front"}'.
+    policy: Pi0Config = field(default_factory=lambda: Pi0Config(device="cpu"))
+
+    def __post_init__(self) -> None:
+        if self.gpu_memory <= 0:
+            raise UserError(f"--gpu_memory is in GB and above 0, got {self.gpu_memory}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe with or without gradient checkpointing: a file of `configs/`, and what it takes."""
+
+    recipe: Recipe
+    checkpointing: bool
+    arguments: tuple[str, ...]  # for lerobot-train, without batch size and steps
+    train: TrainPipelineConfig
+    footprint: Footprint
+
+    @property
+    def name(self) -> str:
+        """As the table calls it."""
+        name = {"full": "full", "lora": "LoRA", "expert": "expert only"}[self.recipe]
+        return f"{name}, checkpointing" if self.checkpointing else name
+
+    def needs(self, batch_size: int) -> float:
+        """Bytes on a GPU, allowances included."""
+        return self.footprint.held + (1 + FRAGMENTATION) * self.footprint.step(batch_size) + CONTEXT
+
+    def largest_batch(self, memory: float) -> int:
+        """The largest batch that fits into so many bytes; 0 if none does."""
+        fixed, per_sample = self.footprint.growth.T
+        free = (memory - CONTEXT - self.footprint.held) / (1 + FRAGMENTATION)
+        if (fixed + per_sample).max() > free:
+            return 0
+        grows = per_sample > 0
+        return int(((free - fixed[grows]) // per_sample[grows]).min())
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to train on a dataset with a batch size."""
+
+    batch_size: int
+    steps: int
+    epochs: float
+
+    @classmethod
+    def of(cls, num_frames: int, batch_size: int) -> "Schedule":
+        """Ten epochs, but no fewer samples than LeRobot's example has and no more than openpi takes."""
+        samples = min(max(EPOCHS * num_frames, FEWEST_SAMPLES), MOST_SAMPLES)
+        steps = _up_to_hundreds(samples / batch_size)
+        return cls(batch_size, steps, steps * batch_size / num_frames)
+
+    def arguments(self, config: Pi0Config) -> list[str]:
+        """Flags for lerobot-train. To a shorter run the policy shrinks its schedule; here it grows."""
+        flags = [
+            f"--batch_size={self.batch_size}",
+            f"--steps={self.steps}",
+            f"--save_freq={_up_to_hundreds(self.steps / NUM_CHECKPOINTS)}",
+        ]
+        if self.steps > config.scheduler_decay_steps:
+            warmup = round(config.scheduler_warmup_steps * self.steps / config.scheduler_decay_steps)
+            flags += [
+                f"--policy.scheduler_warmup_steps={warmup}",
+                f"--policy.scheduler_decay_steps={self.steps}",
+            ]
+        return flags
+
+
+def main(config: PlanConfig) -> str:
+    """The plan as text. Raises ValueError or FileNotFoundError for a dataset that cannot be had or used."""
+    dataset = read_dataset(config.dataset)
+    memory = config.gpu_memory * GIGABYTE
+    rows = make_rows(config, dataset)
+    parts = [_about(dataset, rows[0].train), _table(rows, config.gpu_memory)]
+    if find_spec("peft") is None:
+        parts.append("LoRA is left out: it needs PEFT, `pip install 'lerobot[peft]'`.")
+    row = choose([row for row in rows if config.recipe in (None, row.recipe)], memory)
+    parts.append(_advice(row, dataset, memory) if row else _nothing_fits(rows, config))
+    return "\n\n".join(parts)
+
+
+def make_rows(config: PlanConfig, dataset: LeRobotDatasetMetadata) -> list[Row]:
+    """All recipes on a dataset. Without PEFT there is none for LoRA."""
+    given = _differences(config.policy, Pi0Config(device="cpu"), "policy")
+    for name in ("freeze", "gradient_checkpointing"):
+        if any(flag.startswith(f"--policy.{name}=") for flag in given):
+            raise UserError(f"--policy.{name} is what the recipes differ in: leave it out, see --recipe")
+    source = [f"--dataset.{key}={value}" for key, value in vars(config.dataset).items() if value is not None]
+    cameras, rows = {}, []
+    for recipe, checkpointing in (
+        (recipe, checkpointing) for recipe in ("full", "lora", "expert") for checkpointing in (False, True)
+    ):
+        if recipe == "lora" and find_spec("peft") is None:
+            continue
+        file = "finetune_lora_24gb" if recipe == "lora" and checkpointing else f"finetune_{recipe}"
+        arguments = [f"--config_path={_shipped(file)}", *source, *given]
+        train = _read(arguments)
+        if cast(Pi0Config, train.policy).gradient_checkpointing != checkpointing:
+            arguments.append(f"--policy.gradient_checkpointing={str(checkpointing).lower()}")
+            train = _read(arguments)
+        policy = cast(Pi0Config, train.policy)
+        policy.cameras = policy.cameras or cameras  # or each would tell how it assigned them
+        fit_to(policy, dataset)
+        cameras = policy.cameras
+        rows.append(Row(recipe, checkpointing, tuple(arguments), train, footprint(policy, train.peft)))
+    return rows
+
+
+def on_cpu(needs: Footprint, batch_size: int) -> float:
+    """Bytes of a process that trains on a CPU, allowances included, for a footprint of that device."""
+    return needs.held + (1 + HEAP) * needs.step(batch_size) + PROCESS
+
+
+def choose(rows: list[Row], memory: float) -> Row | None:
+    """The row to recommend: the first recipe that fits with a good batch size, else the one with the largest.
+
+    Checkpointing where it makes room for a larger batch, up to openpi's 32. None if nothing fits.
+    """
+    fitting = [(min(row.largest_batch(memory), BATCH_SIZE), row) for row in rows]
+    fitting = [(batch_size, row) for batch_size, row in fitting if batch_size]
+    of_good_size = [row.recipe for batch_size, row in fitting if batch_size >= GOOD_BATCH_SIZE]
+    candidates = [(b, row) for b, row in fitting if not of_good_size or row.recipe == of_good_size[0]]
+    return max(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
+
+
+def _about(dataset: LeRobotDatasetMetadata, train: TrainPipelineConfig) -> str:
+    policy = cast(Pi0Config, train.policy)
+    minutes = dataset.total_frames / dataset.fps / 60
+    slots = ", ".join(f"{slot} ← {key}" for slot, key in policy.cameras.items())
+    left_out = sorted(set(policy.image_features) - set(policy.cameras.values()))
+    lines = {
+        "dataset": f"{dataset.repo_id}: {dataset.total_episodes:,} episodes, {dataset.total_frames:,} frames "
+        f"at {dataset.fps} per second ({minutes:.0f} minutes)",
+        "cameras": slots + (f"; left out: {', '.join(left_out)}" if left_out else ""),
+        "policy": f"from {policy.pretrained_path}; prompts of up to {policy.tokenizer_max_length} tokens, "
+        f"chunks of {policy.chunk_size} actions",
+    }
+    return _labelled(lines)
+
+
+def _table(rows: list[Row], gpu_memory: float) -> str:
+    batch_sizes = (1, 4, 8, 16, 32)
+    head = ["recipe", "trains", "weights", "AdamW", "average", "gradients"]
+    lines = [[*head, *(f"batch {b}" for b in batch_sizes), "largest"]]
+    for row in rows:
+        of = row.footprint
+        parts = [_gigabytes(n) for n in (of.weights, of.optimizer, of.average, of.gradients)]
+        fits = [f"{_gigabytes(row.needs(b))}{' ' if _fits(row, b, gpu_memory) else '*'}" for b in batch_sizes]
+        largest = row.largest_batch(gpu_memory * GIGABYTE) or "-"
+        lines.append([row.name, f"{of.trained / 1e6:,.1f} M", *parts, *fits, str(largest)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(
+        [
+            "GPU memory in GB (10⁹ bytes), computed from the model's operations; * does not fit "
+            f"{gpu_memory:g} GB.",
+            f"A batch's column is the whole, with {CONTEXT / GIGABYTE:g} GB for CUDA, and for the allocator "
+            f"{FRAGMENTATION:.0%} of what comes and goes in a step.",
+            "",
+            *table,
+        ]
+    )
+
+
+def _advice(row: Row, dataset: LeRobotDatasetMetadata, memory: float) -> str:
+    policy, needs = cast(Pi0Config, row.train.policy), row.footprint
+    plan = Schedule.of(dataset.total_frames, min(row.largest_batch(memory), BATCH_SIZE))
+    takes = row.needs(plan.batch_size)
+    warmup = round(policy.scheduler_warmup_steps * plan.steps / policy.scheduler_decay_steps)
+    without_gpu = on_cpu(footprint(policy, row.train.peft, "cpu"), 1)
+    times = [
+        f"{name} {_duration(plan.steps * plan.batch_size * needs.flops / (UTILISATION * tflops * 1e12))}"
+        for name, (gigabytes, tflops) in GPUS.items()
+        if gigabytes * GIGABYTE >= takes
+    ]
+    lines = {
+        "recommended": f"{row.name}, batches of {plan.batch_size}: {_gigabytes(takes)} GB "
+        f"(batches of 1 on a CPU: {_gigabytes(without_gpu)} GB)",
+        "steps": f"{plan.steps:,}, or {plan.epochs:.1f} epochs. The rule: {EPOCHS} epochs, but at least "
+        f"{FEWEST_SAMPLES:,} samples (LeRobot's example) and at most {MOST_SAMPLES:,} (openpi)",
+        "learning rate": f"{warmup:,} steps up to {policy.optimizer_lr:g}, then a cosine down to "
+        f"{policy.scheduler_decay_lr:g} at the end: openpi's schedule over the whole run",
+        "time": f"{', '.join(times) or 'no GPU in our list is large enough'}",
+        "": f"an estimate: {needs.flops / 1e12:.2g} TFLOP per sample at {UTILISATION:.0%} of the data "
+        "sheet's peak, if loading frames keeps up",
+        "disk": f"{_gigabytes(needs.checkpoint)} GB per checkpoint, {NUM_CHECKPOINTS} of them",
+    }
+    name = f"{row.recipe}_{dataset.repo_id.rpartition('/')[2]}"
+    words = ["lerobot-train", *row.arguments, *plan.arguments(policy), f"--output_dir=outputs/{name}"]
+    return "\n\n".join([_labelled(lines), " \\\n    ".join(map(shlex.quote, words))])
+
+
+def _nothing_fits(rows: list[Row], config: PlanConfig) -> str:
+    considered = [row for row in rows if config.recipe in (None, row.recipe)]
+    least = min(considered, key=lambda row: row.needs(1))
+    return (
+        f"{'Nothing' if config.recipe is None else 'This'} fits {config.gpu_memory:g} GB: the least is "
+        f"{_gigabytes(least.needs(1))} GB ({least.name}, batches of 1). "
+        "Ways out: fewer cameras (--policy.cameras), another --recipe, a larger GPU, or several with FSDP "
+        "(docs/finetuning.md)."
+    )
+
+
+def _read(arguments: list[str]) -> TrainPipelineConfig:
+    """What lerobot-train makes of a command line."""
+    (first, *rest) = arguments
+    return draccus.parse(
+        TrainPipelineConfig,
+        config_path=first.removeprefix("--config_path="),
+        args=[*rest, "--policy.device=cpu"],
+    )
+
+
+def _differences(given: Any, default: Any, name: str) -> list[str]:
+    """Flags that make one config of another, of the same class."""
+    flags = []
+    for setting in fields(given):
+        value, other = getattr(given, setting.name), getattr(default, setting.name)
+        if value == other or setting.name == "device":
+            continue
+        flag = f"{name}.{setting.name}"
+        if is_dataclass(value):
+            flags += _differences(value, other, flag)
+        else:
+            encoded: Any = draccus.encode(value)
+            flags.append(f"--{flag}={encoded if isinstance(encoded, str) else json.dumps(encoded)}")
+    return flags
+
+
+def _shipped(name: str) -> Path:
+    """A file of `configs/`: in the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    folders = [package / "configs", package.parent / "configs"]
+    found = next((path for folder in folders if (path := folder / f"{name}.yaml").is_file()), None)
+    if found is None:
+        raise MissingFileError(f"the package's configs/{name}.yaml is missing: reinstall the package")
+    return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
+
+
+def _fits(row: Row, batch_size: int, gpu_memory: float) -> bool:
+    return row.needs(batch_size) <= gpu_memory * GIGABYTE
+
+
+def _up_to_hundreds(number: float) -> int:
+    return math.ceil(number / 100) * 100
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / GIGABYTE:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.0f} h" if seconds >= 3 * 3600 else f"{seconds / 60:.0f} min"
+
+
+def _labelled(lines: dict[str, str]) -> str:
+    width = max(map(len, lines))
+    return "\n".join(f"{label:<{width}}  {text}" for label, text in lines.items())

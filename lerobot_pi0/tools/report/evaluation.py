@@ -1,0 +1,318 @@
+"""`lerobot-pi0 report`: a policy's chunks beside the recorded actions, as numbers, a verdict and a page.
+
+Open loop: every chunk is planned from a recorded observation, so errors do not add up as they do on a robot.
+A policy that does well here may fail there; one that does not beat the guesses here has learnt nothing yet.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lerobot_pi0.data.normalization import NEARLY_CONSTANT
+from lerobot_pi0.tools.open_loop import (
+    HOLD,
+    Recording,
+    baselines,
+)
+
+GRIPPERS = ("gripper", "jaw", "finger", "claw")  # words in the names of joints that open and close
+PHASES = ("start", "middle", "end")  # thirds of an episode
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The policy's error over a baseline's: mean, and the 95 % interval over resampled episodes."""
+
+    baseline: str
+    error: float  # of the baseline, in standard deviations of the data
+    ratio: float
+    low: float | None  # None: one episode tells nothing of others
+    high: float | None
+
+    @property
+    def is_beaten(self) -> bool:
+        """Whether the policy is better beyond chance, and by more than a thousandth."""
+        return (self.ratio if self.high is None else self.high) < 0.999
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Errors of one joint: mean absolute, over all steps within the episode."""
+
+    name: str
+    error: float  # robot units
+    normalised: float  # in standard deviations of the data
+    by_phase: list[float | None]  # normalised
+    baselines: dict[str, float]  # normalised
+    seam: float | None  # mean jump to the next chunk, normalised
+
+
+@dataclass(frozen=True)
+class Seams:
+    """How far the action jumps where a chunk ends and the next one takes over."""
+
+    count: int
+    jump: float  # mean over seams and joints, in standard deviations of the data
+    step: float  # the same of steps within chunks
+    recorded: float  # the same of the recorded actions at the same frames
+    worst_episode: int
+    worst_frame: int  # within the episode
+    worst_joint: str
+    worst: float  # robot units
+
+
+@dataclass(frozen=True)
+class Gripper:
+    """When a gripper opens and closes: recorded events, and the policy's nearest of the same direction."""
+
+    name: str
+    recorded: int
+    offsets: list[float]  # seconds, positive where the policy is late
+    missed: int
+    extra: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page says in numbers. Errors are mean absolute, averaged over the noise samples."""
+
+    num_chunks: int
+    episodes: list[int]
+    stride: int
+    error: float  # in standard deviations of the data, mean over joints and steps
+    comparisons: list[Comparison]
+    joints: list[Joint]
+    horizon: dict[str, list[float | None]]  # normalised error at each step of a chunk, by who made it
+    phases: dict[str, list[float | None]]  # at the start, middle and end of an episode
+    spread: float  # standard deviation over noise samples, in those of the data
+    spread_by_step: list[float | None]
+    seams: Seams | None
+    grippers: list[Gripper]
+
+    @property
+    def worst_joint(self) -> Joint:
+        """The joint with the largest normalised error."""
+        return max(self.joints, key=lambda joint: joint.normalised)
+
+    def verdict(self) -> list[str]:
+        """The findings as sentences, the most important first."""
+        beaten = [c.baseline for c in self.comparisons if c.is_beaten]
+        others = [c.baseline for c in self.comparisons if not c.is_beaten]
+        if not others:
+            first = f"This policy beats {_listed(beaten)}."
+        else:
+            # Not to move is what any policy should beat.
+            others.sort(key=lambda name: name != HOLD)
+            first = f"This policy is no better than {_listed(others, 'or')}."
+            first += f" It beats {_listed(beaten)}." if beaten else ""
+        lines = [first]
+        for c in self.comparisons:
+            interval = "" if c.low is None else f" (95 % interval {c.low:.2f} to {c.high:.2f})"
+            lines.append(f"Its error is {c.ratio:.2f} times that of {c.baseline}{interval}.")
+        worst = self.worst_joint
+        lines.append(
+            f"Worst joint: {worst.name}, off by {worst.error:.3g} on average, "
+            f"{worst.normalised:.2f} of its standard deviation in the data."
+        )
+        if self.seams:
+            s = self.seams
+            lines.append(
+                f"Where one chunk takes over from another the action jumps by {s.jump:.2f} standard "
+                f"deviations; a step within a chunk is {s.step:.2f}, a recorded one there {s.recorded:.2f}. "
+                f"The largest jump: {s.worst:.3g} of {s.worst_joint} at frame {s.worst_frame} of episode "
+                f"{s.worst_episode}."
+            )
+        else:
+            lines.append(
+                f"Where one chunk takes over from another was not looked at: they stand {self.stride} frames "
+                f"apart and have {len(self.horizon['policy'])} actions. To see it: --stride=N, as many "
+                "actions as the robot executes of each."
+            )
+        for g in self.grippers:
+            if g.recorded or g.extra:
+                late = f", median {np.median(g.offsets):+.2f} s" if g.offsets else ""
+                lines.append(
+                    f"{g.name}: of {g.recorded} recorded openings and closings the policy makes "
+                    f"{len(g.offsets)}{late}, and {g.extra} that were not recorded."
+                )
+        return lines
+
+
+def evaluate(recording: Recording, frames: np.ndarray, planned: np.ndarray, stride: int) -> Report:
+    """Compare chunks (N, K, C, D), planned at rows (N,) of a recording, with what was recorded there.
+
+    Steps beyond the end of an episode do not count.
+    """
+    length = planned.shape[2]
+    truth, valid = recording.following(frames, length)
+    guesses = baselines(recording, frames, length)
+    errors = {"policy": np.abs(planned - truth[:, None]).mean(1)}
+    errors |= {name: np.abs(guess - truth) for name, guess in guesses.items()}
+    errors = {name: error / recording.scale for name, error in errors.items()}
+    spread = planned.std(1) / recording.scale
+    # Where each step stands in its episode, in thirds.
+    lengths = np.bincount(recording.episode)[recording.episode[frames]]
+    starts = recording.end(frames) - lengths
+    at = frames[:, None] + np.arange(length) - starts[:, None]
+    phases = np.minimum(at * len(PHASES) // lengths[:, None], len(PHASES) - 1)
+    inside = [valid & (phases == phase) for phase in range(len(PHASES))]
+    steps = [valid & (np.arange(length) == step) for step in range(length)]
+    episodes = recording.episode[frames]
+    per_chunk = {name: _per_chunk(error, valid) for name, error in errors.items()}
+    jumps = _jumps(recording, frames, planned, stride)
+    joints = [
+        Joint(
+            name=name,
+            error=float(errors["policy"][valid][:, j].mean() * recording.scale[j]),
+            normalised=float(errors["policy"][valid][:, j].mean()),
+            by_phase=[_mean(errors["policy"][..., j], where) for where in inside],
+            baselines={guess: float(errors[guess][valid][:, j].mean()) for guess in guesses},
+            seam=float(jumps[:, j].mean() / recording.scale[j]) if len(jumps) else None,
+        )
+        for j, name in enumerate(recording.joints)
+    ]
+    return Report(
+        num_chunks=len(frames),
+        episodes=sorted({int(episode) for episode in episodes}),
+        stride=stride,
+        error=float(per_chunk["policy"].mean()),
+        comparisons=[_compare(name, per_chunk["policy"], per_chunk[name], episodes) for name in guesses],
+        joints=joints,
+        horizon={name: [_mean(error, where) for where in steps] for name, error in errors.items()},
+        phases={name: [_mean(error, where) for where in inside] for name, error in errors.items()},
+        spread=float(spread[valid].mean()),
+        spread_by_step=[_mean(spread, where) for where in steps],
+        seams=_seams(recording, frames, planned, stride, jumps),
+        grippers=[
+            _gripper(recording, frames, planned, stride, j)
+            for j, name in enumerate(recording.joints)
+            if any(word in name.lower() for word in GRIPPERS)
+        ],
+    )
+
+
+def executed(
+    recording: Recording, frames: np.ndarray, planned: np.ndarray, episode: int, stride: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a robot would be sent in an episode: of each chunk, as planned from the first noise, the actions
+    until the next one. Rows of the recording (n,) and actions (n, D)."""
+    end, length = recording.frames(episode)[-1] + 1, min(stride, planned.shape[2])
+    rows, actions = [], []
+    for i in np.flatnonzero(recording.episode[frames] == episode):
+        count = min(length, end - frames[i])
+        rows.append(frames[i] + np.arange(count))
+        actions.append(planned[i, 0, :count])
+    return np.concatenate(rows), np.concatenate(actions)
+
+
+def _per_chunk(error: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Mean over the valid steps and all joints, (N,)."""
+    return (error.mean(2) * valid).sum(1) / valid.sum(1)
+
+
+def _mean(values: np.ndarray, where: np.ndarray) -> float | None:
+    return float(values[where].mean()) if where.any() else None
+
+
+def _compare(name: str, policy: np.ndarray, baseline: np.ndarray, episodes: np.ndarray) -> Comparison:
+    """Ratio of two mean errors per chunk (N,). Chunks of an episode resemble one another: episodes are
+    resampled."""
+    of_episode = [episodes == episode for episode in np.unique(episodes)]
+    sums = np.array([(policy[own].sum(), baseline[own].sum()) for own in of_episode])
+    low = high = None
+    if len(sums) > 1:
+        drawn = np.random.default_rng(0).integers(len(sums), size=(_RESAMPLES, len(sums)))
+        totals = sums[drawn].sum(1)
+        low, high = (float(q) for q in np.quantile(_ratio(totals[:, 0], totals[:, 1]), [0.025, 0.975]))
+    total = sums.sum(0)
+    return Comparison(name, float(baseline.mean()), float(_ratio(total[0], total[1])), low, high)
+
+
+def _ratio(policy: Any, baseline: Any) -> Any:
+    """Their quotient; two errors of zero are equal."""
+    tiny = np.finfo(np.float64).tiny
+    return (policy + tiny) / (baseline + tiny)
+
+
+def _followed(recording: Recording, frames: np.ndarray, stride: int) -> np.ndarray:
+    """Which of the chunks are followed by the next one of the same episode, `stride` frames later."""
+    same = recording.episode[frames[1:]] == recording.episode[frames[:-1]]
+    return np.flatnonzero(same & (np.diff(frames) == stride))
+
+
+def _jumps(recording: Recording, frames: np.ndarray, planned: np.ndarray, stride: int) -> np.ndarray:
+    """From the last executed action of each chunk to the first of the next, absolute, (seams, D).
+
+    As planned from the first noise: on a robot no two chunks share it either.
+    """
+    if stride > planned.shape[2]:
+        return np.empty((0, planned.shape[3]))
+    at = _followed(recording, frames, stride)
+    return np.abs(planned[at + 1, 0, 0] - planned[at, 0, stride - 1])
+
+
+def _seams(
+    recording: Recording, frames: np.ndarray, planned: np.ndarray, stride: int, jumps: np.ndarray
+) -> Seams | None:
+    if not len(jumps):
+        return None
+    at, scale = _followed(recording, frames, stride), recording.scale
+    steps = np.abs(np.diff(planned[:, 0, : max(stride, 2)], axis=1))
+    after = frames[at + 1]
+    seam, joint = np.unravel_index((jumps / scale).argmax(), jumps.shape)
+    episode = int(recording.episode[after[seam]])
+    return Seams(
+        count=len(jumps),
+        jump=float((jumps / scale).mean()),
+        step=float((steps / scale).mean()) if steps.size else 0.0,
+        recorded=float((np.abs(recording.actions[after] - recording.actions[after - 1]) / scale).mean()),
+        worst_episode=episode,
+        worst_frame=int(after[seam] - recording.frames(episode)[0]),
+        worst_joint=recording.joints[int(joint)],
+        worst=float(jumps[seam, joint]),
+    )
+
+
+def _gripper(
+    recording: Recording, frames: np.ndarray, planned: np.ndarray, stride: int, joint: int
+) -> Gripper:
+    """Openings and closings are crossings of the middle of the recorded range, by a tenth of it to each side.
+
+    One of the policy's belongs to a recorded one of the same direction at most a chunk away.
+    """
+    low, high = recording.actions[:, joint].min(), recording.actions[:, joint].max()
+    reach, offsets, missed, extra, count = planned.shape[2], [], 0, 0, 0
+    for episode in np.unique(recording.episode[frames]):
+        rows, actions = executed(recording, frames, planned, int(episode), stride)
+        made = [(rows[at], up) for at, up in _events(actions[:, joint], low, high)]
+        recorded = _events(recording.actions[rows, joint], low, high)
+        count += len(recorded)
+        for at, up in recorded:
+            near = [event for event in made if event[1] == up and abs(event[0] - rows[at]) <= reach]
+            if not near:
+                missed += 1
+                continue
+            chosen = min(near, key=lambda event: abs(event[0] - rows[at]))
+            made.remove(chosen)
+            offsets.append(float(chosen[0] - rows[at]) / recording.fps)
+        extra += len(made)
+    return Gripper(recording.joints[joint], count, offsets, missed, extra)
+
+
+def _events(values: np.ndarray, low: float, high: float) -> list[tuple[int, bool]]:
+    """Where a series passes the middle of a range for good, and whether upwards."""
+    if high - low < NEARLY_CONSTANT:
+        return []
+    share = (values - low) / (high - low)
+    is_high, events = share[0] > 0.5, []
+    for at, value in enumerate(share):
+        if value > 0.6 if not is_high else value < 0.4:
+            is_high = not is_high
+            events.append((at, bool(is_high)))
+    return events
+
+
+def _listed(names: list[str], last: str = "and") -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"

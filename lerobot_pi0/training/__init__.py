@@ -1,0 +1,1 @@
+"""What happens when the policy trains: loss, optimizer, EMA, augmentation, LoRA layers, FSDP."""

@@ -1,0 +1,127 @@
+"""Which parameters train, in which precision, and their exponential moving average (EMA)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lerobot_pi0.errors import UserError
+
+
+class TrainedWeights:
+    """The parameters that train, and the exponential moving average of their values (EMA).
+
+    A module either shows the weights (to train) or the average (to evaluate); what it does not show is kept
+    here. Both are float32. `num_draws` counts the training batches that noise was drawn for.
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.seed = torch.initial_seed()
+        self.num_draws = 0
+        self.parameters: dict[str, nn.Parameter] = {}
+        self._hidden: list[Tensor] = []  # averages, or the weights where averages are shown
+        self._shows_average = False
+        self._is_current = True  # the average, with the weights
+        self._is_checked = False
+
+    def take(self, module: nn.Module, frozen_dtype: torch.dtype) -> "ParameterGroups":
+        """What trains in a module from now on, as groups for an optimizer; the average starts with it.
+
+        Here precision is decided: a parameter that trains is float32, so that no step is lost in rounding; a
+        frozen one is held in `frozen_dtype` if it was wider.
+        """
+        for parameter in module.parameters():
+            dtype = torch.float32 if parameter.requires_grad else frozen_dtype
+            if parameter.requires_grad or parameter.dtype.itemsize > dtype.itemsize:
+                parameter.data = parameter.data.to(dtype)
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise UserError(
+                "nothing trains: all parameters are frozen (--policy.freeze, --peft.target_modules)"
+            )
+        self._hidden = [p.detach().clone() for p in self.parameters.values()] if self.decay else []
+        self._shows_average, self._is_current = False, False
+        return ParameterGroups(self)
+
+    def update(self) -> None:
+        """After a step of the optimizer: average ← decay · average + (1 − decay) · weights."""
+        self._is_current = True
+        if self._hidden:
+            weights = [parameter.data for parameter in self.parameters.values()]
+            torch._foreach_lerp_(self._hidden, weights, 1 - self.decay)
+
+    def show(self, average: bool) -> None:
+        """Let the module's parameters hold the average, or the weights; nothing is copied."""
+        if average == self._shows_average:
+            return
+        self._check_current()
+        self._shows_average = average
+        for i, parameter in enumerate(self.parameters.values() if self._hidden else ()):
+            parameter.data, self._hidden[i] = self._hidden[i], parameter.data
+
+    def averages(self) -> dict[str, Tensor]:
+        """The average by the parameters' names; empty where none is kept or where the module shows it."""
+        if self._shows_average or not self._hidden:
+            return {}
+        self._check_current()
+        return dict(zip(self.parameters, self._hidden, strict=True))
+
+    def weights(self) -> list[Tensor]:
+        """The weights where an average is saved as the policy's; else none."""
+        if not self._hidden:
+            return []
+        return self._hidden if self._shows_average else [p.data for p in self.parameters.values()]
+
+    def restore(self, weights: dict[int, Tensor], num_draws: int) -> None:
+        """Go on from weights, by their number, and a number of draws; the average is the loaded policy."""
+        self.num_draws = num_draws
+        for i, own in enumerate(self.weights()):
+            if i in weights:
+                own.copy_(weights[i])
+                self._is_current = True
+
+    def check(self, module: nn.Module) -> None:
+        """Raises ValueError for weights that no optimizer should step on, or that there is no average of.
+
+        Called before each step; looks once.
+        """
+        if self._is_checked:
+            return
+        # Costs a second, and this module is imported whenever LeRobot looks for plugins.
+        from lerobot_pi0.training.fsdp import is_sharded
+
+        parameters = dict(module.named_parameters())
+        narrow = [name for name, p in parameters.items() if p.requires_grad and p.dtype.itemsize < 4]
+        if narrow:
+            raise UserError(
+                f"the optimizer would step on {parameters[narrow[0]].dtype} weights ({narrow[0]}, …), where "
+                "small steps are rounded away: leave --use_policy_training_preset=true, which trains in "
+                "float32"
+            )
+        if self._hidden and is_sharded(module):
+            raise UserError(
+                "the weights are sharded (FSDP), and their moving average is kept of whole ones (one GPU, or "
+                "DDP): train with --policy.ema_decay=0, or without FSDP"
+            )
+        self._is_checked = True
+
+    def _check_current(self) -> None:
+        """Raises ValueError when an optimizer has stepped and the average was never told."""
+        if self._is_current:
+            return
+        pairs = zip(self.parameters.values(), self._hidden, strict=False)
+        if not all(torch.equal(parameter, average) for parameter, average in pairs):
+            raise UserError(
+                "the weights were trained and their moving average never updated: call policy.update() after "
+                "each optimizer.step() as LeRobot does, or train with --policy.ema_decay=0"
+            )
+
+
+class ParameterGroups(list[dict[str, Any]]):
+    """Groups as torch's optimizers take them, for one of ours with what they belong to."""
+
+    def __init__(self, trained: TrainedWeights):
+        # Fused: CPU, CUDA, MPS and XPU have it.
+        super().__init__([{"params": list(trained.parameters.values()), "fused": True}])
+        self.trained = trained

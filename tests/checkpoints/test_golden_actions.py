@@ -1,0 +1,163 @@
+"""Golden actions: written with a policy, compared where something else runs it, else silent."""
+
+import hashlib
+import logging
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_policy import batch, statistics, tiny_config, tiny_policy
+from torch import Tensor
+
+from lerobot_pi0 import modeling_pi0
+from lerobot_pi0.checkpoints import golden_actions as certificate
+from lerobot_pi0.checkpoints.golden_actions import (
+    CERTIFICATE_FILE,
+    check_certificate,
+    fixed_input,
+    golden_actions,
+)
+from lerobot_pi0.modeling_pi0 import Pi0Policy
+
+
+@pytest.fixture(autouse=True)
+def no_memory_of_others(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(certificate, "HF_LEROBOT_HOME", tmp_path / "home")
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    tiny_policy().save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def assert_same(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def written_with(folder: Path, actions: Any = None, **environment: str) -> None:
+    """Change what the certificate says."""
+    file = folder / CERTIFICATE_FILE
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() | environment
+    found = load_file(file)["actions"]
+    save_file({"actions": found if actions is None else actions(found)}, file, metadata=metadata)
+
+
+def test_a_saved_policy_carries_a_small_certificate(saved):
+    file = saved / CERTIFICATE_FILE
+    assert file.stat().st_size < 4096
+    assert_same(load_file(file)["actions"], golden_actions(tiny_policy(), 10))
+
+
+def test_the_input_is_the_same_for_ever():
+    """Bytes that are written here: if a release of anything draws others, all certificates are void."""
+    given, noise_ = fixed_input(tiny_policy())
+    digest = hashlib.sha256()
+    for name in sorted(given):
+        digest.update(given[name].numpy().tobytes())
+    digest.update(noise_.numpy().tobytes())
+    assert digest.hexdigest()[:16] == "1447923adc2e734f"
+    assert noise_.std().item() == pytest.approx(1, abs=0.2)
+
+
+def test_nothing_is_computed_where_nothing_changed(saved, monkeypatch):
+    monkeypatch.setattr(certificate, "golden_actions", None)
+    Pi0Policy.from_pretrained(saved)
+
+
+def test_the_same_actions_in_another_environment_are_found_once(saved, caplog):
+    written_with(saved, torch="2.7.0")
+    with caplog.at_level(logging.INFO, logger="lerobot_pi0"):
+        policy = Pi0Policy.from_pretrained(saved)
+    assert f"torch 2.7.0 → {version('torch')}" in caplog.text
+    assert "golden actions: the same" in caplog.text
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+    assert check_certificate(policy, saved) is None
+
+
+def test_other_actions_are_told_with_versions_and_size_each_time(saved, caplog):
+    written_with(saved, lambda actions: actions + 0.5, lerobot="0.6.0")
+    for _ in range(2):
+        caplog.clear()
+        Pi0Policy.from_pretrained(saved)
+        (record,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+        text = record.getMessage()
+        assert "THIS POLICY ACTS DIFFERENTLY" in text
+        assert "lerobot 0.6.0 → " in text
+        assert "at most 0.5 in one" in text
+
+
+def test_a_change_of_the_code_is_found(saved, caplog, monkeypatch):
+    """Here: images that come in black."""
+    written_with(saved, lerobot_policy_pi0="0.0.1")
+    monkeypatch.setattr(modeling_pi0, "letterbox", lambda image, size: image[..., :size, :size] * 0)
+    Pi0Policy.from_pretrained(saved)
+    assert "THIS POLICY ACTS DIFFERENTLY" in caplog.text
+
+
+def test_steps_of_inference_are_the_recorded_ones(saved):
+    written_with(saved, torch="2.7.0")
+    policy = Pi0Policy.from_pretrained(saved, config=tiny_config(num_inference_steps=3))
+    certificate_file = saved / CERTIFICATE_FILE
+    assert_same(golden_actions(policy, 10), load_file(certificate_file)["actions"])
+
+
+@pytest.mark.parametrize("damage", ["no file of its kind", "no versions"])
+def test_a_damaged_certificate_is_told_and_no_obstacle(saved, caplog, damage):
+    file = saved / CERTIFICATE_FILE
+    if damage == "no versions":
+        save_file(load_file(file), file)
+    else:
+        file.write_bytes(b"{")
+    Pi0Policy.from_pretrained(saved)
+    assert "is damaged" in caplog.text
+
+
+def test_where_nothing_can_be_written_the_policy_loads_all_the_same(saved, tmp_path, monkeypatch, caplog):
+    written_with(saved, torch="2.7.0")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(certificate, "HF_LEROBOT_HOME", tmp_path / "file")
+    with caplog.at_level(logging.INFO, logger="lerobot_pi0"):
+        Pi0Policy.from_pretrained(saved)
+    assert "golden actions: the same" in caplog.text
+
+
+def test_a_checkpoint_without_one_loads_silently(saved, caplog):
+    (saved / CERTIFICATE_FILE).unlink()
+    Pi0Policy.from_pretrained(saved)
+    assert not [record for record in caplog.records if "golden" in record.getMessage()]
+
+
+def test_saving_in_training_changes_nothing_of_it(tmp_path):
+    """The certificate is of the average, which is what is saved; training goes on with the weights."""
+    policy = Pi0Policy(tiny_config(ema_decay=0.9, optimizer_lr=1e-2), statistics())
+    optimizer = policy.config.get_optimizer_preset().build(policy.get_optim_params())
+    policy.train()
+    for step in range(3):
+        policy.forward(batch(seed=step))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        policy.update()
+    before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    random = torch.get_rng_state()
+    policy.save_pretrained(tmp_path / "saved")
+    assert policy.training
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(before[name], parameter) for name, parameter in policy.named_parameters())
+    loaded = Pi0Policy.from_pretrained(tmp_path / "saved")
+    found = golden_actions(loaded, 10)
+    wanted = load_file(tmp_path / "saved" / CERTIFICATE_FILE)["actions"]
+    assert_same(found, wanted)
+    assert (golden_actions(policy, 10) - wanted).abs().max() > 1e-3  # the weights are not the average
+
+
+def test_the_certificate_is_what_the_policy_predicts(saved):
+    policy = Pi0Policy.from_pretrained(saved)
+    given, drawn = fixed_input(policy)
+    found = policy.predict_action_chunk(given, noise=drawn)[0]
+    torch.testing.assert_close(golden_actions(policy, 10), found, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,328 @@
+"""Policies of ours in other layouts, and back: nothing is lost, and LeRobot's own π0 runs what it gets."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.policies.pi0 import PI0Policy
+from lerobot.processor import PolicyProcessorPipeline
+from safetensors.torch import load_file, save_file
+from small_policies import make_small, run, save
+from tiny_policy import ACTION, STATE
+
+from lerobot_pi0 import Pi0Config
+from lerobot_pi0.checkpoints.files import Checkpoint
+from lerobot_pi0.checkpoints.golden_actions import write_certificate
+from lerobot_pi0.checkpoints.layouts import to_openpi
+from lerobot_pi0.conversion import convert, targets
+from lerobot_pi0.data.normalization import Prepared
+from lerobot_pi0.data.relative_actions import make_anchor
+from lerobot_pi0.data.statistics import read_statistics
+from lerobot_pi0.errors import CheckpointError
+from lerobot_pi0.model import SiglipConfig
+from lerobot_pi0.modeling_pi0 import Pi0Policy
+
+BACK: dict[str, Any] = {"tokenizer": "small", "vision_heads": 2}  # what LeRobot's and openpi's do not say
+# What LeRobot's own π0 knows of a policy, and what openpi's files say.
+BY_IN_TREE = (
+    "chunk_size",
+    "n_action_steps",
+    "num_inference_steps",
+    "max_state_dim",
+    "max_action_dim",
+    "tokenizer_max_length",
+    "normalization_mapping",
+    "dtype",
+    "cameras",
+    "vision",
+    "vlm",
+    "expert",
+    "action_feature_names",
+    "relative_actions",
+    "absolute_joints",
+    "anchor",
+    "input_features",
+    "output_features",
+)
+BY_OPENPI = ("chunk_size", "max_state_dim", "max_action_dim", "vision", "vlm", "expert", "dtype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_sizes() -> Iterator[None]:
+    """Those that LeRobot and openpi have names for are small ones here."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_small(monkeypatch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory, small_sizes) -> Path:
+    return save(tmp_path_factory.mktemp("saved") / "ours")
+
+
+@pytest.fixture(scope="module")
+def in_tree(ours) -> Path:
+    run(ours, ours.parent / "in_tree", to="lerobot", compare=False)
+    return ours.parent / "in_tree"
+
+
+@pytest.fixture(scope="module")
+def openpi(ours) -> Path:
+    run(ours, ours.parent / "openpi", to="openpi-pytorch", asset_id="my_robot")
+    return ours.parent / "openpi"
+
+
+def copy(folder: Path, to: Path) -> Path:
+    shutil.copytree(folder, to)
+    return to
+
+
+def settings(folder: Path, names: tuple[str, ...]) -> dict[str, Any]:
+    config = PreTrainedConfig.from_pretrained(folder)
+    return {name: getattr(config, name) for name in names}
+
+
+def assert_same_weights(found: Path, wanted: Path) -> None:
+    ours, theirs = dict(Checkpoint(found)), dict(Checkpoint(wanted))
+    assert ours.keys() == theirs.keys()
+    assert [
+        name
+        for name in ours
+        if ours[name].dtype != theirs[name].dtype or not torch.equal(ours[name], theirs[name])
+    ] == []
+
+
+def assert_same_statistics(found: Path, wanted: Path, names: tuple[str, ...]) -> None:
+    ours, theirs = read_statistics(found), read_statistics(wanted)
+    for key in ("observation.state", "action"):
+        for name in names:
+            assert ours[key][name].tolist() == theirs[key][name].tolist(), (key, name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_to_lerobots_own_policy_and_back(dtype, tmp_path):
+    ours = save(tmp_path / "ours", dtype=dtype, num_inference_steps=4)
+    text = run(ours, tmp_path / "in_tree", to="lerobot")
+    assert "Run as LeRobot's own π0 and as ours: actions differ by" in text
+    text = run(tmp_path / "in_tree", tmp_path / "back", **BACK)
+    assert "Run as LeRobot's own π0 and as ours: actions differ by" in text
+    assert_same_weights(tmp_path / "back", ours)
+    assert_same_statistics(tmp_path / "back", ours, ("mean", "std", "min", "max", "q01", "q99"))
+    assert settings(tmp_path / "back", BY_IN_TREE) == settings(ours, BY_IN_TREE)
+
+
+def test_to_openpi_and_back(tmp_path):
+    ours = save(tmp_path / "ours", dtype="bfloat16")
+    run(ours, tmp_path / "openpi", to="openpi-pytorch", asset_id="my_robot")
+    assert (tmp_path / "openpi" / "assets" / "my_robot" / "norm_stats.json").is_file()
+    cameras = {"base": "front", "left_wrist": "wrist"}
+    run(tmp_path / "openpi", tmp_path / "back", **BACK, cameras=cameras)
+    assert_same_weights(tmp_path / "back", ours)
+    assert_same_statistics(tmp_path / "back", ours, ("mean", "std"))
+    assert settings(tmp_path / "back", BY_OPENPI) == settings(ours, BY_OPENPI)
+
+
+def test_running_a_converted_policy_keeps_no_weights_in_memory(in_tree, tmp_path, monkeypatch):
+    """A weight that was used is mapped from its file anew, and so takes none until it is read again."""
+    kept = []
+
+    def certify(policy: Pi0Policy, folder: Path) -> None:
+        before = {name: weight.data_ptr() for name, weight in policy.model.named_parameters()}
+        write_certificate(policy, folder)
+        for name, weight in policy.model.named_parameters():
+            assert torch.equal(weight, Checkpoint(folder)[name])
+            if weight.data_ptr() == before[name] and weight.requires_grad:  # all others are used
+                kept.append(name)
+
+    monkeypatch.setattr(convert, "write_certificate", certify)
+    run(in_tree, tmp_path / "back", **BACK)
+    assert [name for name in kept if not name.startswith("vision.patch_embedding.")] == []
+
+
+def test_lerobots_own_policy_loads_and_normalises_the_same(ours, in_tree, tmp_path, capsys):
+    """By its own loader and its own processors; the actions are compared by the conversion itself."""
+    copy(ours, tmp_path / "ours")
+    copy(in_tree, tmp_path / "in_tree")
+    policy = PI0Policy.from_pretrained(tmp_path / "in_tree")
+    printed = capsys.readouterr().out
+    assert "All keys loaded successfully!" in printed  # else it would have random weights
+    assert "Could not load" not in printed
+    pipeline = json.loads((tmp_path / "in_tree" / "policy_preprocessor.json").read_text())
+    by_name = {step["registry_name"]: step["config"] for step in pipeline["steps"]}
+    assert by_name["tokenizer_processor"]["tokenizer_name"] == "small"
+    state = torch.arange(1, STATE + 1).float()
+    found = {}
+    for name in ("ours", "in_tree"):
+        folder = tmp_path / name
+        saved = json.loads((folder / "policy_preprocessor.json").read_text())
+        # Both tokenizers out of the way: "small" is none that transformers has.
+        saved["steps"] = [step for step in saved["steps"] if "tokenizer" not in step["registry_name"]]
+        (folder / "policy_preprocessor.json").write_text(json.dumps(saved))
+        prepare: Any = PolicyProcessorPipeline.from_pretrained(
+            folder, config_filename="policy_preprocessor.json"
+        )
+        found[name] = prepare({"observation.state": state, "task": "push"})["observation.state"]
+    assert torch.equal(found["ours"], found["in_tree"])
+    assert [*policy.config.image_features] == ["observation.images.front", "observation.images.wrist"]
+
+
+def make_relative(folder: Path, absolute_joints: list[str], **names: Any) -> Path:
+    config = PreTrainedConfig.from_pretrained(folder)
+    assert isinstance(config, Pi0Config)
+    config.relative_actions, config.absolute_joints = True, absolute_joints
+    config.state_feature_names = names.get("state", config.state_feature_names)
+    config.anchor = make_anchor(config, cast(Prepared, read_statistics(folder)))
+    config._save_pretrained(folder)
+    return folder
+
+
+def test_relative_actions_go_both_ways(ours, tmp_path):
+    relative = make_relative(copy(ours, tmp_path / "ours"), ["gripper"])
+    run(relative, tmp_path / "in_tree", to="lerobot", compare=False)
+    saved = json.loads((tmp_path / "in_tree" / "policy_preprocessor.json").read_text())
+    (step,) = [step for step in saved["steps"] if step["registry_name"] == "relative_actions_processor"]
+    assert step["config"]["enabled"] is True
+    assert step["config"]["exclude_joints"] == ["gripper"]
+    run(tmp_path / "in_tree", tmp_path / "back", **BACK, compare=False)
+    assert settings(tmp_path / "back", BY_IN_TREE) == settings(relative, BY_IN_TREE)
+    text = run(relative, tmp_path / "openpi", to="openpi-pytorch")
+    assert "the mask (True, True, True, False)" in text
+
+
+def test_joints_in_another_order_than_the_states_cannot_be_said_elsewhere(ours, tmp_path):
+    names = ["force", "a", "b", "elbow", "wrist"]
+    relative = make_relative(copy(ours, tmp_path / "ours"), ["gripper", "shoulder"], state=names)
+    with pytest.raises(ValueError, match=r"actions \[1, 2\] are relative to \[3, 4\] of the state"):
+        run(relative, tmp_path / "in_tree", to="lerobot")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
+
+
+def test_policy_of_old_lerobot_with_statistics_among_its_weights(ours, in_tree, tmp_path):
+    copy(in_tree, tmp_path / "old")
+    tensors = {}
+    for name, tensor in load_file(tmp_path / "old" / "model.safetensors").items():
+        name = name.replace("paligemma.model.language_model.", "paligemma.language_model.model.")
+        name = name.replace("paligemma.lm_head.", "paligemma.language_model.lm_head.")
+        tensors[name.replace("paligemma.model.", "paligemma.")] = tensor
+    for key, size in (("inputs.buffer_observation_state", STATE), ("targets.buffer_action", ACTION)):
+        tensors[f"normalize_{key}.mean"] = torch.arange(size).float()
+        tensors[f"normalize_{key}.std"] = torch.zeros(size)
+    save_file(tensors, tmp_path / "old" / "model.safetensors")
+    for file in (tmp_path / "old").glob("policy_p*"):
+        file.unlink()
+    saved = json.loads((tmp_path / "old" / "config.json").read_text())
+    for name in ("paligemma_variant", "dtype", "num_inference_steps", "use_relative_actions"):
+        del saved[name]
+    saved |= {"num_steps": 7, "resize_imgs_with_padding": [28, 28], "proj_width": 32}
+    (tmp_path / "old" / "config.json").write_text(json.dumps(saved))
+    text = run(tmp_path / "old", tmp_path / "back", **BACK)
+    assert "up to 0.3" in text
+    assert_same_weights(tmp_path / "back", ours)
+    assert read_statistics(tmp_path / "back")["action"]["std"].tolist() == pytest.approx([1e-8] * ACTION)
+    assert Pi0Policy.from_pretrained(tmp_path / "back").config.num_inference_steps == 7
+
+
+def cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def lose_a_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def be_smolvla(folder: Path) -> None:
+    save_file({"model.vlm_with_expert.lm_expert.norm.weight": torch.zeros(1)}, folder / "model.safetensors")
+
+
+def be_another_type(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"type": "act"}))
+
+
+def lose_statistics(folder: Path) -> None:
+    for file in folder.glob("policy_preprocessor*"):
+        file.unlink()
+
+
+def have_another_robots_statistics(folder: Path) -> None:
+    (file,) = folder.glob("policy_preprocessor_step_*_normalizer_processor.safetensors")
+    save_file({name: torch.ones(9) for name in load_file(file)}, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_off, "damaged or cut off.*download it again"),
+        (lose_a_shard, "names the shard .* which is missing"),
+        (be_smolvla, "this is a SmolVLA checkpoint"),
+        (be_another_type, "a policy of type 'act', not π0"),
+        (lose_statistics, "has no statistics.*--statistics=false"),
+        (have_another_robots_statistics, r"statistics of \[9\] dimensions.*the robot has 5"),
+    ],
+)
+def test_damaged_source_says_why_and_leaves_nothing(damage, message, in_tree, tmp_path):
+    source = copy(in_tree, tmp_path / "source")
+    damage(source)
+    with pytest.raises((CheckpointError, ValueError), match=message):
+        run(source, tmp_path / "some" / "folders" / "target", **BACK)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_flags_about_what_a_policy_says_itself_are_refused(ours, tmp_path):
+    with pytest.raises(ValueError, match="--chunk_size says what openpi's checkpoints do not"):
+        run(ours, tmp_path / "target", to="lerobot", chunk_size=10)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"tokenizer": "other"}, "leave --tokenizer out"),
+        ({"statistics": False}, "leave --statistics=false out"),
+        ({"asset_id": "arm"}, "--asset_id=arm is a folder of openpi's"),
+        ({"lora_alpha": 8.0}, "--lora_alpha says what openpi's checkpoints do not"),
+    ],
+)
+def test_flags_without_an_effect_are_refused(flags, named, ours, tmp_path):
+    with pytest.raises(ValueError, match=named):
+        run(ours, tmp_path / "target", **flags)
+
+
+def test_another_tokenizer_goes_into_another_layout(ours, tmp_path):
+    run(ours, tmp_path / "in_tree", to="lerobot", tokenizer="me/another", compare=False)
+    assert "me/another" in (tmp_path / "in_tree" / "policy_preprocessor.json").read_text()
+
+
+def test_a_config_of_another_version_is_an_error_with_its_place(ours, tmp_path):
+    source = copy(ours, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"not_known_yet": 1}))
+    with pytest.raises(CheckpointError, match=r"config.json cannot be read .*not_known_yet"):
+        run(source, tmp_path / "target", to="lerobot")
+
+
+def test_other_sizes_than_published_ones_cannot_be_said_elsewhere(ours, tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "VISION", SiglipConfig())
+    for layout in ("lerobot", "openpi-pytorch"):
+        with pytest.raises(ValueError, match="this policy is another size: only this package runs it"):
+            run(ours, tmp_path / layout, to=layout)
+
+
+def test_quantiles_cannot_be_said_to_openpi(tmp_path):
+    quantiles = dict.fromkeys(("STATE", "ACTION"), NormalizationMode.QUANTILES)
+    with pytest.raises(ValueError, match="openpi's π0 normalises by mean and standard deviation"):
+        run(
+            save(tmp_path / "ours", normalization_mapping=quantiles), tmp_path / "openpi", to="openpi-pytorch"
+        )
+
+
+def test_names_on_disk_are_openpis(ours, openpi):
+    # The expert's text head is in every file of openpi's, and its strict loading asks for it.
+    head = "paligemma_with_expert.gemma_expert.lm_head.weight"
+    assert load_file(openpi / "model.safetensors").keys() == {*to_openpi(dict(Checkpoint(ours))), head}

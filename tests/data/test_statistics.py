@@ -1,0 +1,237 @@
+"""The statistics that a run normalises by: where they are from, the floor under them, refusals."""
+
+import json
+import logging
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lerobot.configs import NormalizationMode
+from lerobot.policies.factory import make_pre_post_processors
+from tiny_policy import ACTION, raw_batch, statistics, tiny_config
+
+from lerobot_pi0.data.normalization import FLOOR, NEARLY_CONSTANT, Prepared
+from lerobot_pi0.data.statistics import check_statistics, prepare_statistics, read_statistics
+from lerobot_pi0.modeling_pi0 import Pi0Policy
+
+RANGES = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
+
+
+def mapping(mode: str) -> dict[str, NormalizationMode]:
+    chosen = NormalizationMode[mode]
+    return {"VISUAL": NormalizationMode.IDENTITY, "STATE": chosen, "ACTION": chosen}
+
+
+def state(raw: dict[str, Any], stats: dict, **changes: Any) -> torch.Tensor:
+    preprocess, _ = make_pre_post_processors(tiny_config(**changes), dataset_stats=stats)
+    return preprocess(raw)["observation.state"]
+
+
+# Epsilon and floor.
+
+
+def test_z_scores_have_openpis_epsilon():
+    stats = statistics()
+    deviation = 2 * NEARLY_CONSTANT
+    stats["observation.state"]["std"][0] = deviation
+    raw = raw_batch()
+    raw["observation.state"][:, 0] = stats["observation.state"]["mean"][0] + deviation
+    wanted = torch.full((2,), deviation / (deviation + 1e-6))  # 0.995
+    torch.testing.assert_close(state(raw, stats)[:, 0], wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("mode", RANGES)
+def test_ranges_have_openpis_epsilon(mode):
+    low, high = RANGES[mode]
+    stats, width = statistics(), 2 * NEARLY_CONSTANT
+    stats["observation.state"][low][0], stats["observation.state"][high][0] = 0.0, width
+    raw = raw_batch()
+    raw["observation.state"][:, 0] = width
+    wanted = torch.full((2,), 2 * width / (width + 1e-6) - 1)  # 0.990
+    found = state(raw, stats, normalization_mapping=mapping(mode))[:, 0]
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["MEAN_STD", *RANGES])
+def test_dimension_that_hardly_moves_is_divided_by_the_floor_and_named(mode, caplog):
+    stats = statistics()
+    of = stats["observation.state"]
+    if mode == "MEAN_STD":
+        start, of["std"][1] = of["mean"][1], NEARLY_CONSTANT / 2
+    else:
+        low, high = RANGES[mode]
+        start = of[low][1]
+        of[high][1] = start + NEARLY_CONSTANT / 2
+    raw = raw_batch()
+    raw["observation.state"][:, 1] = start + FLOOR
+    names = ["a", "b", "c", "d", "e"]
+    with caplog.at_level(logging.WARNING):
+        found = state(raw, stats, normalization_mapping=mapping(mode), state_feature_names=names)
+    torch.testing.assert_close(found[:, 1], torch.ones(2), atol=1e-4, rtol=0)
+    (record,) = caplog.records
+    assert "observation.state hardly moves in the data in: b (5.0e-05)" in record.getMessage()
+    assert "divided by 0.01" in record.getMessage()
+
+
+def test_dimensions_that_move_are_not_warned_of(caplog):
+    with caplog.at_level(logging.WARNING):
+        prepare_statistics(tiny_config(), statistics())
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("mode", ["MEAN_STD", *RANGES])
+def test_unnormalising_is_the_exact_inverse_where_dimensions_hardly_move_too(mode):
+    stats = statistics()
+    for name in ("std", "max", "q99", "q90"):
+        stats["action"][name][0] = stats["action"][
+            {"max": "min", "q99": "q01", "q90": "q10"}.get(name, name)
+        ][0]
+    stats["action"]["std"][0] = 0
+    processors = make_pre_post_processors(
+        tiny_config(normalization_mapping=mapping(mode)), dataset_stats=stats
+    )
+    raw = raw_batch()
+    found = processors[1](processors[0](raw)["action"])
+    torch.testing.assert_close(found, raw["action"], atol=1e-6, rtol=1e-6)
+
+
+def test_prepared_statistics_are_ready_for_any_mode():
+    """So that a run may take those of a checkpoint that had another mode."""
+    stats = statistics()
+    for of in stats.values():
+        of["std"][:], of["max"][:], of["q99"][:], of["q90"][:] = 0, of["min"], of["q01"], of["q10"]
+    prepared = prepare_statistics(tiny_config(), stats)
+    for of in prepared.values():
+        assert (of["std"] > 0).all()
+        assert all((of[high] > of[low]).all() for low, high in RANGES.values())
+
+
+def test_preparing_twice_is_preparing_once():
+    once = prepare_statistics(tiny_config(), statistics())
+    twice = prepare_statistics(tiny_config(), once)
+    assert all((once[key][name] == twice[key][name]).all() for key, of in once.items() for name in of)
+
+
+def test_prepared_statistics_reach_the_workers_of_a_data_loader():
+    once = prepare_statistics(tiny_config(), statistics())
+    again = pickle.loads(pickle.dumps(once))
+    assert isinstance(again, Prepared)
+    assert again["action"]["std"].tolist() == once["action"]["std"].tolist()
+    assert again.raw.keys() == once.raw.keys()
+
+
+def test_other_statistics_of_the_dataset_stay_as_they_are():
+    stats = statistics() | {"reward": {"mean": 3}, "observation.images.front": {"mean": 0.5}}
+    prepared = prepare_statistics(tiny_config(), stats)
+    assert prepared["reward"] is stats["reward"]
+    assert prepared["observation.images.front"] is stats["observation.images.front"]
+
+
+# What the user is told.
+
+
+def test_three_dimensions_with_the_largest_values_are_told_by_name(caplog):
+    stats = statistics()  # 5.5 at most
+    stats["action"]["max"][1] = 100.0
+    stats["observation.state"]["min"][4] = -50.0
+    stats["observation.state"]["max"][3] = 20.0
+    names = {"action_feature_names": list("abcd"), "state_feature_names": list("vwxyz")}
+    with caplog.at_level(logging.INFO, "lerobot_pi0.data.statistics"):
+        prepare_statistics(tiny_config(**names), stats)
+    assert caplog.messages == [
+        "largest normalised values in the data: 249.5 in b of action; 50.5 in z of observation.state; "
+        "24.5 in y of observation.state"
+    ]
+
+
+def test_nothing_is_told_where_nothing_is_normalised(caplog):
+    with caplog.at_level(logging.INFO, "lerobot_pi0.data.statistics"):
+        prepare_statistics(tiny_config(normalization_mapping=mapping("IDENTITY")), statistics())
+    assert not caplog.records
+
+
+# Refusals.
+
+
+def test_missing_statistics_stop_training_with_the_command_that_mends_it():
+    stats = statistics()
+    del stats["action"]["q99"]
+    modes = mapping("QUANTILES") | {"STATE": NormalizationMode.MEAN_STD}
+    with pytest.raises(
+        ValueError, match=r"dataset has no \['q99'\] of 'action'.*ACTION: QUANTILES.*recompute_stats"
+    ):
+        Pi0Policy(
+            tiny_config(normalization_mapping=modes), dataset_stats=stats, dataset_meta=SimpleNamespace()
+        )
+
+
+def test_dataset_without_any_statistics_stops_training():
+    with pytest.raises(ValueError, match=r"dataset has no \['mean', 'std'\] of 'observation.state'"):
+        Pi0Policy(tiny_config(), dataset_stats=None, dataset_meta=SimpleNamespace())
+
+
+def test_statistics_of_another_size_are_refused():
+    stats = statistics()
+    stats["action"]["std"] = torch.ones(7)
+    with pytest.raises(
+        ValueError, match=r"the dataset has statistics of 7 dimensions for 'action', the .* 4"
+    ):
+        check_statistics(tiny_config(), stats, "the dataset")
+
+
+def test_statistics_of_a_checkpoint_are_refused_where_there_is_none():
+    with pytest.raises(ValueError, match=r"starts from random weights.*--policy.path.*statistics=dataset"):
+        Pi0Policy(tiny_config(statistics="checkpoint"), statistics(), SimpleNamespace())
+
+
+# Those of a checkpoint.
+
+
+def save_pipelines(folder: Path, stats: Any, **changes: Any) -> None:
+    for pipeline in make_pre_post_processors(tiny_config(**changes), dataset_stats=stats):
+        pipeline.save_pretrained(folder)
+    tiny_config(**changes)._save_pretrained(folder)
+
+
+def test_statistics_of_our_checkpoints_are_prepared_and_taken_as_they_are(tmp_path):
+    stats = statistics()
+    stats["action"]["std"][0] = 0
+    save_pipelines(tmp_path, stats)
+    found = read_statistics(tmp_path)
+    assert isinstance(found, Prepared)
+    config, others = tiny_config(statistics="checkpoint"), statistics()
+    others["action"]["mean"] += 7
+    taken = prepare_statistics(config, others, None, tmp_path)
+    for key in ("action", "observation.state"):
+        for name, value in prepare_statistics(tiny_config(), stats)[key].items():
+            np.testing.assert_array_equal(taken[key][name], value)
+    assert taken.raw is others
+
+
+def test_statistics_of_our_checkpoints_from_before_they_were_prepared_get_what_they_lack(tmp_path):
+    save_pipelines(tmp_path, Prepared(statistics()))
+    file = tmp_path / "policy_preprocessor.json"
+    saved = json.loads(file.read_text())
+    for step in saved["steps"]:
+        if step["registry_name"] == "normalizer_processor":
+            step["config"]["eps"] = 1e-6
+    file.write_text(json.dumps(saved))
+    assert not isinstance(read_statistics(tmp_path), Prepared)
+    taken = prepare_statistics(tiny_config(statistics="checkpoint"), statistics(), None, tmp_path)
+    np.testing.assert_allclose(taken["action"]["std"], statistics()["action"]["std"] + 1e-6, rtol=1e-6)
+
+
+def test_policy_leaves_its_statistics_where_lerobot_takes_them_from():
+    dataset = SimpleNamespace(stats=statistics())
+    Pi0Policy(tiny_config(), dataset.stats, dataset)
+    assert isinstance(dataset.stats, Prepared)
+    # A second policy for the same dataset starts from the dataset's own again.
+    Pi0Policy(tiny_config(), dataset.stats, dataset)
+    np.testing.assert_allclose(
+        dataset.stats["action"]["std"], statistics()["action"]["std"] + 1e-6, rtol=1e-6
+    )
+    assert dataset.stats["action"]["std"].shape == (ACTION,)

@@ -1,0 +1,208 @@
+"""Settings: openpi's defaults, validation, round trips through JSON and the command line, the schedule."""
+
+import json
+from collections.abc import Callable
+from typing import Any, cast
+
+import draccus
+import pytest
+import torch
+import yaml
+from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from shipped_configs import CONFIGS, read_training_config
+from tiny_policy import EXPERT, VISION, VLM, tiny_config
+
+from lerobot_pi0 import Pi0Config
+from lerobot_pi0.configuration_pi0 import assign_cameras
+from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
+from lerobot_pi0.training.schedule import CosineAfterWarmupConfig
+
+
+def test_round_trip_through_json_keeps_everything(tmp_path):
+    config = tiny_config(
+        cameras={"base": "front"}, freeze="vision", action_feature_names=list("abcd"), base_checkpoint="x/y"
+    )
+    config._save_pretrained(tmp_path)
+    again = PreTrainedConfig.from_pretrained(tmp_path)
+    assert isinstance(again, Pi0Config)
+    assert again == config
+    assert (again.vision, again.vlm, again.expert) == (VISION, VLM, EXPERT)
+    assert json.loads((tmp_path / "config.json").read_text())["type"] == "lerobot_pi0"
+
+
+def test_override_of_a_saved_config_keeps_its_other_sizes(tmp_path):
+    tiny_config()._save_pretrained(tmp_path)
+    again: Any = PreTrainedConfig.from_pretrained(
+        tmp_path, cli_overrides=["--vlm.width=64", "--n_action_steps=2"]
+    )
+    assert again.vlm == GemmaConfig(
+        64, VLM.depth, VLM.mlp_dim, VLM.num_heads, VLM.num_kv_heads, VLM.head_dim, 1024
+    )
+    assert (again.expert, again.vision, again.n_action_steps) == (EXPERT, VISION, 2)
+
+
+@pytest.mark.parametrize(
+    ("argument", "part", "wanted"),
+    [
+        ("--vlm.width=64", "vlm", GemmaConfig(width=64)),
+        ("--expert.width=64", "expert", ExpertConfig(width=64)),
+        ("--vision.depth=2", "vision", SiglipConfig(depth=2)),
+    ],
+)
+def test_override_of_one_size_keeps_the_published_others(argument, part, wanted):
+    """draccus loses defaults when two fields share a dataclass and differ in their default."""
+    config = draccus.parse(Pi0Config, args=[argument, "--device=cpu"])
+    default = Pi0Config(device="cpu")
+    assert {name: getattr(config, name) for name in ("vision", "vlm", "expert")} == {
+        "vision": default.vision,
+        "vlm": default.vlm,
+        "expert": default.expert,
+    } | {part: wanted}
+
+
+@pytest.mark.parametrize("argument", ["--dtype=float16", "--freeze=expert", "--statistics=none"])
+def test_choices_are_listed_when_none_of_them_is_given(argument, capsys):
+    with pytest.raises(SystemExit):
+        draccus.parse(Pi0Config, args=[argument, "--device=cpu"])
+    assert "invalid choice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"n_action_steps": 7},
+            r"n_action_steps \(7\) must be between 1 and chunk_size \(6\).*--policy.chunk_size",
+        ),
+        ({"n_action_steps": 0}, r"n_action_steps \(0\)"),
+        ({"num_inference_steps": 0}, r"--policy.num_inference_steps must be at least 1, got 0"),
+        ({"num_flow_samples": 0}, r"--policy.num_flow_samples must be at least 1, got 0"),
+        ({"tokenizer_max_length": 2}, r"--policy.tokenizer_max_length must leave room.*got 2"),
+    ],
+)
+def test_impossible_settings_name_their_flag(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**changes)
+
+
+def test_vectors_beyond_the_padded_size_name_the_flag():
+    config = tiny_config(output_features={"action": PolicyFeature(FeatureType.ACTION, (14,))})
+    with pytest.raises(
+        ValueError, match=r"'action' has shape \(14,\).*at most 8.*--policy.max_action_dim=14"
+    ):
+        config.validate_features()
+
+
+@pytest.mark.parametrize("missing", ["observation.state", "observation.images.front"])
+def test_missing_feature_is_named(missing):
+    features = dict(tiny_config().input_features or {})
+    del features[missing]
+    config = tiny_config(input_features=features)
+    with pytest.raises(ValueError, match=r"needs '?(observation.state|at least one camera)"):
+        config.validate_features()
+
+
+def test_missing_action_is_named():
+    with pytest.raises(ValueError, match=r"needs 'action'. The features are \['observation.images.front'"):
+        tiny_config(output_features={}).validate_features()
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (list("abcd"), list("abcd")),
+        ({"motors": list("abcd")}, list("abcd")),
+        ({"a": 0, "b": 1, "c": 2, "d": 3}, None),
+        (["action"], None),
+        (None, None),
+    ],
+)
+def test_names_of_dimensions_are_kept_where_each_has_one(names, wanted):
+    config = tiny_config()
+    config.set_dataset_feature_metadata({"action": {"shape": (4,), "names": names}})
+    found = config.action_feature_names
+    if isinstance(names, dict) and "a" in names:
+        assert found is None or len(found) == 4
+    else:
+        assert found == wanted
+    assert config.state_feature_names is None
+
+
+def test_presets_are_openpis():
+    config = Pi0Config(device="cpu")
+    optimizer, scheduler = config.get_optimizer_preset(), config.get_scheduler_preset()
+    assert (optimizer.lr, optimizer.betas, optimizer.eps) == (2.5e-5, (0.9, 0.95), 1e-8)
+    assert (optimizer.weight_decay, optimizer.grad_clip_norm) == (1e-10, 1.0)
+    assert (scheduler.num_warmup_steps, scheduler.num_decay_steps) == (1_000, 30_000)
+    assert scheduler.decay_factor * optimizer.lr == pytest.approx(2.5e-6)
+
+
+def learning_rates(steps: int, **changes: Any) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = CosineAfterWarmupConfig(**changes).build(optimizer, steps)
+    rates: list[float] = []
+    for _ in range(steps + 1):
+        rates.append(float(schedule.get_last_lr()[0]))
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def test_schedule_rises_to_its_peak_and_falls_to_its_end():
+    rates = learning_rates(120, num_warmup_steps=10, num_decay_steps=100, decay_factor=0.1)
+    assert rates[0] == pytest.approx(1 / 11)
+    assert max(rates) == rates[10] == 1
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[100:] == pytest.approx([0.1] * 21)
+
+
+def test_schedule_shrinks_to_a_shorter_run():
+    rates = learning_rates(30)
+    assert max(rates) == rates[1] == 1
+    assert rates[30] == pytest.approx(0.1)
+
+
+def test_schedule_without_warmup_starts_at_its_peak():
+    assert learning_rates(10, num_warmup_steps=0, num_decay_steps=10)[0] == 1
+
+
+def test_lerobot_reads_what_the_policy_needs():
+    config = tiny_config()
+    assert config.action_delta_indices == [0, 1, 2, 3, 4, 5]
+    assert config.observation_delta_indices is None
+    assert config.reward_delta_indices is None
+    assert config.type == "lerobot_pi0"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_file_is_read_by_lerobots_parser(path, monkeypatch):
+    arguments = [f"--config_path={path}", "--policy.device=cpu"]
+    if "dataset:" not in path.read_text():
+        arguments.append("--dataset.repo_id=me/mine")
+    monkeypatch.setattr("sys.argv", ["lerobot-train", *arguments])
+    config: Any = cast(Callable[[], Any], read_training_config)()
+    assert isinstance(config.policy, Pi0Config)
+    assert config.policy.push_to_hub is False
+    assert config.dataset.repo_id
+
+
+@pytest.mark.parametrize("name", ["aloha", "libero"])
+def test_cameras_of_the_benchmarks_find_their_slots(name):
+    cameras = yaml.safe_load((CONFIGS[0].parent / f"{name}.yaml").read_text())["policy"]["cameras"]
+    keys = [f"observation.images.{key}" for key in (*cameras.values(), "another")]
+    assert list(assign_cameras(keys, cameras).values()) == keys[:-1]
+
+
+def test_there_are_config_files():
+    assert {"aloha", "finetune_expert", "finetune_full", "libero"} <= {path.stem for path in CONFIGS}
+
+
+def test_config_files_say_only_what_differs():
+    """A value that repeats a default says nothing, and would keep an old default alive."""
+    plain: Any = draccus.encode(Pi0Config(device="cpu"))
+    for path in CONFIGS:
+        given = yaml.safe_load(path.read_text())["policy"]
+        repeated = [
+            key for key, value in given.items() if key in plain and plain[key] == value and key != "device"
+        ]
+        assert repeated == [], path.name

@@ -1,0 +1,213 @@
+"""What never reaches a robot: actions that are no numbers, and wild ones."""
+
+import json
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from tiny_policy import ACTION, CHUNK, FRONT, batch, first, noise, statistics, tiny_config, tiny_policy
+
+from lerobot_pi0.configuration_pi0 import ActionLimits
+from lerobot_pi0.data.normalization import Prepared
+from lerobot_pi0.data.training_data import make_limits
+from lerobot_pi0.modeling_pi0 import Pi0Policy
+from lerobot_pi0.sampling.guard import ChunkGuard
+
+NAMES = ["pan.pos", "lift.pos", "wrist.pos", "gripper.pos"]
+LIMITS = ActionLimits(
+    low=[-100.0, -50.0, 0.0, 7.0],
+    high=[100.0, 50.0, 10.0, 7.0],
+    step=[10.0, 5.0, 1.0, 0.0],
+    gain=[0.01, 0.02, 0.1, 1.0],
+    offset=[0.0, 0.5, -0.5, -7.0],
+)
+
+
+def normalised(chunk) -> torch.Tensor:
+    return torch.tensor(chunk) * torch.tensor(LIMITS.gain) + torch.tensor(LIMITS.offset)
+
+
+def raw(chunk: torch.Tensor) -> torch.Tensor:
+    return (chunk - torch.tensor(LIMITS.offset)) / torch.tensor(LIMITS.gain)
+
+
+def still(steps: int = 5) -> list[list[float]]:
+    return [[0.0, 0.0, 5.0, 7.0] for _ in range(steps)]
+
+
+def test_what_the_data_has_passes_bit_for_bit():
+    chunk = still()
+    chunk[2] = [9.0, -4.0, 5.9, 7.009]
+    chunk = normalised([chunk])
+    assert ChunkGuard(LIMITS, NAMES).hold(chunk) is not None
+    assert torch.equal(ChunkGuard(LIMITS, NAMES).hold(chunk), chunk)
+
+
+def test_range_with_a_margin_of_a_tenth():
+    limits = ActionLimits(LIMITS.low, LIMITS.high, None, LIMITS.gain, LIMITS.offset)
+    chunk = still()
+    chunk[1:3] = [[119.0, 0.0, -2.0, 7.0], [500.0, -200.0, 5.0, 8.0]]
+    held = raw(ChunkGuard(limits, NAMES).hold(normalised([chunk])))[0]
+    assert held[1].tolist() == pytest.approx([119, 0, -1, 7], abs=1e-4)
+    assert held[2].tolist() == pytest.approx([120, -60, 5, 7.01], abs=1e-4)
+
+
+def test_steps_are_no_larger_than_the_datas_and_a_tenth():
+    chunk = still(6)
+    chunk[2:] = [[60.0, 0.0, 5.0, 7.0]] * 4
+    held = raw(ChunkGuard(LIMITS, NAMES).hold(normalised([chunk])))[0]
+    assert held[:, 0].tolist() == pytest.approx([0, 0, 11, 22, 33, 44], abs=1e-4)
+
+
+def test_only_what_is_too_fast_changes():
+    chunk = normalised([[[0.1 * i, 0.7 * i, 5 + 0.1 * i, 7.0] for i in range(20)]])
+    chunk[:, 10:, 0] += 3.0
+    held = ChunkGuard(LIMITS, NAMES).hold(chunk)
+    assert torch.equal(held[..., 1:], chunk[..., 1:])
+    assert not torch.equal(held[..., 0], chunk[..., 0])
+
+
+def test_a_chunk_begins_no_further_from_the_action_before_it_than_the_data_steps():
+    guard = ChunkGuard(LIMITS, NAMES)
+    chunk = still()
+    for action in chunk[2:]:
+        action[0] = 40.0
+    before = normalised([[0.0, 0.0, 5.0, 7.0]])
+    assert guard.hold(normalised([chunk[2:]]), before)[0, :, 0].tolist() == pytest.approx([0.11, 0.22, 0.33])
+
+
+def test_what_never_moves_within_an_episode_may_do_so_a_little():
+    """A gripper that is open in some episodes and closed in others: the data has no step of it."""
+    limits = ActionLimits(LIMITS.low, LIMITS.high, [0.0] * ACTION, LIMITS.gain, LIMITS.offset)
+    chunk = still(4)
+    chunk[1][0], chunk[2][0], chunk[3][0] = 3.9, 0.0, 50.0
+    held = raw(ChunkGuard(limits, NAMES).hold(normalised([chunk])))[0]
+    assert held[:, 0].tolist() == pytest.approx([0, 3.9, 0, 4], abs=1e-4)  # a fiftieth of the range
+
+
+def test_each_joint_is_named_once_at_first_and_then_ever_less_often(caplog):
+    guard = ChunkGuard(LIMITS, NAMES)
+    caplog.set_level(logging.WARNING)
+    chunk = still()
+    for step in chunk:
+        step[1] = 80.0
+    for _ in range(9):
+        guard.hold(normalised([chunk]))
+    assert guard.num_held == {"lift.pos": 9}
+    assert len(caplog.messages) == 4  # 1, 2, 4, 8
+    assert "lift.pos held at 60 instead of 80 (5 of 5 actions; chunk no. 1)" in caplog.messages[0]
+    assert "-60 to 60, in steps of at most 5.5" in caplog.messages[0]
+    assert "--policy.chunk_guard=false" in caplog.messages[0]
+
+
+def guarded(**changes) -> Pi0Policy:
+    limits = ActionLimits([-0.1] * ACTION, [0.1] * ACTION, [0.01] * ACTION, [1.0] * ACTION, [0.0] * ACTION)
+    return tiny_policy(action_limits=limits, action_feature_names=NAMES, **changes)
+
+
+def test_every_way_out_of_the_policy_is_guarded():
+    policy, observation = guarded(), first(batch())
+    free = guarded(chunk_guard=False).predict_action_chunk(observation, noise=noise(1))
+    assert free.abs().max() > 0.2
+    chunks = [
+        policy.predict_action_chunk(observation, noise=noise(1)),
+        policy.plan(policy.encode(observation), num_samples=2),
+        policy.predict_action_chunk(observation, inference_delay=2, prev_chunk_left_over=free[0]),
+    ]
+    for chunk in chunks:
+        assert chunk.abs().max() <= 0.1201
+        assert chunk.diff(dim=1).abs().max() <= 0.0201
+    policy.reset()
+    assert policy.select_action(observation).abs().max() <= 0.1201
+
+
+def test_no_step_between_two_chunks_is_larger_than_the_datas():
+    policy, observation = guarded(n_action_steps=2), first(batch())
+    torch.manual_seed(0)
+    sent = [policy.select_action(observation) for _ in range(10)]
+    assert torch.stack(sent).diff(dim=0).abs().max() <= 0.0201
+    last = sent[-1]
+    policy.reset()  # another episode goes on from nothing
+    free = policy.predict_action_chunk(observation, noise=noise(1))
+    assert torch.equal(policy.select_action(observation, noise=noise(1)), free[:, 0])
+    assert (free[:, 0] - last).abs().max() > 0.0201
+
+    # Real-time chunking: what follows the last old action that is executed.
+    left = torch.full((CHUNK, ACTION), 0.05)
+    chunk = policy.predict_action_chunk(
+        observation, noise=noise(1), inference_delay=2, prev_chunk_left_over=left
+    )
+    assert torch.equal(chunk[0, :2], left[:2])
+    assert (chunk[0, 2] - left[1]).abs().max() <= 0.0201
+
+
+# Numbers.
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("key", "named"), [("observation.state", r"\['2'\]"), (FRONT, "")])
+def test_an_observation_that_is_no_number_is_refused_by_name(key, named, bad):
+    observation = first(batch())
+    observation[key] = observation[key].clone()
+    observation[key].view(-1)[2] = bad
+    policy = tiny_policy()
+    for act in (policy.predict_action_chunk, policy.select_action, policy.encode):
+        with pytest.raises(ValueError, match=f"'{key}' of the observation is NaN or infinite in .*{named}"):
+            act(observation)
+    assert not policy._action_queue
+
+
+def test_actions_that_are_no_numbers_are_not_sent(monkeypatch):
+    policy = tiny_policy(action_feature_names=NAMES, chunk_guard=False)
+    with torch.no_grad():
+        policy.model.action_out_proj.bias[1] = float("nan")
+    with pytest.raises(ValueError, match=r"no numbers for .*'lift.pos'.*nothing is sent"):
+        policy.select_action(first(batch()))
+
+
+# Limits of a dataset.
+
+
+def dataset(tmp_path, actions: np.ndarray, episodes: list[int]) -> SimpleNamespace:
+    folder = tmp_path / "data" / "chunk-000"
+    folder.mkdir(parents=True)
+    columns = {
+        "action": list(actions.astype(np.float32)),
+        "episode_index": episodes,
+        "index": list(range(len(episodes))),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "file-000.parquet")
+    return SimpleNamespace(root=tmp_path)
+
+
+def test_limits_are_the_datas_and_no_step_crosses_an_episode(tmp_path):
+    actions = np.zeros((6, ACTION))
+    actions[:3, 0], actions[3:, 0] = [0, 2, 3], [50, 49, 49.5]
+    found = make_limits(tiny_config(), Prepared(statistics()), dataset(tmp_path, actions, [0, 0, 0, 1, 1, 1]))
+    assert found is not None
+    assert found.step is not None
+    assert (found.low[0], found.high[0], found.step[0]) == (0, 50, 2)
+    mean, std = (statistics()["action"][name][0].item() for name in ("mean", "std"))
+    assert found.gain[0] * 50 + found.offset[0] == pytest.approx((50 - mean) / std, rel=1e-5)
+
+
+def test_without_frames_on_disk_the_range_is_that_of_the_statistics():
+    found = make_limits(tiny_config(), Prepared(statistics(), statistics()), None)
+    assert found is not None
+    assert found.low == [-1, -2, -3, -4]
+    assert found.step is None
+    assert make_limits(tiny_config(), Prepared(statistics()), None) is None
+
+
+def test_training_writes_the_limits_into_the_checkpoint(tmp_path):
+    policy = Pi0Policy(tiny_config(), dataset_stats=statistics())
+    policy.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["action_limits"]
+    assert saved["high"] == [1, 2, 3, 4]
+    loaded = Pi0Policy.from_pretrained(tmp_path)
+    assert loaded._guard is not None
+    assert loaded.config.action_limits == policy.config.action_limits

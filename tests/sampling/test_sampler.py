@@ -1,0 +1,513 @@
+"""The sampler against the network's own `sample`: each saving leaves the actions where they are."""
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from peft import LoraConfig, get_peft_model
+from tiny_policy import (
+    ACTION,
+    CHUNK,
+    batch,
+    first,
+    noise,
+    raw_batch,
+    statistics,
+    tiny_config,
+    tiny_network,
+    tiny_policy,
+)
+from torch import Tensor
+
+from lerobot_pi0 import Pi0Policy
+from lerobot_pi0.model import Observation, Pi0
+from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
+from lerobot_pi0.sampling import sampler as inference
+from lerobot_pi0.sampling.linear import Form, Int8, Packed
+from lerobot_pi0.sampling.rtc import Decided
+from lerobot_pi0.sampling.sampler import Sampler, in_any_thread
+
+STEPS = 10
+EXACT: tuple[Form, ...] = ("fused", "packed")
+
+
+@pytest.fixture
+def model() -> Pi0:
+    return tiny_network()
+
+
+@pytest.fixture
+def observation() -> Observation:
+    """Two samples and three cameras, one of them nobody's and one only the first sample's; padded prompts."""
+    generator = torch.Generator().manual_seed(0)
+    return Observation(
+        images=torch.rand(2, 3, 3, 32, 32, generator=generator) * 2 - 1,
+        image_mask=torch.tensor([[True, False, True], [True, False, False]]),
+        tokens=torch.randint(0, 1024, (2, 16), generator=generator),
+        token_mask=torch.arange(16) < torch.tensor([[9], [4]]),
+        state=torch.randn(2, 8, generator=generator),
+    )
+
+
+def of_first(observation: Observation) -> Observation:
+    return Observation(**{name: value[:1] for name, value in vars(observation).items()})
+
+
+def close(actual: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(actual, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", EXACT)
+@pytest.mark.parametrize("num_steps", [1, 10])
+def test_sampler_gives_the_networks_actions(model, observation, form, num_steps):
+    wanted = model.sample(observation, noise(), num_steps)
+    close(Sampler(model, form).sample(observation, noise(), num_steps), wanted)
+    alone = Sampler(model, form).sample(of_first(observation), noise()[:1], num_steps)
+    close(alone, wanted[:1])
+
+
+def test_trimming_drops_what_nobody_has_and_keeps_the_actions(model, observation):
+    trimmed = observation.trimmed()
+    assert trimmed.images.shape[1] == 2
+    assert trimmed.tokens.shape[1] == 9
+    close(model.sample(trimmed, noise(), STEPS), model.sample(observation, noise(), STEPS))
+    nothing_to_drop = trimmed.trimmed()
+    assert nothing_to_drop.images is trimmed.images
+
+
+def test_absent_camera_and_padding_are_neither_encoded_nor_kept(model, observation):
+    encoded = []
+    model.vision.patch_embedding.register_forward_pre_hook(lambda *_: encoded.append(1))
+    original = model.vision.embed
+    model.vision.embed = lambda images, dtype: encoded.append(len(images)) or original(images, dtype)
+    context = Sampler(model, "packed").context(of_first(observation), CHUNK)
+    assert encoded == [2]
+    assert context.keys[0].shape[2] == 2 * 16 + 9 + 1 + CHUNK
+    assert context.mask is None  # so that no mask is applied
+
+
+@pytest.mark.parametrize("form", EXACT)
+def test_bfloat16_stays_as_close_to_float32_as_the_networks_own(model, observation, form):
+    wanted = model.sample(observation, noise(), STEPS)
+    model.bfloat16().dtype = torch.bfloat16
+    own = (model.sample(observation, noise(), STEPS) - wanted).abs().max()
+    assert (Sampler(model, form).sample(observation, noise(), STEPS) - wanted).abs().max() < 1.5 * own
+
+
+def test_int8_points_where_float32_does(model, observation):
+    wanted = model.sample(observation, noise(), STEPS).flatten(1)
+    actions = Sampler(model, "int8").sample(observation, noise(), STEPS).flatten(1)
+    assert torch.cosine_similarity(actions, wanted).min() > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_quantised_to_their_largest_element(dtype):
+    x = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x *= torch.logspace(-4, 4, 64)[:, None]
+    x[3] = 0
+    integers, scale = Int8.quantise(x)
+    assert integers.dtype == torch.uint8
+    error = ((integers.float() - Int8.ZERO) * scale - x.float()).abs()
+    assert (error <= 0.51 * scale.float() + 2**-8 * x.float().abs()).all()
+    assert (integers[3] == Int8.ZERO).all()
+
+
+def test_int8_product_is_that_of_the_rounded_factors():
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(7, 64, generator=generator), torch.randn(48, 64, generator=generator)
+    bias = torch.randn(48, generator=generator)
+    integers, scale = Int8.quantise(x)
+    weight_scale = weight.abs().amax(1, keepdim=True) / 127
+    rounded = (weight / weight_scale).round() * weight_scale
+    torch.testing.assert_close(Int8([weight], [bias])(x), (integers.float() - 128) * scale @ rounded.T + bias)
+
+
+# What one observation costs once.
+
+
+@pytest.mark.parametrize("form", ["fused", "packed", "int8"])
+def test_chunks_from_one_context_are_bit_for_bit_those_of_full_runs(model, observation, form):
+    sampler = Sampler(model, form)
+    context = sampler.context(observation, CHUNK)
+    for seed in (1, 2, 1):
+        start = torch.randn(2, CHUNK, 8, generator=torch.Generator().manual_seed(seed))
+        replanned = sampler.actions(context, start, STEPS)
+        assert torch.equal(replanned, sampler.sample(observation, start, STEPS))
+
+
+def test_samples_of_an_observation_share_its_prefix_and_stand_in_a_row(model, observation):
+    sampler = Sampler(model, "packed")
+    three = sampler.context(observation, CHUNK).repeat(3)
+    starts = torch.randn(6, CHUNK, 8, generator=torch.Generator().manual_seed(0))
+    together = sampler.actions(three, starts, STEPS)
+    for i in range(3):
+        close(together[i::3], sampler.sample(observation, starts[i::3], STEPS))
+
+
+def test_denoising_steps_write_behind_the_prefix_and_nowhere_else(model, observation):
+    sampler = Sampler(model, "packed")
+    context = sampler.context(observation, CHUNK)
+    kept = [
+        (k[:, :, :-CHUNK].clone(), v[:, :, :-CHUNK].clone())
+        for k, v in zip(context.keys, context.values, strict=True)
+    ]
+    places = [tensor.data_ptr() for tensor in (*context.keys, *context.values)]
+    sampler.actions(context, noise(), STEPS)
+    assert places == [tensor.data_ptr() for tensor in (*context.keys, *context.values)]
+    for (keys, values), k, v in zip(kept, context.keys, context.values, strict=True):
+        assert torch.equal(k[:, :, :-CHUNK], keys)
+        assert torch.equal(v[:, :, :-CHUNK], values)
+
+
+def test_images_prompt_state_and_time_are_embedded_once_per_chunk(model, observation, monkeypatch):
+    calls = dict.fromkeys(("join", "state_proj", "rotation", "embed_time"), 0)
+
+    def counting(name: str, function: Any) -> Any:
+        def counted(*args: Any) -> Any:
+            calls[name] += 1
+            return function(*args)
+
+        return counted
+
+    sampler = Sampler(model, "packed")
+    monkeypatch.setattr(model, "join", counting("join", model.join))
+    monkeypatch.setattr(model.state_proj, "forward", counting("state_proj", model.state_proj.forward))
+    for name in ("rotation", "embed_time"):
+        monkeypatch.setattr(inference, name, counting(name, getattr(inference, name)))
+    sampler.sample(observation, noise(), STEPS)
+    assert calls == {"join": 1, "state_proj": 1, "rotation": 1, "embed_time": 1}
+    sampler.sample(observation, noise(), STEPS)
+    assert calls == {"join": 2, "state_proj": 2, "rotation": 2, "embed_time": 1}
+
+
+class Recorded(Mapping[str, Tensor]):
+    """Tensors that remember which of them were asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.tensors, self.read = tensors, set[str]()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def test_weights_are_read_from_where_one_says_and_the_unused_ones_and_the_embedding_are_not(observation):
+    tensors = Recorded(tiny_network().state_dict())
+    torch.manual_seed(1)
+    other = tiny_network()
+    for name, parameter in other.named_parameters():
+        if ".layers." in name and parameter.ndim == 2:
+            parameter.data.zero_()
+    close(
+        Sampler(other, "packed", tensors).sample(observation, noise(), STEPS),
+        tiny_network().sample(observation, noise(), STEPS),
+    )
+    assert "token_embedding.weight" not in tensors.read
+    assert "vlm.layers.0.down_proj.weight" in tensors.read
+    last = {name for name in tensors.read if name.startswith("vlm.layers.1.")}
+    assert last == {"vlm.layers.1.k_proj.weight", "vlm.layers.1.v_proj.weight"}
+
+
+def test_fused_weights_are_the_networks_own(model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sampler = Sampler(model, "fused")
+    storage = sampler.expert[0].qkv.weight.untyped_storage().data_ptr()  # pyrefly: ignore[missing-attribute]
+    for part in "qkv":
+        weight = model.get_parameter(f"expert.layers.0.{part}_proj.weight")
+        assert weight.untyped_storage().data_ptr() == storage
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+# Static: one graph for all prompts and states of a length.
+
+
+STATIC = """
+from dataclasses import replace
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from tiny_policy import batch, noise, tiny_policy
+from lerobot_pi0.sampling.sampler import Sampler
+from lerobot_pi0.sampling.rtc import decided, guidance, read_leftover
+
+graphs, copied = [], []
+
+def keep(graph, inputs):
+    graphs.append(graph)
+    in_place = set(torch._guards.TracingContext.get().fw_metadata.static_input_indices)
+    copied.extend(shape for i, given in enumerate(inputs) if i not in in_place and (shape := given.shape))
+    return graph.forward
+
+compile = torch.compile
+backend = aot_autograd(fw_compiler=keep)
+torch.compile = lambda function, fullgraph, mode: compile(function, fullgraph=fullgraph, backend=backend)
+policy = tiny_policy()
+sampler = Sampler(policy.model, "fused", compiled=True)
+observation = policy.observation(batch())
+length = observation.tokens.shape[1]
+for valid in range(1, length + 1, 3):
+    given = replace(
+        observation,
+        tokens=(observation.tokens + valid) % 1024,
+        token_mask=torch.arange(length).expand(2, -1) < valid,
+        state=observation.state * valid,
+    )
+    actions = sampler.sample(given, noise() * valid, 10)
+    torch.testing.assert_close(actions, policy.model.sample(given, noise() * valid, 10), atol=1e-5, rtol=1e-5)
+for delay in (1, 3, 5):
+    given = decided(read_leftover(noise()[:, :, :4], delay, noise(), None), 5)
+    actions = sampler.sample(observation, noise(), 10, given)
+    eager = Sampler(policy.model, "fused").sample(observation, noise(), 10, given)
+    torch.testing.assert_close(actions, eager, atol=1e-5, rtol=1e-5)
+for valid, delay in ((2, 1), (length, 3), (5, 5)):
+    given = replace(observation, token_mask=torch.arange(length).expand(2, -1) < valid)
+    by = guidance(read_leftover(noise()[:, : delay + 1, :4], delay, noise(), None), "LINEAR", 6, 10.0)
+    eager = Sampler(policy.model, "fused")
+    chunks = (made.guided_actions(made.context(given, 6), noise(), 10, by) for made in (sampler, eager))
+    torch.testing.assert_close(*chunks, atol=1e-4, rtol=1e-4)
+# One for all prompts and states of a padded length, one for all delays, one for all steps of guidance.
+graph, _, step = graphs
+nodes = [*graph.graph.nodes, *step.graph.nodes]
+operations = [str(node.target) for node in nodes if node.op == "call_function"]
+assert len(operations) > 600, len(operations)
+# A CUDA graph copies what it is given, but no weights.
+assert len(copied) > 10 and not [shape for shape in copied if len(shape) == 2 and shape[0] > 6], copied
+waits = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "device_put", "lift_fresh_copy")
+assert not [name for name in operations if any(f".{wait}." in f".{name}." for wait in waits)], operations
+"""
+
+
+@pytest.mark.slow
+def test_sampling_is_one_graph_for_all_prompts_of_a_length_and_it_never_waits_for_the_host():
+    # In a process of its own: in this one every function of the network is wrapped in a check of its shapes.
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    result = subprocess.run(
+        [sys.executable, "-c", STATIC], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_actions_of_a_graph_do_not_change_with_the_next_ones(model, observation, monkeypatch):
+    sampler = Sampler(model, "fused", compiled=True)
+    shared = torch.zeros(2, CHUNK, 8)
+    # As a CUDA graph does, it writes into memory of its own.
+    monkeypatch.setattr(sampler, "_graph", lambda _, __, start, *___: shared.copy_(start))
+    one, two = (sampler.sample(observation, start, STEPS) for start in (noise(), -noise()))
+    assert torch.equal(one, -two)
+
+
+def test_a_graph_may_be_called_in_any_thread():
+    """Neither the thread that has imported torch's CUDA graphs nor the one that has compiled."""
+    from torch._inductor import cudagraph_trees as torchs
+
+    def graph() -> object:
+        return torchs.get_obj(torchs.local, "tree_manager_containers")
+
+    made = in_any_thread(graph)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        with pytest.raises(AssertionError):
+            one.submit(graph).result()
+        assert made() is one.submit(made).result() is other.submit(made).result()
+        made_there = one.submit(in_any_thread, graph).result()
+        assert made_there() is one.submit(made_there).result()
+
+
+# In the policy.
+
+
+def test_prompts_of_all_lengths_have_one_graph_which_the_warm_up_compiles(monkeypatch):
+    shapes = set()
+
+    def keep_shapes(function, **_):
+        def graph(sampler, given, *rest):
+            mask = given.token_mask if isinstance(given, Observation) else given.mask
+            shapes.add((function.__name__, mask.shape))
+            return function(sampler, given, *rest)
+
+        return graph
+
+    monkeypatch.setattr(torch, "compile", keep_shapes)
+    compiled, eager = tiny_policy(compile=True), tiny_policy()
+    for policy in (compiled, eager):
+        policy.config.rtc_config = RTCConfig(execution_horizon=CHUNK)
+        policy.init_rtc_processor()
+    compiled.reset()
+    warm = set(shapes)
+    assert {name for name, _ in warm} == {"_sample", "_guided_velocity"}
+    preprocess, _ = make_lerobot_pi0_pre_post_processors(tiny_config(), statistics())
+    left: dict[str, Any] = {"inference_delay": 1, "prev_chunk_left_over": torch.ones(CHUNK, ACTION)}
+    for task in ("push", "open the door, and then close all the drawers one after the other"):
+        given = preprocess(raw_batch(1) | {"task": [task]})
+        for rest in (dict[str, Any](), left):
+            chunks = (
+                policy.predict_action_chunk(given, noise=noise(1), **rest) for policy in (compiled, eager)
+            )
+            torch.testing.assert_close(*chunks, atol=1e-4, rtol=1e-4)
+    assert shapes == warm
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_policy_encodes_once_and_plans_as_often_as_one_likes(dtype):
+    policy = tiny_policy(dtype=dtype)
+    context = policy.encode(batch())
+    chunk = policy.predict_action_chunk(batch(), noise=noise())
+    assert torch.equal(policy.plan(context, noise=noise()), chunk)
+    assert torch.equal(policy.plan(context, noise=noise()), chunk)
+    samples = policy.plan(context, num_samples=3)
+    assert samples.shape == (6, CHUNK, 4)
+    assert not torch.equal(samples[0], samples[1])
+
+
+@pytest.mark.parametrize("change", ["optimizer", "load_state_dict", "assign"])
+def test_chunk_after_the_weights_have_changed_is_that_of_the_new_ones(change):
+    policy = tiny_policy()
+    before = policy.predict_action_chunk(batch(), noise=noise())
+    if change == "optimizer":
+        optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=1e-2)
+        policy(batch())[0].backward()
+        optimizer.step()
+    else:
+        other = {name: tensor * 1.1 for name, tensor in policy.state_dict().items()}
+        policy.load_state_dict(other, assign=change == "assign")
+    after = policy.predict_action_chunk(batch(), noise=noise())
+    assert not torch.allclose(after, before)
+    given = policy.observation(batch())
+    close(after, policy.model.sample(given, noise(), STEPS)[..., :4])
+
+
+@pytest.mark.parametrize("form", ["fused", "packed"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_goes_on_after_an_evaluation_in_inference_mode(form, dtype, monkeypatch):
+    """As LeRobot evaluates during training: a tensor of that mode cannot be trained."""
+    policy = tiny_policy(dtype=dtype)
+    monkeypatch.setattr(policy, "_form", lambda: form)
+    with torch.inference_mode():
+        policy.eval().select_action(batch())
+    optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=1e-2)
+    policy.train()(batch())[0].backward()
+    optimizer.step()
+    assert not any(parameter.is_inference() for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_training_gives_back_what_sampling_kept(compiled, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    policy = tiny_policy(compile=compiled)
+    policy.predict_action_chunk(batch())
+    policy.eval()
+    sampler = weakref.ref(policy._samplers[0][1])
+    gc.disable()  # a GPU that runs out of memory does not collect Python's garbage either
+    try:
+        policy.train()
+        assert sampler() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("form", ["fused", "packed"])
+def test_a_graph_is_the_same_in_inference_mode(form, model, observation, monkeypatch):
+    """It would be compiled anew for a tensor of that mode: LeRobot measures without, and controls with it."""
+    sampler, seen = Sampler(model, form), []
+
+    def graph(*given):
+        for value in given:
+            seen.extend(vars(value).values() if isinstance(value, Observation | Decided) else [value])
+        return Sampler._sample(*given)
+
+    monkeypatch.setattr(sampler, "_graph", graph)
+    with torch.inference_mode():
+        given = Observation(**{name: value.clone() for name, value in vars(observation).items()})
+        begun = Decided(noise(), torch.arange(CHUNK) < 2)
+        sampler.sample(given, noise(), STEPS, begun)
+    tensors = [value for value in seen if isinstance(value, Tensor)]
+    assert len(tensors) == 9
+    assert not any(tensor.is_inference() for tensor in tensors)
+
+
+def test_compiling_the_policy_around_its_sampler_changes_nothing():
+    """As LeRobot's --use_torch_compile does; what can be one graph is compiled by the sampler itself."""
+    policy, graphs = tiny_policy(), []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(policy.predict_action_chunk, backend=keep)
+    assert torch.equal(compiled(batch(), noise=noise()), policy.predict_action_chunk(batch(), noise=noise()))
+    assert not graphs
+
+
+def test_a_prompt_longer_than_the_config_says_is_not_cut_by_compiling(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    policy = tiny_policy(tokenizer_max_length=4)
+    wanted = policy.predict_action_chunk(batch(), noise=noise())
+    policy.config.compile, policy._samplers = True, []
+    close(policy.predict_action_chunk(batch(), noise=noise()), wanted)
+
+
+def test_adapters_are_part_of_the_weights():
+    policy = tiny_policy()
+    plain = policy.predict_action_chunk(batch(), noise=noise())
+    settings = LoraConfig(target_modules=["q_proj", "down_proj"], modules_to_save=["action_out_proj"])
+    wrapped = get_peft_model(policy, settings)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    wrapped.eval()
+    chunk = policy.predict_action_chunk(batch(), noise=noise())
+    assert not torch.allclose(chunk, plain, atol=1e-3)
+    close(chunk, policy.model.sample(policy.observation(batch()), noise(), STEPS)[..., :4])
+
+
+def test_int8_and_compile_are_no_part_of_a_checkpoint(tmp_path):
+    policy = tiny_policy(int8=True, compile=True)
+    weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    policy.config.compile = False
+    policy.predict_action_chunk(batch())
+    policy.config.compile = True
+    policy.save_pretrained(tmp_path)
+    again = Pi0Policy.from_pretrained(tmp_path)
+    assert not again.config.int8
+    assert not again.config.compile
+    assert again.state_dict().keys() == weights.keys()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
+
+
+def test_int8_is_one_flag_when_a_policy_is_loaded(tmp_path):
+    tiny_policy().save_pretrained(tmp_path)
+    exact = Pi0Policy.from_pretrained(tmp_path).predict_action_chunk(batch(), noise=noise())
+    config = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=["--int8=true"])
+    rounded = Pi0Policy.from_pretrained(tmp_path, config=config).predict_action_chunk(batch(), noise=noise())
+    assert not torch.allclose(rounded, exact, atol=1e-4)
+    assert torch.cosine_similarity(rounded.flatten(), exact.flatten(), 0) > 0.999
+
+
+def test_int8_is_refused_for_training_and_away_from_cpus():
+    with pytest.raises(ValueError, match="int8 is for running a policy: train without it"):
+        Pi0Policy(tiny_config(int8=True), dataset_stats=statistics())
+    policy = tiny_policy(int8=True)
+    policy.config.device = "cuda"
+    with pytest.raises(ValueError, match="int8 is for CPUs, and this policy runs on 'cuda'"):
+        policy.predict_action_chunk(batch())
+
+
+def test_processor_without_the_packed_product_samples_all_the_same(monkeypatch):
+    wanted = tiny_policy().predict_action_chunk(first(batch()), noise=noise(1))
+    monkeypatch.setattr(Packed, "runs", staticmethod(lambda dtype: False))
+    close(tiny_policy().predict_action_chunk(first(batch()), noise=noise(1)), wanted)

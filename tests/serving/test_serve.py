@@ -1,0 +1,653 @@
+"""`lerobot-pi0 serve`: LeRobot's protocol over a loopback port, with good clients and bad ones."""
+
+import json
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from harmful_pickles import HARMFUL
+from lerobot.async_inference.helpers import RemotePolicyConfig, TimedAction, TimedObservation
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.transport import services_pb2, services_pb2_grpc
+from lerobot.transport.utils import send_bytes_in_chunks
+from lerobot.utils.import_utils import require_package
+from tiny_policy import STATE, statistics, tiny_policy
+
+from lerobot_pi0 import cli
+from lerobot_pi0.control.trace import read_trace
+from lerobot_pi0.inputs.policy import ControlPolicyFlags
+from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
+from lerobot_pi0.serving import messages, policy_server, served_policy
+from lerobot_pi0.serving.serve import ServeConfig, main, serving
+
+wire: Any = services_pb2
+JOINTS = [f"joint_{i}.pos" for i in range(STATE)]
+PICTURE = (48, 64, 3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A policy of a robot with one camera, whose actions are called like its joints."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "arm"
+    policy = tiny_policy(
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (STATE,))},
+        state_feature_names=JOINTS,
+        action_feature_names=JOINTS,
+    )
+    policy.save_pretrained(folder)
+    known = statistics()["observation.state"]
+    for pipeline in make_lerobot_pi0_pre_post_processors(
+        policy.config, {"observation.state": known, "action": known}
+    ):
+        pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """A client without a call is gone at once, so that each test can have its own."""
+    monkeypatch.setattr(policy_server, "WAIT", 0.05)
+    monkeypatch.setattr(policy_server, "PAUSE", 0.0)
+    monkeypatch.setattr(policy_server, "SILENCE", 0.0)
+
+
+@pytest.fixture(scope="module")
+def port(checkpoint) -> Iterator[int]:
+    """A server with its policy loaded, which all tests of the module try to bring down."""
+    with serving(ServeConfig(ControlPolicyFlags(path=str(checkpoint)), port=0)) as port:
+        yield port
+
+
+@dataclass
+class Client:
+    """The calls of LeRobot's robot client, one by one."""
+
+    port: int
+
+    def __post_init__(self):
+        # Within a process channels share a connection, unless they are told to have their own.
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}", options)
+        self.stub = services_pb2_grpc.AsyncInferenceStub(self.channel)
+
+    def greet(self, checkpoint: Any, **changes: Any) -> "Client":
+        self.stub.Ready(wire.Empty())
+        self.stub.SendPolicyInstructions(
+            wire.PolicySetup(data=pickle.dumps(instructions(checkpoint, **changes)))
+        )
+        return self
+
+    def send(self, observation: Any) -> None:
+        data = observation if isinstance(observation, bytes) else pickle.dumps(observation)
+        self.stub.SendObservations(send_bytes_in_chunks(data, wire.Observation))
+
+    def actions(self) -> list[TimedAction]:
+        data = self.stub.GetActions(wire.Empty()).data
+        return pickle.loads(data) if data else []
+
+    def is_answered(self, timestep: int) -> bool:
+        self.send(observed(timestep))
+        return [action.timestep for action in self.actions()] == list(range(timestep, timestep + 4))
+
+    def close(self) -> None:
+        self.channel.close()
+
+
+@pytest.fixture
+def client(port) -> Iterator[Client]:
+    client = Client(port)
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def robot(client, checkpoint) -> Client:
+    """A client that has shaken hands."""
+    return client.greet(checkpoint)
+
+
+def instructions(checkpoint: Any, **changes: Any) -> RemotePolicyConfig:
+    settings: dict[str, Any] = {
+        "policy_type": "lerobot_pi0",
+        "pretrained_name_or_path": str(checkpoint),
+        "lerobot_features": features(),
+        "actions_per_chunk": 4,
+        "device": "cpu",
+    }
+    return RemotePolicyConfig(**settings | changes)
+
+
+def features(joints: list[str] = JOINTS, **cameras: tuple[int, int, int]) -> dict[str, Any]:
+    """As LeRobot's client describes a robot."""
+    return {
+        "observation.state": {"dtype": "float32", "shape": (len(joints),), "names": list(joints)},
+        **{
+            f"observation.images.{name}": {"dtype": "image", "shape": shape, "names": ["h", "w", "c"]}
+            for name, shape in (cameras or {"front": PICTURE}).items()
+        },
+    }
+
+
+def observed(timestep: int = 0, changes: Any = None, must_go: bool = False) -> TimedObservation:
+    raw: dict[str, Any] = {name: 0.1 * i for i, name in enumerate(JOINTS)}
+    raw |= {"front": np.full(PICTURE, 100, np.uint8), "task": "push"} | (changes or {})
+    raw = {name: value for name, value in raw.items() if value is not LEFT_OUT}
+    return TimedObservation(time.time(), timestep, raw, must_go)
+
+
+LEFT_OUT = object()
+
+
+def status(call: Any, *arguments: Any) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as raised:
+        call(*arguments)
+    error: Any = raised.value
+    return error.code(), error.details()
+
+
+def test_an_observation_is_answered_with_a_chunk_in_robot_units(robot, checkpoint):
+    robot.send(observed(7))
+    actions = robot.actions()
+    assert [action.timestep for action in actions] == [7, 8, 9, 10]
+    assert all(action.action.shape == (STATE,) and action.action.isfinite().all() for action in actions)
+    seconds = np.diff([action.timestamp for action in actions])
+    np.testing.assert_allclose(seconds, 1 / 30, atol=1e-4)
+    # Pickled, an action is itself and not the chunk that it was cut from.
+    assert all(action.action.untyped_storage().nbytes() == 4 * STATE for action in actions)
+
+
+def test_actions_are_those_that_the_policy_gives(robot, checkpoint):
+    from lerobot_pi0.inputs.policy import PolicyFlags, load_policy
+
+    loaded = load_policy(PolicyFlags(str(checkpoint)))
+    picture = np.random.default_rng(0).integers(0, 256, PICTURE, dtype=np.uint8)
+    message = observed(0, {"front": picture})
+    batch = {
+        "observation.images.front": torch.tensor(picture).permute(2, 0, 1) / 255,
+        "observation.state": torch.tensor([message.observation[name] for name in JOINTS]),
+        "task": "push",
+    }
+    torch.manual_seed(3)
+    wanted = loaded.postprocess(loaded.policy.predict_action_chunk(loaded.preprocess(batch)))[0, :4]
+    robot.send(message)
+    torch.manual_seed(3)
+    torch.testing.assert_close(torch.stack([action.action for action in robot.actions()]), wanted)
+
+
+def test_without_an_observation_there_are_no_actions_and_no_error(robot):
+    assert robot.actions() == []
+
+
+BAD_OBSERVATIONS = {
+    "too few joints": (observed(0, {JOINTS[2]: LEFT_OUT}), "no ['joint_2.pos']"),
+    "a joint that is no number": (observed(0, {JOINTS[1]: "fast"}), "'joint_1.pos' is a str"),
+    "a joint that is many numbers": (observed(0, {JOINTS[1]: np.zeros(3)}), "'joint_1.pos' is a ndarray"),
+    "NaN": (observed(0, {JOINTS[0]: float("nan")}), "'joint_0.pos' is not a finite number: nan"),
+    "infinity": (observed(0, {JOINTS[4]: np.float32("inf")}), "'joint_4.pos' is not a finite number: inf"),
+    "no float32": (observed(0, {JOINTS[4]: 10**60}), "'joint_4.pos' is not a finite number"),
+    "no camera": (observed(0, {"front": LEFT_OUT}), "no ['front']"),
+    "another size": (
+        observed(0, {"front": np.zeros((24, 64, 3), np.uint8)}),
+        "(24, 64, 3); the handshake announced",
+    ),
+    "channels first": (observed(0, {"front": np.zeros((3, 48, 64), np.uint8)}), "(3, 48, 64); the handshake"),
+    "grey": (observed(0, {"front": np.zeros((48, 64), np.uint8)}), "gives (48, 64)"),
+    "floats": (observed(0, {"front": np.zeros(PICTURE, np.float32)}), "gives float32"),
+    "objects": (observed(0, {"front": np.full(PICTURE, None)}), "an array of 'O8': only arrays of numbers"),
+    "a picture that is none": (observed(0, {"front": [[0]]}), "gives a list"),
+    "no instruction": (observed(0, {"task": LEFT_OUT}), "no ['task']"),
+    "an instruction that is no text": (observed(0, {"task": 3}), "is a int, not a text: --task"),
+    "no observation": (TimedObservation(time.time(), 0, None), "a NoneType for its observation"),  # pyrefly: ignore[bad-argument-type]
+    "no step": (TimedObservation(time.time(), "one", {}), "a str for its timestep"),  # pyrefly: ignore[bad-argument-type]
+    "no time": (TimedObservation(float("nan"), 0, {}), "at time nan"),
+    "another message": (instructions("x"), "is a _Instructions, not a TimedObservation"),
+    "a dictionary": ({"front": 3}, "is a dict"),
+    "no pickle": (b"hello", "the opcode LIST"),
+    **{name: (pickled, reason) for name, (pickled, reason) in HARMFUL.items()},
+    "half a pickle": (pickle.dumps(observed())[:-400], "does not unpickle"),
+    "an unknown class": (pickle.dumps(Path("x")), "names pathlib"),
+    "a tensor": (observed(0, {"front": torch.zeros(PICTURE)}), "names torch"),
+}
+
+
+@pytest.mark.parametrize(("bad", "reason"), BAD_OBSERVATIONS.values(), ids=BAD_OBSERVATIONS)
+def test_no_action_answers_a_bad_observation_but_the_next_good_one_is_answered(robot, bad, reason):
+    code, details = status(robot.send, bad)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert reason in details
+    assert robot.actions() == []
+    # The stock client sends `must_go` once, and then waits for actions.
+    assert robot.is_answered(0)
+
+
+BAD_INSTRUCTIONS = {
+    "another policy": ({"policy_type": "act"}, "start it with --policy_type=lerobot_pi0"),
+    "another checkpoint": ({"pretrained_name_or_path": "user/other"}, "--pretrained_name_or_path="),
+    "no actions": ({"actions_per_chunk": 0}, "--actions_per_chunk must be at least 1"),
+    "a word for a number": ({"actions_per_chunk": "all"}, "a str for its actions_per_chunk"),
+    "no features": ({"lerobot_features": {}}, "names no joints"),
+    "features that are none": ({"lerobot_features": {"observation.state": 3}}, "features that are not"),
+    "joints without names": ({"lerobot_features": {"observation.state": {"shape": (5,)}}}, "names no joints"),
+    "permuted joints": ({"lerobot_features": features(JOINTS[::-1])}, str(JOINTS[::-1])),
+    "renamed joints": ({"lerobot_features": features([*JOINTS[:-1], "gripper.pos"])}, "gripper.pos"),
+    "fewer joints": ({"lerobot_features": features(JOINTS[:3])}, str(JOINTS)),
+    "another camera": ({"lerobot_features": features(top=PICTURE)}, "looks at ['observation.images.front']"),
+    "a depth camera": ({"lerobot_features": features(front=(48, 64, 1))}, "has shape (48, 64, 1)"),
+    "no rename_map": ({"rename_map": {"front": ["top"]}}, "a rename_map that is not"),
+}
+
+
+@pytest.mark.parametrize(("changes", "reason"), BAD_INSTRUCTIONS.values(), ids=BAD_INSTRUCTIONS)
+def test_a_robot_that_does_not_fit_is_refused_and_the_next_one_served(client, checkpoint, changes, reason):
+    code, details = status(lambda: client.greet(checkpoint, **changes))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert reason in details
+    code, details = status(client.send, observed())
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "the handshake is not complete" in details
+    assert client.greet(checkpoint).is_answered(0)
+
+
+def test_a_camera_that_the_policy_does_not_know_is_left_out_and_told(client, checkpoint, caplog):
+    client.greet(checkpoint, lerobot_features=features(front=PICTURE, top=(480, 640, 3)))
+    client.send(observed(0, {"top": "whatever"}))
+    assert len(client.actions()) == 4
+    assert "does not look at ['observation.images.top']" in caplog.text
+
+
+def test_cameras_are_renamed_as_the_handshake_says(client, checkpoint):
+    names = {"observation.images.top": "observation.images.front"}
+    client.greet(checkpoint, lerobot_features=features(top=PICTURE), rename_map=names)
+    client.send(observed(0, {"top": np.zeros(PICTURE, np.uint8), "front": LEFT_OUT}))
+    assert len(client.actions()) == 4
+
+
+def test_a_picture_keeps_its_proportions(client, checkpoint, monkeypatch, caplog):
+    seen = []
+    chunk = served_policy._chunk
+    monkeypatch.setattr(
+        served_policy, "_chunk", lambda loaded, batch: seen.append(batch) or chunk(loaded, batch)
+    )
+    client.greet(checkpoint, lerobot_features=features(front=(36, 64, 3)))
+    client.send(observed(0, {"front": np.full((36, 64, 3), 255, np.uint8)}))
+    assert len(client.actions()) == 4
+    assert seen[-1]["observation.images.front"].shape == (1, 3, 36, 64)
+    assert "is 64×36, the policy was trained on 64×48" in caplog.text
+
+
+def test_a_robot_that_moves_little_is_answered_all_the_same(robot):
+    """LeRobot's server drops what moved by less than 1 in total, whatever the unit."""
+    for timestep in range(3):
+        robot.send(observed(timestep, {JOINTS[0]: 0.01 * timestep}))
+        assert len(robot.actions()) == 4
+
+
+def test_a_step_is_answered_once_unless_the_robot_must_go(robot):
+    assert robot.is_answered(5)
+    robot.send(observed(5))
+    assert robot.actions() == []
+    robot.send(observed(5, must_go=True))
+    assert len(robot.actions()) == 4
+
+
+def test_the_newest_of_several_observations_counts(robot):
+    for timestep in (1, 2, 3):
+        robot.send(observed(timestep))
+    assert robot.actions()[0].timestep == 3
+    assert robot.actions() == []
+
+
+def test_what_a_robot_sends_while_it_waits_for_actions_is_not_answered_again(robot, monkeypatch):
+    robot.send(observed(4, must_go=True))
+    chunk = served_policy._chunk
+
+    def meanwhile(loaded: Any, batch: Any) -> Any:
+        robot.send(observed(4))
+        return chunk(loaded, batch)
+
+    monkeypatch.setattr(served_policy, "_chunk", meanwhile)
+    assert robot.actions()[0].timestep == 4
+    assert robot.actions() == []
+
+
+def test_calls_before_the_handshake_are_refused(checkpoint):
+    with serving(ServeConfig(port=0)) as port:
+        client = Client(port)
+        for call, argument in (
+            (client.send, observed()),
+            (client.stub.GetActions, wire.Empty()),
+            (client.stub.SendPolicyInstructions, wire.PolicySetup(data=b"")),
+        ):
+            code, details = status(call, argument)
+            assert code == grpc.StatusCode.FAILED_PRECONDITION
+            assert "start the client again" in details
+        assert client.greet(checkpoint).is_answered(0)
+        client.close()
+
+
+class Malicious:
+    """What is unpickled calls what it says."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("where", ["handshake", "observation", "within an observation"])
+def test_a_pickle_does_not_run_code(robot, tmp_path, where):
+    file = tmp_path / "ran"
+    data = pickle.dumps(observed(0, {"front": Malicious(file)}) if "within" in where else Malicious(file))
+    if where == "handshake":
+        code, details = status(robot.stub.SendPolicyInstructions, wire.PolicySetup(data=data))
+    else:
+        code, details = status(robot.send, data)
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "is not called" in details
+    assert not file.exists()
+    pickle.loads(data)
+    assert file.exists()  # elsewhere it would have run
+
+
+@pytest.mark.parametrize("name", ["lerobot.async_inference.helpers TimedObservation", "numpy dtype"])
+def test_a_pickle_does_not_change_what_the_next_one_is_read_with(robot, name):
+    module, name = name.split()
+    poison = b"c" + f"{module}\n{name}\n".encode() + b"(N}\x8c\x07must_goK\x07stb."
+    _, details = status(robot.send, poison)
+    assert "cannot be set" in details or "changes a function" in details
+    assert robot.is_answered(0)
+
+
+def test_an_observation_has_a_largest_size(robot, monkeypatch):
+    read = messages.read_observation
+    monkeypatch.setattr(policy_server, "read_observation", lambda parts, stop: read(parts, stop, limit=5000))
+    code, details = status(robot.send, observed())
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "more than 5,000 bytes" in details
+    monkeypatch.undo()
+    assert robot.is_answered(0)
+
+
+def test_a_message_beyond_grpcs_own_limit_is_refused(robot):
+    code, details = status(robot.stub.SendObservations, iter([wire.Observation(data=bytes(5 * 2**20))]))
+    assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in details
+    assert robot.is_answered(0)
+
+
+def test_an_observation_that_breaks_off_is_refused(robot):
+    parts = list(
+        send_bytes_in_chunks(pickle.dumps(observed(0, {"padding": bytes(3 * 2**20)})), wire.Observation)
+    )
+    code, details = status(robot.stub.SendObservations, iter(parts[:1]))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "broke off" in details
+    assert robot.is_answered(0)
+
+
+def test_a_client_that_dies_while_it_sends_makes_room_for_the_next(port, checkpoint, monkeypatch):
+    dying = Client(port).greet(checkpoint)
+    monkeypatch.setattr(policy_server, "SILENCE", 1000.0)
+    begun = threading.Event()
+
+    def part_of_an_observation() -> Iterator[Any]:
+        yield next(
+            send_bytes_in_chunks(pickle.dumps(observed(0, {"padding": bytes(3 * 2**20)})), wire.Observation)
+        )
+        begun.set()
+        threading.Event().wait(60)
+
+    unfinished = dying.stub.SendObservations.future(part_of_an_observation())
+    assert begun.wait(60)
+    dying.close()
+    assert unfinished.code() == grpc.StatusCode.CANCELLED
+    assert eventually(lambda: Client(port).greet(checkpoint)).is_answered(0)
+
+
+def test_one_robot_at_a_time(robot, port, checkpoint, monkeypatch):
+    monkeypatch.setattr(policy_server, "SILENCE", 1000.0)
+    second = Client(port)
+    assert robot.is_answered(0)
+    for call in (lambda: second.greet(checkpoint), lambda: second.send(observed(1)), second.actions):
+        code, details = status(call)
+        assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "one robot at a time" in details
+    assert robot.is_answered(1)
+    monkeypatch.setattr(policy_server, "WAIT", 1000.0)
+    waiting = robot.stub.GetActions.future(wire.Empty())  # a client that is killed goes while it waits
+    time.sleep(0.2)
+    robot.close()
+    assert waiting.code() == grpc.StatusCode.CANCELLED
+    assert eventually(lambda: second.greet(checkpoint)).is_answered(0)
+    second.close()
+
+
+def test_a_client_that_falls_silent_makes_room(robot, port, checkpoint):
+    second = Client(port).greet(checkpoint)
+    assert second.is_answered(0)
+    second.close()
+
+
+def test_a_robot_whose_connection_broke_goes_on(robot, port):
+    assert robot.is_answered(0)
+    robot.close()
+    again = Client(port)
+    assert again.is_answered(1)
+    again.close()
+
+
+def eventually(call: Any) -> Any:
+    """What it returns once it raises no error of gRPC any more."""
+    for _ in range(600):
+        try:
+            return call()
+        except grpc.RpcError:
+            time.sleep(0.05)
+    return call()
+
+
+def test_actions_that_are_not_finite_are_not_sent(robot, monkeypatch):
+    chunk = served_policy._chunk
+    monkeypatch.setattr(served_policy, "_chunk", lambda *given: chunk(*given) * float("nan"))
+    robot.send(observed(0, must_go=True))
+    code, details = status(robot.actions)
+    assert code == grpc.StatusCode.INTERNAL
+    assert "not finite: nothing is sent" in details
+    monkeypatch.undo()
+    assert robot.is_answered(0)
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """The checkpoints that are read."""
+    paths: list[str] = []
+    load = served_policy.load_policy
+    monkeypatch.setattr(served_policy, "load_policy", lambda flags: paths.append(flags.path) or load(flags))
+    return paths
+
+
+def test_the_client_names_the_checkpoint_where_the_server_does_not(checkpoint, tmp_path, loads):
+    with serving(ServeConfig(port=0)) as port:
+        client = Client(port)
+        for name, reason in (
+            (tmp_path / "nowhere", "there is no folder"),
+            (tmp_path, "has no config.json"),
+            ("user/unknown", "cannot be had"),
+        ):
+            code, details = status(lambda name=name: client.greet(name))
+            assert code == grpc.StatusCode.INVALID_ARGUMENT
+            assert reason in details
+        (tmp_path / "config.json").write_text(json.dumps({"type": "act"}))
+        assert "is a policy of type 'act'" in status(lambda: client.greet(tmp_path))[1]
+        assert "no device 'gpu'" in status(lambda: client.greet(checkpoint, device="gpu"))[1]
+        assert client.greet(checkpoint).is_answered(0)
+        assert client.greet(checkpoint).is_answered(0)
+        client.close()
+    assert loads == [str(checkpoint)]  # once, for both
+
+
+def test_the_servers_flags_come_before_what_the_client_asks_for(checkpoint):
+    flags = ControlPolicyFlags(device="cpu", num_inference_steps=3)
+    with serving(ServeConfig(flags, port=0)) as port:
+        client = Client(port).greet(checkpoint, device="cuda")
+        assert client.is_answered(0)
+        client.close()
+    policy = served_policy.ServedPolicy(flags)
+    assert policy.load(str(checkpoint), "cuda").config.num_inference_steps == 3
+    policy.close()
+
+
+def test_adapters_are_served_over_their_base(tmp_path):
+    from lerobot.configs.default import PeftConfig
+
+    tiny_policy().save_pretrained(tmp_path / "base")
+    base = type(tiny_policy()).from_pretrained(tmp_path / "base")
+    wrapped: Any = base.wrap_with_peft(peft_cli_overrides=vars(PeftConfig(r=2)))
+    wrapped.save_pretrained(tmp_path / "adapters")
+    wrapped.config.save_pretrained(tmp_path / "adapters")
+    for pipeline in make_lerobot_pi0_pre_post_processors(wrapped.config, statistics()):
+        pipeline.save_pretrained(tmp_path / "adapters")
+    with serving(ServeConfig(ControlPolicyFlags(str(tmp_path / "adapters")), port=0)) as port:
+        client = Client(port).greet(tmp_path / "adapters")
+        assert client.is_answered(0)
+        client.close()
+
+
+def test_each_answered_observation_is_in_the_trace(checkpoint, tmp_path):
+    flags = ControlPolicyFlags(path=str(checkpoint))
+    with serving(ServeConfig(flags, port=0, fps=20, trace=tmp_path)) as port:
+        client = Client(port).greet(checkpoint)
+        assert client.is_answered(0)
+        with pytest.raises(grpc.RpcError):
+            client.send(observed(1, {JOINTS[0]: float("nan")}))
+        client.send(observed(3))
+        actions = [action.action.tolist() for action in client.actions()]
+    client.close()
+    start, first, second, stop = read_trace(tmp_path)
+    assert (start["event"], start["kind"], start["fps"], start["joints"]) == ("start", "async", 20, JOINTS)
+    assert first["event"] == second["event"] == "inference"
+    assert (second["step"], second["actions"]) == (3, actions)
+    assert first["observed"] < first["began"] < first["ended"] < second["observed"] < second["began"]
+    assert (stop["event"], stop["why"]) == ("stop", "the server stops")
+
+
+def test_the_first_chunk_of_a_robot_is_not_the_first_of_the_policy(checkpoint, monkeypatch):
+    chunks = []
+    chunk = served_policy._chunk
+    monkeypatch.setattr(
+        served_policy, "_chunk", lambda loaded, batch: chunks.append(batch) or chunk(loaded, batch)
+    )
+    with serving(ServeConfig(ControlPolicyFlags(path=str(checkpoint)), port=0)):
+        assert chunks
+
+
+def test_the_port_of_another_server_is_an_error_with_a_way_out(port, checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "serve", f"--port={port}"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_missing_is_an_error_at_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "serve", "--port=0", f"--policy.path={tmp_path}/none"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    assert "there is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_and_frees_its_port(checkpoint, number):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def stop_when_it_answers() -> None:
+        client = Client(port)
+        eventually(lambda: client.stub.Ready(wire.Empty()))
+        client.close()
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=stop_when_it_answers)
+    thread.start()
+    assert main(ServeConfig(port=port)) == f"{signal.Signals(number).name}: the server has stopped"
+    thread.join()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", port))
+
+
+@pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
+def test_an_address_that_others_reach_is_warned_about(caplog, host, warns):
+    with serving(ServeConfig(host=host, port=0)):
+        assert ("there is no password" in caplog.text) == warns
+
+
+def test_without_grpc_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "grpc", None)
+    what = r"pip install 'lerobot-policy-pi0\[async\]'"
+    with pytest.raises(RuntimeError, match=what), serving(ServeConfig(port=0)):
+        pass
+
+
+def test_a_package_that_the_policy_needs_and_is_missing_is_told(robot, checkpoint, monkeypatch):
+    """As LeRobot tells it; an import that fails in any other way is a fault of the server."""
+
+    def load(*_: Any) -> Any:
+        require_package("no_such_package", extra="peft")
+
+    monkeypatch.setattr(served_policy, "read_config", load)
+    code, details = status(lambda: robot.greet(checkpoint))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION
+    assert "pip install 'lerobot[peft]'" in details
+    monkeypatch.setattr(served_policy, "read_config", lambda *_: __import__("no_such_package"))
+    assert status(lambda: robot.greet(checkpoint))[0] == grpc.StatusCode.UNKNOWN
+    monkeypatch.undo()
+    assert robot.greet(checkpoint).is_answered(0)
+
+
+def test_the_trace_of_another_server_is_not_written_over(tmp_path, monkeypatch, capsys):
+    (tmp_path / "policy.jsonl").write_text("{}\n")
+    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "serve", "--port=0", f"--trace={tmp_path}"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    assert "is the trace of another run: give another --trace" in capsys.readouterr().err
+    assert (tmp_path / "policy.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("ahead", [-2.5, 0.0, 2.5, 1e6])
+def test_the_age_of_an_observation_does_not_depend_on_the_robots_clock(monkeypatch, ahead):
+    """Of observations that are taken at 0, 1, 2, … seconds and are 10 ms or more on the way."""
+    session = policy_server.Session("ipv4:127.0.0.1:1")
+    now = [0.0]
+    monkeypatch.setattr(policy_server.time, "monotonic", lambda: now[0])
+    ages = []
+    for second, way in enumerate([0.05, 0.01, 0.01, 0.25, 0.02]):
+        now[0] = second + way
+        ages.append(now[0] - session.taken(second + ahead))
+    np.testing.assert_allclose(ages, [0, 0, 0, 0.24, 0.01], atol=1e-6)
+
+
+def test_a_clock_that_is_set_while_a_robot_is_served_spoils_the_age_for_a_while_alone(monkeypatch):
+    session = policy_server.Session("ipv4:127.0.0.1:1")
+    now = [0.0]
+    monkeypatch.setattr(policy_server.time, "monotonic", lambda: now[0])
+    ages = []
+    for step in range(2 * policy_server.LATELY + 10):
+        now[0] = step / 10
+        ages.append(now[0] - session.taken(now[0] - (3.0 if step > 10 else 0.0)))
+    assert ages[11] == pytest.approx(3.0)
+    assert ages[-1] == pytest.approx(0.0)
