@@ -135,9 +135,9 @@ def one(way: str, latency: float, folder: Path) -> dict[str, Any]:
     jump, step = (float(np.median(changes[at_boundary])) for at_boundary in (True, False))
     placed = max(event["placed"] for event in read_trace(folder) if "placed" in event)
     return {
-        "rate": report.pace.rate,
-        "stalls": report.pace.stalls,
-        "stalled": report.pace.stalled,
+        "rate": report.loop_timing.rate,
+        "stalls": report.loop_timing.stalls,
+        "stalled": report.loop_timing.stalled,
         "jump": jump,
         "jump_p95": float(np.quantile(changes[True], 0.95)),
         "step": step,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn, get_type_hints
 
 from lerobot_pi0.errors import UserError
+from lerobot_pi0.lerobot_compat import silence_torchcodec_notice
 
 PROGRAM = "lerobot-pi0"
 
@@ -71,8 +72,7 @@ def main() -> None:
     ours.addHandler(logging.StreamHandler())
     ours.setLevel(logging.INFO)
     ours.propagate = False  # some library may have set up the root logger already
-    # "Could not load libtorchcodec", in sixty lines; LeRobot then does without.
-    logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
+    silence_torchcodec_notice()
     try:
         run(name, flags)
     except KeyboardInterrupt:

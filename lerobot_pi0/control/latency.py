@@ -23,9 +23,9 @@ from lerobot_pi0.control.timing import (
     RtcTiming,
     Suggestion,
     execution_horizon,
+    lerobot_rtc_timing,
     rtc_timing,
     suggest,
-    watched_timing,
 )
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.policy import ControlPolicyFlags, LoadedPolicy, load_policy
@@ -79,7 +79,7 @@ def main(config: LatencyConfig) -> str:
     fps = config.fps or (30.0 if data is None else data.fps)
     latencies = measure(loaded, config.repeats, fps)
     suggestion = suggestion_for(loaded.config, latencies, fps)
-    plain = suggestion_for(loaded.config, latencies, fps, rtc_timing)
+    plain = suggestion_for(loaded.config, latencies, fps, lerobot_rtc_timing)
     return (
         _as_json(latencies, suggestion, plain)
         if config.json
@@ -168,7 +168,7 @@ def beside_the_loop(config: Pi0Config) -> Iterator[None]:
 
 
 def suggestion_for(
-    config: Pi0Config, latencies: Latencies, fps: float, rule: RtcTiming = watched_timing
+    config: Pi0Config, latencies: Latencies, fps: float, rule: RtcTiming = rtc_timing
 ) -> Suggestion:
     """How to run a policy on the machine where it was measured: with `lerobot-pi0 rollout`, or by `rule`."""
     whole = latencies.worst()

@@ -1,15 +1,12 @@
-"""`lerobot-pi0 rollout`: LeRobot's rollout with the same flags, checked before the robot moves and watched
-while it does.
+"""`lerobot-pi0 rollout`: a drop-in for `lerobot-rollout`, with pre-flight checks and a trace.
 
-What it adds: the robot's joints and cameras are those of the checkpoint, and the flags such as LeRobot can
-run, or nothing moves. How long a chunk takes here is measured, and told in what it means for the robot. A run
-that sent no action, or whose policy died, is an error. `--trace` keeps what happened for `lerobot-pi0 trace`.
+Nothing moves unless the robot's joints and cameras are those of the checkpoint and LeRobot can run the flags.
+The latency of a chunk is measured first, and logged as what it means for the robot. A run that sent no
+action, or whose policy failed, is an error. `--trace` keeps what happened for `lerobot-pi0 trace`.
 """
 
 import logging
 import math
-import sys
-import traceback
 from argparse import ArgumentError
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -21,11 +18,9 @@ import draccus
 import lerobot.scripts.lerobot_rollout  # noqa: F401  # registers the robots, cameras and teleoperators
 import numpy as np
 from huggingface_hub.errors import HFValidationError
-from lerobot.configs import parser
 from lerobot.processor import UnnormalizerProcessorStep
-from lerobot.robots import Robot, make_robot_from_config
+from lerobot.robots import make_robot_from_config
 from lerobot.rollout import RolloutConfig, RolloutContext, build_rollout_context, create_strategy
-from lerobot.teleoperators import Teleoperator
 from lerobot.utils.constants import ACTION, OBS_IMAGES
 from lerobot.utils.import_utils import register_third_party_plugins
 from lerobot.utils.process import ProcessSignalHandler
@@ -34,13 +29,21 @@ from lerobot.utils.visualization_utils import init_visualization, shutdown_visua
 
 from lerobot_pi0.checkpoints.files import find_checkpoint
 from lerobot_pi0.configuration_pi0 import Pi0Config, TrainingData
+from lerobot_pi0.control.instrumentation import Instrumentation, timing
 from lerobot_pi0.control.latency import Latencies, beside_the_loop, measure, quantile, suggestion_for
-from lerobot_pi0.control.pace import pace
+from lerobot_pi0.control.loop_timing import loop_timing
 from lerobot_pi0.control.trace import Trace, new_policy_trace
-from lerobot_pi0.control.watch import Watch, complaints, timing
 from lerobot_pi0.errors import CommandError, UnavailableError, UserError
 from lerobot_pi0.inputs.joints import check_joints
 from lerobot_pi0.inputs.policy import LoadedPolicy
+from lerobot_pi0.lerobot_compat import (
+    check_version,
+    disconnect_devices,
+    inference_errors,
+    is_policy_joint,
+    parse_flags,
+    policy_path,
+)
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 logger = logging.getLogger(__name__)
@@ -70,20 +73,16 @@ def parse(arguments: list[str]) -> RolloutConfig:
     Raises ValueError for flags that it does not take, FileNotFoundError for a policy that cannot be had.
     """
     register_third_party_plugins()
-    before, sys.argv = sys.argv, ["lerobot-pi0 rollout", *arguments]  # where LeRobot looks for --policy.path
     try:
-        parsed: Any = parser.wrap()(_parsed)
-        return parsed()
+        return parse_flags("lerobot-pi0 rollout", arguments, RolloutConfig)
     except (ArgumentError, draccus.ParsingError, OSError, HFValidationError) as error:
         # If it was the dataclass that objected, draccus only says that it could not be made.
         reason = error.__cause__ if isinstance(error, draccus.ParsingError) else None
         reason = reason or error
-        if isinstance(reason, OSError | HFValidationError) and (path := parser.get_path_arg("policy")):
-            revision = parser.parse_arg("policy.pretrained_revision")
+        if isinstance(reason, OSError | HFValidationError) and (named := policy_path(arguments)):
+            path, revision = named
             find_checkpoint(path, revision=revision, ignore_patterns="*.safetensors")  # says what is wrong
         raise UserError(f"{reason}") from error
-    finally:
-        sys.argv = before
 
 
 def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
@@ -94,6 +93,7 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
     """
     config = cfg.policy
     assert config is not None
+    check_version()
     if not isinstance(config, Pi0Config):
         raise UserError(
             f"'{config.pretrained_path}' is a policy of type '{config.type}': lerobot-rollout runs it"
@@ -109,7 +109,7 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
     try:
         ctx = build_rollout_context(cfg, cast(Event, signals.shutdown_event))
     except Exception as error:
-        _disconnect(error)
+        disconnect_devices(error)
         if isinstance(error, ConnectionError):
             raise UnavailableError(f"the robot does not answer: {error}") from error
         if isinstance(error, ValueError):
@@ -125,13 +125,13 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
             ctx.hardware.initial_position = None  # the robot has not left it: no way back
             raise
         trace = None if file is None else Trace(file)
-        watch = Watch(ctx, policy, trace, _start(cfg, ctx, config))
+        recorded = Instrumentation(ctx, policy, trace, _start(cfg, ctx, config))
         if cfg.display_data:
             init_visualization(
                 cfg.display_mode, session_name="rollout", ip=cfg.display_ip, port=cfg.display_port
             )
         with (
-            complaints("lerobot.rollout.inference.rtc") as complaint,
+            inference_errors() as errors,
             beside_the_loop(config) if cfg.inference.type == "rtc" else nullcontext(),
         ):
             try:
@@ -140,17 +140,17 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
             except KeyboardInterrupt:
                 signals.shutdown_event.set()
             finally:
-                watch.finish("asked to stop" if signals.shutdown_event.is_set() else "done")
+                recorded.finish("asked to stop" if signals.shutdown_event.is_set() else "done")
     finally:
         strategy.teardown(ctx)
         if trace is not None:
             trace.close()
         if cfg.display_data:
             shutdown_visualization(cfg.display_mode)
-    failed = watch.engine.failed
-    if failed or not watch.num_actions:
-        raise CommandError(_why_it_failed(watch, failed, complaint.last, signals.shutdown_event.is_set()))
-    return _summary(watch, folder, complaint.last)
+    failed = recorded.engine.failed
+    if failed or not recorded.num_actions:
+        raise CommandError(_why_it_failed(recorded, failed, errors.last, signals.shutdown_event.is_set()))
+    return _summary(recorded, folder, errors.last)
 
 
 def check_flags(cfg: RolloutConfig) -> None:
@@ -192,8 +192,8 @@ def check_robot(cfg: RolloutConfig, config: Pi0Config) -> None:
     # As LeRobot's rollout chooses what the policy gets and gives.
     check_joints(
         config,
-        [name for name, kind in observations.items() if kind is float and name.endswith((".pos", ".vel"))],
-        [name for name in robot.action_features if name.endswith((".pos", ".vel"))],
+        [name for name, kind in observations.items() if kind is float and is_policy_joint(name)],
+        [name for name in robot.action_features if is_policy_joint(name)],
     )
     cameras = [f"{OBS_IMAGES}.{name}" for name, kind in observations.items() if isinstance(kind, tuple)]
     given = {cfg.rename_map.get(camera, camera) for camera in cameras}
@@ -205,12 +205,12 @@ def check_robot(cfg: RolloutConfig, config: Pi0Config) -> None:
         raise UserError(
             f"the policy was trained with {missing}, which the robot does not give: it has {cameras}"
             + (f", renamed by {cfg.rename_map}" if cfg.rename_map else "")
-            + f". Give the robot these cameras, or tell which is which: --rename_map='{{{pairs}}}'"
+            + f". Give the robot these cameras, or say which is which: --rename_map='{{{pairs}}}'"
         )
 
 
 def check_rate(fps: float, data: TrainingData | None) -> None:
-    """Tell of a rate that is not that of the training data."""
+    """Warn about a rate that is not that of the training data."""
     if data is not None and abs(fps - data.fps) > 0.01 * data.fps:
         logger.warning(
             "the policy was trained at %g actions per second and runs at %g: each movement takes %.3g times "
@@ -223,7 +223,7 @@ def check_rate(fps: float, data: TrainingData | None) -> None:
 
 
 def check_latency(cfg: RolloutConfig, latencies: Latencies, config: Pi0Config) -> None:
-    """Tell what the measured latency means for this run, with settings that would do better if there are any.
+    """Log what the measured latency means for this run, with settings that would do better if there are any.
 
     Raises RuntimeError for real-time chunking with a latency of a whole chunk.
     """
@@ -244,8 +244,8 @@ def check_latency(cfg: RolloutConfig, latencies: Latencies, config: Pi0Config) -
         horizon = inference.rtc.execution_horizon
         if inference.rtc.enabled and min(ran.delay, size) > horizon:
             logger.warning(
-                "a chunk takes %d control steps, but the policy is told only the first %d that are executed "
-                "meanwhile: the robot will jump. Set --inference.rtc.execution_horizon=%d",
+                "a chunk takes %d control steps, but the policy is given only the first %d of the actions "
+                "that are executed meanwhile: the robot will jump. Set --inference.rtc.execution_horizon=%d",
                 ran.delay,
                 horizon,
                 min(2 * ran.delay, size),
@@ -272,20 +272,8 @@ def _own_flags(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return folder, rest
 
 
-def _parsed(cfg: RolloutConfig) -> RolloutConfig:
-    return cfg
-
-
-def _disconnect(error: Exception) -> None:
-    """Disconnect what LeRobot was about to use: when it fails after it has connected it, it leaves it so."""
-    used = [value for frame, _ in traceback.walk_tb(error.__traceback__) for value in frame.f_locals.values()]
-    for device in used:
-        if isinstance(device, Robot | Teleoperator) and device.is_connected:
-            device.disconnect()
-
-
 def _measured(cfg: RolloutConfig, ctx: RolloutContext, policy: Pi0Policy) -> Latencies:
-    """A few chunks, of an observation that is made up."""
+    """Latencies of a few chunks from an example observation."""
     logger.info("measuring how long a chunk takes ...")
     loaded = LoadedPolicy(policy, cast(Any, ctx.policy.preprocessor), ctx.policy.postprocessor)
     rtc = getattr(cfg.inference, "rtc", None)
@@ -317,34 +305,37 @@ def _start(cfg: RolloutConfig, ctx: RolloutContext, config: Pi0Config) -> dict[s
     return start
 
 
-def _why_it_failed(watch: Watch, failed: bool, complaint: str | None, interrupted: bool) -> str:
+def _why_it_failed(recorded: Instrumentation, failed: bool, error: str | None, interrupted: bool) -> str:
     sent = (
-        f"{watch.num_actions} actions were sent" if watch.num_actions else "no action was sent to the robot"
+        f"{recorded.num_actions} actions were sent"
+        if recorded.num_actions
+        else "no action was sent to the robot"
     )
     if failed:
-        return f"{sent}: the policy gave up ({complaint or 'LeRobot does not say why'})"
-    if complaint:
-        return f"{sent}: the policy failed ({complaint})"
+        return f"{sent}: the policy gave up ({error or 'LeRobot does not say why'})"
+    if error:
+        return f"{sent}: the policy failed ({error})"
     if interrupted:
         return f"{sent}: the run was interrupted before the first"
-    if not watch.latencies:
-        duration = f" (--duration={watch.cfg.duration:g} s)" if watch.cfg.duration else ""
+    if not recorded.latencies:
+        duration = f" (--duration={recorded.cfg.duration:g} s)" if recorded.cfg.duration else ""
         return f"{sent}: no chunk was ready before the run ended{duration}"
-    return f"{sent}: {watch.timing(quantile(watch.latencies, 50))}. `lerobot-pi0 latency` says what would do"
+    usual = recorded.timing(quantile(recorded.latencies, 50))
+    return f"{sent}: {usual}. `lerobot-pi0 latency` says what would do"
 
 
-def _summary(watch: Watch, folder: Path | None, complaint: str | None) -> str:
-    run = pace(watch.times, watch.cfg.fps * watch.cfg.interpolation_multiplier)
+def _summary(recorded: Instrumentation, folder: Path | None, error: str | None) -> str:
+    run = loop_timing(recorded.times, recorded.cfg.fps * recorded.cfg.interpolation_multiplier)
     lines = [str(run)]
-    if watch.latencies:
-        p50, p95 = (1000 * quantile(watch.latencies, percent) for percent in (50, 95))
-        lines.append(f"{len(watch.latencies)} chunks, latency p50 {p50:.0f} ms, p95 {p95:.0f} ms")
-    if run.stalls and watch.latencies:
-        expected = watch.timing(quantile(watch.latencies, 95))
+    if recorded.latencies:
+        p50, p95 = (1000 * quantile(recorded.latencies, percent) for percent in (50, 95))
+        lines.append(f"{len(recorded.latencies)} chunks, latency p50 {p50:.0f} ms, p95 {p95:.0f} ms")
+    if run.stalls and recorded.latencies:
+        expected = recorded.timing(quantile(recorded.latencies, 95))
         other = "" if expected.stall else " from the policy: the robot, its cameras or the computer were late"
         lines.append(f"{expected}{other}")
-    if complaint:
-        lines.append(f"the policy failed on the way ({complaint})")
+    if error:
+        lines.append(f"the policy failed on the way ({error})")
     lines.append(
         "--trace=FOLDER keeps what happened"
         if folder is None

@@ -81,7 +81,7 @@ class RtcTiming(Protocol):
     def __call__(self, latency: float, fps: float, chunk_size: int, queue_threshold: int) -> Timing: ...
 
 
-def watched_timing(latency: float, fps: float, chunk_size: int, queue_threshold: int) -> Timing:
+def rtc_timing(latency: float, fps: float, chunk_size: int, queue_threshold: int) -> Timing:
     """The loop with the policy beside it, in real-time chunking as `lerobot-pi0 rollout` mends it."""
     delay = math.ceil(latency * fps)
     # When the policy begins. Of more than half, what is left alternates around half: as much as is sent of
@@ -93,7 +93,7 @@ def watched_timing(latency: float, fps: float, chunk_size: int, queue_threshold:
     return Timing(latency, fps, delay, stall, actions, rate=actions / (actions / fps + stall))
 
 
-def rtc_timing(latency: float, fps: float, chunk_size: int, queue_threshold: int) -> Timing:
+def lerobot_rtc_timing(latency: float, fps: float, chunk_size: int, queue_threshold: int) -> Timing:
     """The loop with the policy beside it, in real-time chunking as `lerobot-rollout` has it."""
     delay = math.ceil(latency * fps)
     arrive = max(chunk_size - delay, 0)
@@ -112,7 +112,7 @@ def suggest(
     n_action_steps: int,
     latency: float,
     guided_latency: float | None,
-    rule: RtcTiming = watched_timing,
+    rule: RtcTiming = rtc_timing,
 ) -> Suggestion:
     """The way to run that sends the most actions per second, sync where both do.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lerobot_pi0.control.pace import Pace, pace, spread
+from lerobot_pi0.control.loop_timing import LoopTiming, loop_timing, spread
 from lerobot_pi0.control.trace import read_trace
 from lerobot_pi0.errors import CommandError
 
@@ -68,7 +68,7 @@ class Report:
     """Times are in seconds, delays in control steps. What the trace does not tell is empty or None."""
 
     start: Event
-    pace: Pace
+    loop_timing: LoopTiming
     first_action: float | None  # after the first observation
     empty_ticks: int | None  # the loop ran, and had no action
     blocked_ticks: int | None  # the loop waited, for the policy or for the robot
@@ -171,7 +171,7 @@ def make_report(run: Run) -> Report:
     ]
     return Report(
         start=run.start,
-        pace=pace(times, run.fps),
+        loop_timing=loop_timing(times, run.fps),
         first_action=times[0][0] - first[0] if first else None,
         empty_ticks=empty,
         blocked_ticks=blocked,
@@ -253,20 +253,22 @@ def _position(joints: dict[str, float], action: str) -> float | None:
 
 
 def _as_text(run: Run, report: Report) -> str:
-    start, periods = report.start, report.pace.periods
+    start, periods = report.start, report.loop_timing.periods
     what = [str(start[key]) for key in ("robot", "kind", "policy") if start.get(key)]
     lines = [", ".join(what), ""] if what else []
     if report.others:
         lines += [f"The trace holds {report.others + 1} runs of the robot: this is the last one alone.", ""]
-    lines.append(f"{report.pace}.")
+    lines.append(f"{report.loop_timing}.")
     if not run.fps_is_known:
         lines.append("The trace does not say which rate was wanted: the median period stands for it.")
     if report.first_action is not None:
         lines.append(f"The first action came {report.first_action:.2f} s after the first observation.")
     if periods:
         told = ", ".join(f"{name} {1000 * value:.1f}" for name, value in periods.items())
-        lines.append(f"Period in ms: {told}; {100 * report.pace.overruns:.1f} % are over 1.5 control steps.")
-    if report.pace.stalls and report.empty_ticks is not None:
+        lines.append(
+            f"Period in ms: {told}; {100 * report.loop_timing.overruns:.1f} % are over 1.5 control steps."
+        )
+    if report.loop_timing.stalls and report.empty_ticks is not None:
         lines.append(
             f"In the stalls, {report.empty_ticks} ticks of the loop found no action, and "
             f"{report.blocked_ticks} times the loop itself waited."
@@ -381,6 +383,6 @@ def plot(run: Run, report: Report, file: Path) -> None:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     kind = f"{report.start['kind']}: " if report.start.get("kind") else ""
-    figure.suptitle(f"{kind}{report.pace}", fontsize=10)
+    figure.suptitle(f"{kind}{report.loop_timing}", fontsize=10)
     figure.savefig(file, dpi=110)
     plt.close(figure)

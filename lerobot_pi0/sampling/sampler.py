@@ -7,8 +7,6 @@ values of each layer go into a buffer with room for the actions, which every den
 
 from __future__ import annotations
 
-import threading
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lerobot_pi0.lerobot_compat import in_any_thread
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.model.flow import embed_time, integrate, step_times
 from lerobot_pi0.model.gemma import Cache, DecoderLayer, Rotation, rotate, rotation
@@ -90,24 +89,6 @@ def ordinary[T](given: T) -> T:
     if is_dataclass(given):
         return replace(any_given, **{name: ordinary(value) for name, value in vars(given).items()})
     return given
-
-
-def in_any_thread[**P, T](graph: Callable[P, T]) -> Callable[P, T]:
-    """A compiled function that any thread may call, one after the other.
-
-    torch has its CUDA graphs in storage of the one thread that has imported them, and fails in others
-    (pytorch#123177): real-time chunking and servers run the policy in threads of their own.
-    """
-    from torch._inductor.cudagraph_trees import local
-
-    own = {"tree_manager_containers": {}, "tree_manager_locks": defaultdict(threading.Lock), **vars(local)}
-
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        for name, value in own.items():
-            vars(local).setdefault(name, value)
-        return graph(*args, **kwargs)
-
-    return call
 
 
 class Sampler:

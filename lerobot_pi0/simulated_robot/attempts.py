@@ -38,10 +38,10 @@ def attempts(run: Path) -> list[Attempt]:
                 by_place.append([])
             placed = event["placed"]
             by_place[-1].append(event)
-    return [judge(events) for events in by_place if events[-1]["t"] - events[0]["t"] > 1]
+    return [detect_success(events) for events in by_place if events[-1]["t"] - events[0]["t"] > 1]
 
 
-def judge(observations: list[dict[str, Any]]) -> Attempt:
+def detect_success(observations: list[dict[str, Any]]) -> Attempt:
     """One attempt, of the observations while the block lay in one place."""
     reached, near_since = None, None
     for event in observations:

@@ -21,7 +21,7 @@ from tiny_robot import ACTIONS, Arm, save_checkpoint
 
 from lerobot_pi0 import cli
 from lerobot_pi0.configuration_pi0 import TrainingData
-from lerobot_pi0.control import rollout, watch
+from lerobot_pi0.control import instrumentation, rollout
 from lerobot_pi0.control.latency import Latencies
 from lerobot_pi0.control.trace import read_trace
 from lerobot_pi0.control.trace_report import make_report, read_run
@@ -278,7 +278,7 @@ def test_a_camera_that_is_not_there_is_refused_with_the_map_that_renames_one(syn
 
 def test_a_policy_that_is_too_slow_is_told_with_what_would_do(sync, delayed, caplog, monkeypatch):
     monkeypatch.setattr(Pi0Policy, "supports_rtc", lambda self: False)
-    monkeypatch.setattr(watch, "REMIND_AFTER", 0.4)
+    monkeypatch.setattr(instrumentation, "REMIND_AFTER", 0.4)
     delayed(0.2)
     sync.duration = 1.5
     with caplog.at_level(logging.WARNING):

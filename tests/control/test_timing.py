@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lerobot_pi0.control.timing import rtc_timing, suggest, sync_timing, watched_timing
+from lerobot_pi0.control.timing import lerobot_rtc_timing, rtc_timing, suggest, sync_timing
 
 
 def play_rtc(latency: float, chunk_size: int, threshold: int, watched: bool) -> float:
@@ -30,10 +30,10 @@ def play_rtc(latency: float, chunk_size: int, threshold: int, watched: bool) -> 
 
 @pytest.mark.parametrize("latency", [0.02, 0.3, 0.7, 0.83, 1.0, 1.2, 1.7])
 @pytest.mark.parametrize("threshold", [5, 25, 30, 50])
-@pytest.mark.parametrize("rule", [rtc_timing, watched_timing])
+@pytest.mark.parametrize("rule", [lerobot_rtc_timing, rtc_timing])
 def test_rate_of_rtc_is_that_of_the_loop_played_step_by_step(latency, threshold, rule):
     timing = rule(latency, 30, 50, threshold)
-    played = play_rtc(latency, 50, threshold, watched=rule is watched_timing)
+    played = play_rtc(latency, 50, threshold, watched=rule is rtc_timing)
     assert timing.rate == pytest.approx(played, rel=0.06, abs=0.1)
     assert (timing.stall == 0) == (timing.delay <= threshold and timing.delay <= 25)
 
@@ -46,7 +46,7 @@ def test_a_loop_that_waits_for_the_policy_runs_as_measured():
 
 
 def test_a_latency_of_a_whole_chunk_never_moves():
-    timing = rtc_timing(2.0, 30, 50, 30)
+    timing = lerobot_rtc_timing(2.0, 30, 50, 30)
     assert timing.rate == timing.actions == 0
     assert "never move" in str(timing)
 
@@ -81,7 +81,7 @@ def test_what_lerobot_holds_worse_is_suggested_to_each_command_as_it_runs():
     suggestion = suggest(30, 50, 50, latency=1.2, guided_latency=1.2)
     assert suggestion.kind == "rtc"
     assert suggestion.timing.rate == pytest.approx(25 / 1.2)
-    assert suggest(30, 50, 50, 1.2, 1.2, rtc_timing).kind == "sync"
+    assert suggest(30, 50, 50, 1.2, 1.2, lerobot_rtc_timing).kind == "sync"
 
 
 def test_a_latency_of_a_whole_chunk_is_never_told_to_use_rtc():

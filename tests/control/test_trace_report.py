@@ -69,32 +69,32 @@ def without(events: list[dict[str, Any]], event: str) -> list[dict[str, Any]]:
 def test_an_even_run_has_its_rate_and_no_stall(tmp_path):
     write(tmp_path / "policy.jsonl", [start(), *ticks(20)])
     report = make_report(read_run(tmp_path))
-    assert report.pace.rate == pytest.approx(FPS)
-    assert report.pace.stalls == report.empty_ticks == report.blocked_ticks == 0
-    assert report.pace.periods["p50"] == pytest.approx(PERIOD)
-    assert report.pace.overruns == 0
+    assert report.loop_timing.rate == pytest.approx(FPS)
+    assert report.loop_timing.stalls == report.empty_ticks == report.blocked_ticks == 0
+    assert report.loop_timing.periods["p50"] == pytest.approx(PERIOD)
+    assert report.loop_timing.overruns == 0
     assert report.first_action == pytest.approx(0.05)
 
 
 def test_a_planted_stall_is_found_with_its_length_and_cause(tmp_path):
     write(tmp_path / "blocked" / "policy.jsonl", [start(), *ticks(20, stall_at=10, stall=0.7)])
     report = make_report(read_run(tmp_path / "blocked"))
-    assert (report.pace.stalls, report.blocked_ticks, report.empty_ticks) == (1, 1, 0)
-    assert report.pace.stalled == report.pace.longest == pytest.approx(0.7)
-    assert report.pace.overruns == pytest.approx(1 / 19)
-    assert report.pace.rate == pytest.approx(19 / (1.9 + 0.7))
+    assert (report.loop_timing.stalls, report.blocked_ticks, report.empty_ticks) == (1, 1, 0)
+    assert report.loop_timing.stalled == report.loop_timing.longest == pytest.approx(0.7)
+    assert report.loop_timing.overruns == pytest.approx(1 / 19)
+    assert report.loop_timing.rate == pytest.approx(19 / (1.9 + 0.7))
     write(tmp_path / "empty" / "policy.jsonl", [start(), *ticks(20, stall_at=10, stall=0.7, empty=7)])
     report = make_report(read_run(tmp_path / "empty"))
-    assert (report.pace.stalls, report.blocked_ticks, report.empty_ticks) == (1, 0, 7)
+    assert (report.loop_timing.stalls, report.blocked_ticks, report.empty_ticks) == (1, 0, 7)
 
 
 def test_the_pause_between_two_episodes_is_no_stall(tmp_path):
     later = [event | {"t": event["t"] + 60} for event in without(ticks(10), "inference")]
     write(tmp_path / "policy.jsonl", [start(), *ticks(10), start(t=150.0), *later])
     report = make_report(read_run(tmp_path))
-    assert report.pace.actions == 20
-    assert report.pace.stalls == 0
-    assert report.pace.rate == pytest.approx(FPS)
+    assert report.loop_timing.actions == 20
+    assert report.loop_timing.stalls == 0
+    assert report.loop_timing.rate == pytest.approx(FPS)
 
 
 def test_a_planted_jump_is_found_at_the_joint_that_has_it(tmp_path):
@@ -150,7 +150,7 @@ def test_two_records_of_the_same_actions_count_once_and_the_way_home_not_at_all(
     home = [{"event": "action", "t": 110 + i / 50, "values": {"a": 0.0, "b": 0.0}} for i in range(150)]
     write(tmp_path / "robot.jsonl", [start(), *without(events, "inference"), *home])
     write(tmp_path / "policy.jsonl", [start(), *events])
-    assert make_report(read_run(tmp_path)).pace.actions == 20
+    assert make_report(read_run(tmp_path)).loop_timing.actions == 20
 
 
 @pytest.mark.parametrize("missing", ["start", "observation", "inference"])
@@ -160,7 +160,7 @@ def test_what_the_trace_does_not_tell_is_left_out(tmp_path, missing):
         events = [{k: v for k, v in event.items() if k not in ("chunk", "step")} for event in events]
     write(tmp_path / "robot.jsonl", events)
     report = make_report(read_run(tmp_path))
-    assert report.pace.stalls == 1
+    assert report.loop_timing.stalls == 1
     assert (report.empty_ticks is None) == (missing == "observation")
     assert (report.worst is None) == (missing == "inference")
     text = main(TraceReportConfig(tmp_path))
@@ -181,7 +181,7 @@ def test_the_line_that_a_killed_process_cut_is_left_out(tmp_path):
     write(tmp_path / "policy.jsonl", [start(), *ticks(20)])
     with (tmp_path / "policy.jsonl").open("a") as file:
         file.write('{"event": "action", "t": 10')
-    assert make_report(read_run(tmp_path)).pace.actions == 20
+    assert make_report(read_run(tmp_path)).loop_timing.actions == 20
 
 
 def test_lines_that_are_no_events_are_left_out_and_nothing_but_such_is_no_trace(tmp_path):
@@ -190,7 +190,7 @@ def test_lines_that_are_no_events_are_left_out_and_nothing_but_such_is_no_trace(
     with pytest.raises(FileNotFoundError, match="holds no trace"):
         main(TraceReportConfig(tmp_path))
     write(tmp_path / "policy.jsonl", [start(), *ticks(20)])
-    assert make_report(read_run(tmp_path)).pace.actions == 20
+    assert make_report(read_run(tmp_path)).loop_timing.actions == 20
 
 
 @pytest.mark.parametrize("later", [1000.0, -50.0], ids=["later", "after the machine was started anew"])
@@ -201,7 +201,12 @@ def test_of_several_runs_in_a_trace_the_last_one_counts_and_it_is_told(tmp_path,
     write(tmp_path / "policy.jsonl", [start(std={"a": 0.5}), *ticks(20, stall_at=10, stall=0.7)])
     write(tmp_path / "policy.jsonl", [start(t=99.9 + later), *second])
     report = make_report(read_run(tmp_path))
-    assert (report.pace.actions, report.chunks, report.pace.stalls, report.others) == (10, 2, 0, 1)
+    assert (report.loop_timing.actions, report.chunks, report.loop_timing.stalls, report.others) == (
+        10,
+        2,
+        0,
+        1,
+    )
     assert report.start == {"fps": FPS, "kind": "sync", "chunk_size": CHUNK}
     assert report.age["max"] == pytest.approx(0.05 + (EXECUTED - 1) * PERIOD)
     assert "holds 2 runs of the robot" in main(TraceReportConfig(tmp_path))
@@ -222,13 +227,13 @@ def test_a_robot_that_connects_again_has_its_last_run_beside_the_servers_chunks(
     write(tmp_path / "robot.jsonl", [start(kind=None, robot="arm"), *actions, stop])
     write(tmp_path / "robot.jsonl", [start(kind=None, robot="arm", t=159.9), *later])
     report = make_report(read_run(tmp_path))
-    assert (report.pace.actions, report.chunks, report.others) == (20, 4, 1)
+    assert (report.loop_timing.actions, report.chunks, report.others) == (20, 4, 1)
     assert report.age["max"] == pytest.approx(0.05 + (EXECUTED - 1) * PERIOD)
 
 
 def test_report_is_json_on_request_and_comes_with_a_picture(tmp_path):
     write(tmp_path / "policy.jsonl", [start(), *ticks(20, stall_at=10, stall=0.7)])
     report = json.loads(main(TraceReportConfig(tmp_path, json=True)))
-    assert report["pace"]["stalls"] == 1
+    assert report["loop_timing"]["stalls"] == 1
     with Image.open(tmp_path / "trace.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10

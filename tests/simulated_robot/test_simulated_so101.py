@@ -15,7 +15,7 @@ from lerobot.utils.errors import DeviceAlreadyConnectedError, DeviceNotConnected
 
 import lerobot_pi0
 from lerobot_pi0.control.trace import read_trace
-from lerobot_pi0.simulated_robot.attempts import NEAR, attempts, judge
+from lerobot_pi0.simulated_robot.attempts import NEAR, attempts, detect_success
 from lerobot_pi0.simulated_robot.config_simulated_so101 import SimulatedSO101Config
 from lerobot_pi0.simulated_robot.kinematics import joints_for_tip
 from lerobot_pi0.simulated_robot.simulated_so101 import SimulatedSO101
@@ -135,7 +135,7 @@ def test_the_trace_has_every_observation_and_action_in_order(make, tmp_path):
         assert event["distance"] > 0.05
 
 
-def test_the_judge_sees_who_reached_the_block(make, tmp_path):
+def test_success_is_detected_when_the_block_was_reached(make, tmp_path):
     robot = make(trace=tmp_path / "run")
     robot.connect()
 
@@ -165,8 +165,8 @@ def test_near_the_block_for_an_instant_is_not_reached():
             for i in range(40)
         ]
 
-    assert judge(passing(0.3)).reached is None
-    assert judge(passing(1.0)).reached == pytest.approx(1.0)
+    assert detect_success(passing(0.3)).reached is None
+    assert detect_success(passing(1.0)).reached == pytest.approx(1.0)
 
 
 def test_the_cameras_process_ends_with_the_robot_and_starts_with_it_again(make):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from lerobot_pi0.inputs.joints import compare_names
+from lerobot_pi0.lerobot_compat import is_policy_joint
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
 from lerobot_pi0.tools.doctor.subject import Subject
 
@@ -33,7 +34,7 @@ def robot_has_the_policys(subject: Subject) -> Iterator[Finding]:
     assert subject.robot is not None
     # lerobot-rollout passes positions and velocities of the base on, nothing else.
     state, action = (
-        [name for name, kind in features.items() if kind is float and name.endswith((".pos", ".vel"))]
+        [name for name, kind in features.items() if kind is float and is_policy_joint(name)]
         for features in (subject.robot.observation_features, subject.robot.action_features)
     )
     yield from _compare(subject, "robot", (state, len(state)), (action, len(action)))

@@ -1,4 +1,4 @@
-"""How evenly actions came: rate, periods and stalls, from the times at which they were sent."""
+"""Timing of a control loop, measured: rate, periods and stalls, from the times at which actions were sent."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ STALL = 2.0  # control steps: in a period as long an action is missing
 
 
 @dataclass(frozen=True)
-class Pace:
+class LoopTiming:
     """Times are in seconds. A stall's length is what its period has beyond a control step."""
 
     actions: int
@@ -38,13 +38,13 @@ class Pace:
         )
 
 
-def pace(episodes: Sequence[Sequence[float]], fps: float) -> Pace:
+def loop_timing(episodes: Sequence[Sequence[float]], fps: float) -> LoopTiming:
     """Of the times of actions, episode by episode: what lies between two episodes is no stall."""
     times = [np.asarray(episode, dtype=float) for episode in episodes]
     periods = np.concatenate([np.diff(episode) for episode in times]) if times else np.empty(0)
     stalls = periods[periods >= STALL / fps] - 1 / fps
     seconds = float(periods.sum())
-    return Pace(
+    return LoopTiming(
         actions=sum(map(len, times)),
         wanted=fps,
         seconds=seconds,

@@ -1,4 +1,4 @@
-"""A watched engine of LeRobot: no chunk outlives a reset."""
+"""An instrumented engine of LeRobot: no chunk outlives a reset."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from lerobot.policies.rtc import RTCConfig
 from lerobot.rollout.inference import InferenceEngine, RTCInferenceEngine
 from lerobot.rollout.robot_wrapper import ThreadSafeRobot
 
-from lerobot_pi0.control.watch import Watch
+from lerobot_pi0.control.instrumentation import Instrumentation
 
 
 class Echo:
@@ -48,7 +48,7 @@ def policy() -> Echo:
 
 @pytest.fixture
 def engine(policy: Any) -> Iterator[InferenceEngine]:
-    """LeRobot's own, watched, and started as its strategies start it; a chunk is made when half is left."""
+    """LeRobot's own, instrumented, started as its strategies start it; a chunk is made when half is left."""
     robot: Any = SimpleNamespace(robot_type="arm", action_features={"a.pos": float})
     pipeline: Any = Pipeline()
     state = {"observation.state": {"dtype": "float32", "shape": (1,), "names": ["a.pos"]}}
@@ -61,13 +61,13 @@ def engine(policy: Any) -> Iterator[InferenceEngine]:
         policy=SimpleNamespace(inference=inner, postprocessor=pipeline),
         hardware=SimpleNamespace(robot_wrapper=ThreadSafeRobot(robot)),
     )
-    Watch(ctx, policy, None, {"kind": "rtc"})
-    watched = ctx.policy.inference
-    watched.reset()
-    watched.start()
-    watched.resume()
-    yield watched
-    watched.stop()
+    Instrumentation(ctx, policy, None, {"kind": "rtc"})
+    instrumented = ctx.policy.inference
+    instrumented.reset()
+    instrumented.start()
+    instrumented.resume()
+    yield instrumented
+    instrumented.stop()
 
 
 def actions(engine: InferenceEngine, state: float, number: int) -> list[float]:
