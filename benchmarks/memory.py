@@ -23,7 +23,7 @@ from lerobot.configs.default import PeftConfig
 from lerobot.utils.constants import ACTION
 
 from lerobot_pi0 import Pi0Config, Pi0Policy
-from lerobot_pi0.tools.memory import footprint
+from lerobot_pi0.tools.memory import estimate_memory
 from lerobot_pi0.tools.plan import GIGABYTE, HEAP, PROCESS, on_cpu
 
 from . import inputs, ours
@@ -80,7 +80,7 @@ def take_steps(config: MemoryConfig, checkpoint: Path) -> Result:
     }
     of = ours.config(setup, **settings)
     of.validate_features()
-    planned = footprint(of, peft, "cpu")
+    planned = estimate_memory(of, peft, "cpu")
     before = resident()
     policy, optimizer = load(of, checkpoint, peft)
     given = inputs.batch(setup) | {ACTION: inputs.actions(setup), "index": torch.zeros(1, dtype=torch.long)}

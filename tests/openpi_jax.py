@@ -1,4 +1,4 @@
-"""Checkpoints as openpi's JAX code leaves them, written leaf by leaf: OCDBT, zarr, zstd."""
+"""openpi's JAX checkpoints: their arrays under our names, and as files of orbax (OCDBT, zarr, zstd)."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -7,6 +7,19 @@ from typing import Any
 
 import numpy as np
 import tensorstore
+from torch import Tensor
+
+from lerobot_pi0.conversion.openpi_jax import as_tensor, openpi_jax_parts
+
+
+def from_openpi_jax(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Tensors by the names of `Pi0`, of leaves by '/'-joined path with their layers stacked."""
+    leaves = {path.removeprefix("params/").removesuffix("/value"): leaf for path, leaf in params.items()}
+    parts = openpi_jax_parts({path: leaf.shape for path, leaf in leaves.items()})
+    return {
+        name: as_tensor(part.cut(leaves[part.leaf] if part.layer is None else leaves[part.leaf][part.layer]))
+        for name, part in parts.items()
+    }
 
 
 def write_leaf(

@@ -7,7 +7,6 @@ Tensors stream through in pieces. The target appears when it is complete and pro
 import contextlib
 import hashlib
 import io
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +18,11 @@ from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, Checkpoint, load_weights
 from lerobot_pi0.checkpoints.golden_actions import fixed_input, write_certificate
 from lerobot_pi0.checkpoints.layouts import to_openpi
 from lerobot_pi0.conversion.flags import ConvertConfig
+from lerobot_pi0.conversion.output import unfinished_folder
 from lerobot_pi0.conversion.sources import IN_TREE, Policy, read_policy
 from lerobot_pi0.conversion.streaming import digest, write_safetensors
 from lerobot_pi0.conversion.targets import write_in_tree, write_openpi, write_ours
-from lerobot_pi0.errors import CommandError, OutputExistsError
+from lerobot_pi0.errors import CommandError
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 EXPERT_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
@@ -44,28 +44,15 @@ def convert(flags: ConvertConfig) -> str:
     Raises FileExistsError for a target that exists, CheckpointError or ValueError for a source that is
     damaged, of another family or lacks what the target needs, OSError for a tokenizer that cannot be had.
     """
-    target = flags.target
-    if target.exists():
-        raise OutputExistsError(f"{target} exists: give another TARGET, or delete it")
-    unfinished = target.with_name(f"{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a conversion that was interrupted
-    made = [folder for folder in unfinished.parents if not folder.exists()]
-    unfinished.mkdir(parents=True)
-    try:
-        policy = read_policy(flags, scratch=unfinished)
+    with unfinished_folder(flags.target, "TARGET") as folder:
+        policy = read_policy(flags, scratch=folder)
         write = {"lerobot_pi0": write_ours, "lerobot": write_in_tree, "openpi-pytorch": write_openpi}[
             flags.to
         ]
-        settings = write(policy, unfinished, flags)  # small files first: what is missing is told at once
-        digests = _write_weights(policy, unfinished, flags)
-        proof = _proof(policy, unfinished, digests, flags)
-        unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if not target.exists():
-            for folder in made:
-                folder.rmdir()
-    return "\n".join([f"{target}: {proof}", *settings])
+        summary = write(policy, folder, flags)  # small files first: errors come before the weights are read
+        digests = _write_weights(policy, folder, flags)
+        proof = _proof(policy, folder, digests, flags)
+    return "\n".join([f"{flags.target}: {proof}", *summary])
 
 
 def _write_weights(policy: Policy, folder: Path, flags: ConvertConfig) -> dict[str, str]:

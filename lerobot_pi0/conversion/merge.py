@@ -3,7 +3,6 @@
 Nothing else then needs PEFT, and sampling on a GPU no longer holds the folded weights beside the base's.
 """
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, WEIGHTS_FILE, find_checkpoint, load_weights
 from lerobot_pi0.configuration_pi0 import Pi0Config
-from lerobot_pi0.errors import CheckpointError, CommandError, OutputExistsError, UserError
+from lerobot_pi0.conversion.output import copy_processors, unfinished_folder
+from lerobot_pi0.errors import CheckpointError, CommandError, UserError
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.training.lora import fold, trains_in_full
 
@@ -53,25 +53,24 @@ def merge(adapter: str, output: Path) -> tuple[float, float]:
     Raises FileExistsError for an output that exists, CheckpointError where there are no adapters,
     RuntimeError when the actions differ.
     """
-    if output.exists():
-        raise OutputExistsError(f"{output} exists: give another --output, or delete it")
-    folder = find_checkpoint(adapter)
-    policy, device = _load(adapter, folder)
-    wanted = _chunk(policy)
-    policy.train()  # gives back what sampling keeps of the weights
-    config = replace(
-        policy.config, use_peft=False, base_fingerprint=None, pretrained_path=None, pretrained_revision=None
-    )
-    unfinished = output.with_name(f"{output.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a merge that was interrupted
-    try:
+    with unfinished_folder(output, "--output") as unfinished:
+        folder = find_checkpoint(adapter)
+        policy, device = _load(adapter, folder)
+        wanted = _chunk(policy)
+        policy.train()  # frees the sampler's copies of the weights
+        config = replace(
+            policy.config,
+            use_peft=False,
+            base_fingerprint=None,
+            pretrained_path=None,
+            pretrained_revision=None,
+        )
         merged = _folded(policy, config)
         del policy
         merged.config.device = device
         merged.save_pretrained(unfinished)
         del merged
-        for file in folder.glob("policy_p*processor*"):
-            shutil.copy(file, unfinished)
+        copy_processors(folder, unfinished)
         config.device = "cpu"
         found = _chunk(Pi0Policy.from_pretrained(unfinished, config=config))
         difference = (found - wanted).abs().max().item()
@@ -80,9 +79,6 @@ def merge(adapter: str, output: Path) -> tuple[float, float]:
                 f"the merged policy's actions differ from those of base and adapters by {difference:.1e}: "
                 "nothing was written. Please report this, with the adapter's config"
             )
-        unfinished.rename(output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return difference, wanted.abs().max().item()
 
 

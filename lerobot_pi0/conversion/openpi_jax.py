@@ -40,20 +40,6 @@ def openpi_jax_parts(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, JaxPart
     return parts
 
 
-def from_openpi_jax(params: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Tensors of an openpi JAX checkpoint (leaves by '/'-joined path, layers stacked), by the names of `Pi0`.
-
-    Raises CheckpointError for a leaf it does not know, LoRA leaves among them. `conversion.orbax` reads
-    openpi's files, and merges LoRA.
-    """
-    leaves = {path.removeprefix("params/").removesuffix("/value"): leaf for path, leaf in params.items()}
-    parts = openpi_jax_parts({path: leaf.shape for path, leaf in leaves.items()})
-    return {
-        name: as_tensor(part.cut(leaves[part.leaf] if part.layer is None else leaves[part.leaf][part.layer]))
-        for name, part in parts.items()
-    }
-
-
 def as_tensor(array: np.ndarray) -> Tensor:
     """The tensor of a numpy array; bfloat16 (of ml_dtypes) too, which torch does not take from numpy."""
     array = np.ascontiguousarray(array)

@@ -1,6 +1,5 @@
 """A π0 policy in whatever layout: its config, its statistics, and its tensors by our names, read later."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isqrt
@@ -15,11 +14,12 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import Checkpoint, check_fit, find_checkpoint
+from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json, read_steps
 from lerobot_pi0.configuration_pi0 import CAMERA_SLOTS, Pi0Config, Statistics
 from lerobot_pi0.conversion.orbax import PARAMS, OrbaxCheckpoint, find_params
 from lerobot_pi0.data.normalization import EPSILON, NEEDED, Prepared
 from lerobot_pi0.data.relative_actions import make_anchor_of
-from lerobot_pi0.data.statistics import read_statistics
+from lerobot_pi0.data.statistics import PREPROCESSOR, read_statistics, unnormalizer_differences
 from lerobot_pi0.errors import CheckpointError, MissingFileError, UserError
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
 
@@ -71,7 +71,7 @@ def read_policy(flags: "ConvertConfig", scratch: Path) -> Policy:
             return _read_transformers(folder, saved, checkpoint, meta, flags)
         case None, _:
             return _read_openpi_pytorch(folder, saved, checkpoint, meta, flags)
-    raise CheckpointError(f"'{flags.source}' is a policy of type '{saved['type']}', not π0")
+    raise CheckpointError(f"'{flags.source}' is a policy of type '{saved.get('type')}', not π0")
 
 
 def _refuse_flags(flags: "ConvertConfig") -> None:
@@ -127,6 +127,9 @@ def _read_in_tree(
             f"{folder} was trained with adapt_to_pi_aloha, which turned the joints of ALOHA into those of "
             "openpi's: LeRobot itself no longer does, and neither does this policy"
         )
+    needed = ("chunk_size", "n_action_steps", "tokenizer_max_length", "normalization_mapping")
+    if missing := [name for name in needed if name not in saved]:
+        raise CheckpointError(f"{folder / 'config.json'} has no {missing}: {COPY_AGAIN}")
     features = {
         name: PolicyFeature(FeatureType(of["type"]), tuple(of["shape"]))
         for name, of in {**saved.get("input_features", {}), **saved.get("output_features", {})}.items()
@@ -194,8 +197,11 @@ def _read_transformers(
     meta: dict[str, Tensor],
     flags: "ConvertConfig",
 ) -> Policy:
-    text, vision = saved["vlm_config"]["text_config"], saved["vlm_config"]["vision_config"]
-    heads = vision["num_attention_heads"], text["num_attention_heads"], text["num_key_value_heads"]
+    try:
+        text, vision = saved["vlm_config"]["text_config"], saved["vlm_config"]["vision_config"]
+        heads = vision["num_attention_heads"], text["num_attention_heads"], text["num_key_value_heads"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} has no {error}: {COPY_AGAIN}") from error
     dtype = flags.dtype or ("bfloat16" if saved.get("dtype") == "bfloat16" else "float32")
     chunk_size = saved.get("chunk_size", 50)
     return _read_openpi("transformers' π0", folder, tensors, meta, flags, chunk_size, dtype, heads)
@@ -332,12 +338,7 @@ def _network(config: Pi0Config) -> dict[str, Tensor]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged ({error}): copy or download it again") from error
+    return read_json(file) if file.is_file() else {}
 
 
 # Statistics.
@@ -383,12 +384,17 @@ def _statistics(folder: Path, config: Pi0Config, flags: "ConvertConfig", epsilon
     try:
         found = read_statistics(folder)
     except CheckpointError as error:
+        why = str(error) if (folder / PREPROCESSOR).is_file() else f"{folder} has no statistics"
         raise CheckpointError(
-            f"{folder} has no statistics: its state and actions are normalised by something that is not "
-            "in it. "
-            "--statistics=false makes a checkpoint without, to be fine-tuned"
+            f"{why}. --statistics=false converts without them; such a checkpoint has to be fine-tuned"
         ) from error
-    return _fitting(config, found, epsilon, str(folder))
+    statistics = _fitting(config, found, epsilon, str(folder))
+    if differences := unnormalizer_differences(folder):
+        raise CheckpointError(
+            f"{folder}: actions are not unnormalised as they were normalised: {'; '.join(differences)}. The "
+            f"processors' files are of different checkpoints, or damaged: {COPY_AGAIN}"
+        )
+    return statistics
 
 
 def _fitting(config: Pi0Config, found: Statistics, epsilon: float, source: str) -> Prepared:
@@ -460,6 +466,6 @@ def is_absolute(names: list[str] | None, dimension: int, words: list[str]) -> bo
 
 
 def _rename_map(folder: Path) -> dict[str, str]:
-    steps = _read_json(folder / "policy_preprocessor.json").get("steps", [])
-    maps = [step["config"]["rename_map"] for step in steps if "rename_map" in step.get("config", {})]
-    return maps[0] if maps else {}
+    file = folder / PREPROCESSOR
+    steps = read_steps(file) if file.is_file() else []
+    return next((step["config"]["rename_map"] for step in steps if "rename_map" in step["config"]), {})

@@ -1,8 +1,7 @@
 """A π0 policy's files in another layout, all but its weights."""
 
 import json
-import shutil
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -10,6 +9,7 @@ from lerobot.configs import NormalizationMode, PolicyFeature
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.conversion.output import copy_processors
 from lerobot_pi0.conversion.sources import OURS, Policy, is_absolute
 from lerobot_pi0.data.normalization import EPSILON, Prepared
 from lerobot_pi0.errors import UnavailableError, UserError
@@ -29,11 +29,10 @@ VISION, VOCABULARY = SiglipConfig(), GemmaConfig().vocab_size  # and those that 
 
 
 def write_ours(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[str]:
-    """Config, processors, tokenizer; what is set is told."""
+    """Write config, processors and tokenizer; returns what was set, as sentences."""
     config = policy.config
     if policy.layout == OURS:
-        for file in policy.folder.glob("policy_p*processor*"):
-            shutil.copy(file, folder)
+        copy_processors(policy.folder, folder)
     else:
         try:
             load_tokenizer(config.tokenizer)
@@ -51,7 +50,7 @@ def write_ours(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[str
         post.save_pretrained(folder)
         config.base_checkpoint = flags.source
     config._save_pretrained(folder)
-    return _told(policy)
+    return _summary(policy)
 
 
 def write_in_tree(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[str]:
@@ -119,12 +118,12 @@ def write_in_tree(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[
     ]
     for pipeline in make_policy_processor_pipelines(first, last):
         pipeline.save_pretrained(folder)
-    return _told(policy)
+    return _summary(policy)
 
 
 def write_openpi(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[str]:
-    """openpi's config and statistics; the rest is in openpi's code, and told."""
-    config, told = policy.config, _told(policy)
+    """openpi's config and statistics; the rest is in openpi's code and is reported."""
+    config, summary = policy.config, _summary(policy)
     paligemma, expert = _variants(config)
     saved = {
         "action_dim": config.max_action_dim,
@@ -136,19 +135,23 @@ def write_openpi(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[s
     (folder / "config.json").write_text(json.dumps(saved, indent=2))
     if policy.statistics is not None:
         asset_id = flags.asset_id or "lerobot"
+        if (path := PurePath(asset_id)).is_absolute() or ".." in path.parts:
+            raise UserError(f"--asset_id={asset_id} leads out of TARGET/assets: give a plain name")
         file = folder / "assets" / asset_id / "norm_stats.json"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps({"norm_stats": _openpi_norm_stats(config, policy.statistics)}, indent=2))
-        told.append(f"openpi's train config must name these statistics: AssetsConfig(asset_id={asset_id!r}).")
+        summary.append(
+            f"openpi's train config must name these statistics: AssetsConfig(asset_id={asset_id!r})."
+        )
     if config.anchor is not None:
         size = cast(PolicyFeature, config.action_feature).shape[0]
         joints = _anchored(config)
         mask = ["True" if i in joints else "False" for i in range(size)]
-        told.append(
+        summary.append(
             f"Actions are relative: openpi needs DeltaActions and AbsoluteActions with the mask "
             f"({', '.join(mask)})."
         )
-    return told
+    return summary
 
 
 def _variants(config: Pi0Config) -> tuple[str, str]:
@@ -217,7 +220,7 @@ def _openpi_norm_stats(config: Pi0Config, statistics: Prepared) -> dict[str, Any
     return found
 
 
-def _told(policy: Policy) -> list[str]:
+def _summary(policy: Policy) -> list[str]:
     """What a person should look at, since it came from flags or defaults."""
     config = policy.config
     state, action = (

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from lerobot.configs import NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
-from safetensors import safe_open
 
 from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, find_checkpoint
+from lerobot_pi0.checkpoints.reading import COPY_AGAIN, open_safetensors, read_json, read_state, read_steps
 from lerobot_pi0.configuration_pi0 import (
     Pi0Config,
     Statistics,
@@ -33,6 +33,8 @@ from lerobot_pi0.data.relative_actions import relative_action_statistics, relati
 from lerobot_pi0.errors import CheckpointError, UserError
 
 logger = logging.getLogger(__name__)
+
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 
 
 def prepare_statistics(
@@ -83,13 +85,8 @@ def read_statistics(checkpoint: str | Path, revision: str | None = None) -> Stat
     `assets/*/norm_stats.json`; the buffers of LeRobot up to 0.3. Raises CheckpointError when there are none.
     """
     folder = find_checkpoint(checkpoint, revision=revision)
-    pipeline = folder / "policy_preprocessor.json"
-    if pipeline.is_file():
-        for step in json.loads(pipeline.read_text())["steps"]:
-            if step.get("registry_name") == "normalizer_processor" and step.get("state_file"):
-                with safe_open(folder / step["state_file"], framework="np") as file:
-                    found = _nested({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
-                return Prepared(found) if step["config"].get("eps") == 0 else found
+    if (found := processor_statistics(folder, PREPROCESSOR, "normalizer_processor")) is not None:
+        return found
     assets = sorted(folder.glob("assets/**/norm_stats.json"))
     if len(assets) > 1:
         raise CheckpointError(
@@ -98,13 +95,15 @@ def read_statistics(checkpoint: str | Path, revision: str | None = None) -> Stat
             "assets/, or train with --policy.statistics=dataset"
         )
     if assets:
-        stats = json.loads(assets[0].read_text())["norm_stats"]
+        stats = read_json(assets[0]).get("norm_stats")
         keys = {"state": "observation.state", "actions": "action"}
+        if not isinstance(stats, dict) or not all(isinstance(stats.get(name, {}), dict) for name in keys):
+            raise CheckpointError(f"{assets[0]} has no 'norm_stats' of state and actions: {COPY_AGAIN}")
         return {
             keys[name]: {k: np.array(v) for k, v in of.items()} for name, of in stats.items() if name in keys
         }
     if (folder / WEIGHTS_FILE).is_file():
-        with safe_open(folder / WEIGHTS_FILE, framework="np") as file:
+        with open_safetensors(folder / WEIGHTS_FILE, "np") as file:
             buffers = {
                 name.split(".buffer_", 1)[1].replace(
                     "observation_state", "observation.state"
@@ -118,6 +117,49 @@ def read_statistics(checkpoint: str | Path, revision: str | None = None) -> Stat
         f"'{checkpoint}' carries no normalisation statistics (no policy_preprocessor.json with a normalizer, "
         "no assets/*/norm_stats.json): train with --policy.statistics=dataset"
     )
+
+
+def processor_statistics(folder: Path, pipeline: str, step_name: str) -> Statistics | None:
+    """The statistics of a step of LeRobot's processors; None where there is no such step, or no state."""
+    step = _processor_step(folder, pipeline, step_name)
+    found = _nested(read_state(folder, step))
+    return Prepared(found) if found and step["config"].get("eps") == 0 else found or None
+
+
+def unnormalizer_differences(folder: Path) -> list[str]:
+    """How a checkpoint's unnormalizer is not the inverse of its normalizer, in words; empty if it is.
+
+    Compares mode, epsilon and statistics of the action.
+    """
+    before = _processor_step(folder, PREPROCESSOR, "normalizer_processor")
+    after = _processor_step(folder, POSTPROCESSOR, "unnormalizer_processor")
+    one, other = (_nested(read_state(folder, step)).get(ACTION, {}) for step in (before, after))
+    if not one:
+        return []
+    if not other:
+        return [f"{POSTPROCESSOR} has no statistics of the action"]
+    found = []
+    for name in ("eps", "norm_map"):
+        values = [step["config"].get(name) for step in (before, after)]
+        if name == "norm_map":
+            values = [value.get("ACTION") if isinstance(value, dict) else None for value in values]
+        if values[0] != values[1]:
+            found.append(f"{name} is {values[0]} in the normalizer, {values[1]} in the unnormalizer")
+    for name, value in one.items():
+        if name not in other:
+            found.append(f"the unnormalizer has no action.{name}")
+        elif value.shape != other[name].shape or not np.allclose(
+            value, other[name], rtol=1e-4, equal_nan=True
+        ):
+            start = np.ravel(value)[:3], np.ravel(other[name])[:3]
+            found.append(f"action.{name} is {start[0]} in the normalizer, {start[1]} in the unnormalizer")
+    return found
+
+
+def _processor_step(folder: Path, pipeline: str, name: str) -> dict[str, Any]:
+    """A step as the pipeline's JSON file has it; without settings and state where there is none."""
+    steps = read_steps(folder / pipeline) if (folder / pipeline).is_file() else []
+    return next((step for step in steps if step.get("registry_name") == name), {"config": {}})
 
 
 def check_statistics(config: Pi0Config, statistics: Statistics, source: str) -> None:
@@ -158,7 +200,7 @@ def check_statistics(config: Pi0Config, statistics: Statistics, source: str) -> 
 def _check_kind(config: Pi0Config, checkpoint: str | Path, revision: str | None) -> None:
     """Raises ValueError when a checkpoint's statistics are known to be of other actions than the config's."""
     file = find_checkpoint(checkpoint, revision=revision) / "config.json"
-    saved = json.loads(file.read_text()) if file.is_file() else {}
+    saved = read_json(file) if file.is_file() else {}
     wanted = [action for action, _ in relative_joints(config)] if config.relative_actions else []
     if saved.get("type") == "lerobot_pi0":
         same = wanted == (saved.get("anchor") or {"actions": []})["actions"]
@@ -228,6 +270,6 @@ def _nested(flat: dict[str, np.ndarray]) -> Statistics:
     """{"action.mean": …} → {"action": {"mean": …}}."""
     nested: Statistics = {}
     for name, value in flat.items():
-        key, statistic = name.rsplit(".", 1)
+        key, _, statistic = name.rpartition(".")
         nested.setdefault(key, {})[statistic] = value
     return nested

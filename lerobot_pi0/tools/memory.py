@@ -37,7 +37,7 @@ MOMENTS = 2 * FLOAT32  # AdamW's, per trained parameter
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryEstimate:
     """Bytes and operations of a training run, without what libraries and the allocator add.
 
     `growth` is (moments, 2): bytes that a step holds beyond what is held between steps, at each moment of it,
@@ -82,7 +82,9 @@ class Footprint:
         return self.held + self.step(batch_size)
 
 
-def footprint(config: Pi0Config, peft: PeftConfig | None = None, device: Device = "gpu") -> Footprint:
+def estimate_memory(
+    config: Pi0Config, peft: PeftConfig | None = None, device: Device = "gpu"
+) -> MemoryEstimate:
     """The footprint of LeRobot's training with this policy (validated features), or with adapters on it.
 
     Prompts are as long as they may be. On a CPU weights are taken to be mapped from a bfloat16 file, so that
@@ -99,7 +101,7 @@ def footprint(config: Pi0Config, peft: PeftConfig | None = None, device: Device 
     line = np.array(two.line), np.array(three.line)
     slope = line[1] - line[0]
     in_memory = (p for p in parameters if device == "gpu" or p.requires_grad or _key(p) in two.read)
-    return Footprint(
+    return MemoryEstimate(
         trained=trained,
         total=sum(p.numel() for p in parameters),
         weights=sum(_nbytes(p) for p in in_memory),
@@ -110,7 +112,7 @@ def footprint(config: Pi0Config, peft: PeftConfig | None = None, device: Device 
     )
 
 
-class Ledger(TorchDispatchMode):
+class AllocationTracker(TorchDispatchMode):
     """Notes what tensors made while it is on take, until they are gone; storages of `known` ones are not new.
 
     `line` is the number of bytes that live after each new tensor; `read` the known storages that any
@@ -195,9 +197,9 @@ def _skeleton(config: Pi0Config, peft: PeftConfig | None) -> Pi0Policy:
     return policy
 
 
-def _run_step(policy: Pi0Policy, batch_size: int, device: Device) -> Ledger:
+def _run_step(policy: Pi0Policy, batch_size: int, device: Device) -> AllocationTracker:
     """Forward and backward, the batch included; gradients stay, and are no part of what is held before."""
-    ledger = Ledger(policy.parameters())
+    ledger = AllocationTracker(policy.parameters())
     # What garbage collection frees at some moment would be in the line of one batch size alone.
     gc.collect()
     gc.disable()

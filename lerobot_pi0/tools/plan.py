@@ -20,7 +20,7 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import MissingFileError, UserError
 from lerobot_pi0.inputs.dataset import DatasetSource, fit_to, read_dataset
-from lerobot_pi0.tools.memory import Footprint, footprint
+from lerobot_pi0.tools.memory import MemoryEstimate, estimate_memory
 
 GIGABYTE = 10**9  # cards sold as 24 GB have from 23.6e9 (with error correction) to 25.8e9 bytes
 
@@ -84,7 +84,7 @@ class Row:
     checkpointing: bool
     arguments: tuple[str, ...]  # for lerobot-train, without batch size and steps
     train: TrainPipelineConfig
-    footprint: Footprint
+    memory: MemoryEstimate
 
     @property
     def name(self) -> str:
@@ -94,12 +94,12 @@ class Row:
 
     def needs(self, batch_size: int) -> float:
         """Bytes on a GPU, allowances included."""
-        return self.footprint.held + (1 + FRAGMENTATION) * self.footprint.step(batch_size) + CONTEXT
+        return self.memory.held + (1 + FRAGMENTATION) * self.memory.step(batch_size) + CONTEXT
 
     def largest_batch(self, memory: float) -> int:
         """The largest batch that fits into so many bytes; 0 if none does."""
-        fixed, per_sample = self.footprint.growth.T
-        free = (memory - CONTEXT - self.footprint.held) / (1 + FRAGMENTATION)
+        fixed, per_sample = self.memory.growth.T
+        free = (memory - CONTEXT - self.memory.held) / (1 + FRAGMENTATION)
         if (fixed + per_sample).max() > free:
             return 0
         grows = per_sample > 0
@@ -173,11 +173,11 @@ def make_rows(config: PlanConfig, dataset: LeRobotDatasetMetadata) -> list[Row]:
         policy.cameras = policy.cameras or cameras  # or each would tell how it assigned them
         fit_to(policy, dataset)
         cameras = policy.cameras
-        rows.append(Row(recipe, checkpointing, tuple(arguments), train, footprint(policy, train.peft)))
+        rows.append(Row(recipe, checkpointing, tuple(arguments), train, estimate_memory(policy, train.peft)))
     return rows
 
 
-def on_cpu(needs: Footprint, batch_size: int) -> float:
+def on_cpu(needs: MemoryEstimate, batch_size: int) -> float:
     """Bytes of a process that trains on a CPU, allowances included, for a footprint of that device."""
     return needs.held + (1 + HEAP) * needs.step(batch_size) + PROCESS
 
@@ -214,7 +214,7 @@ def _table(rows: list[Row], gpu_memory: float) -> str:
     head = ["recipe", "trains", "weights", "AdamW", "average", "gradients"]
     lines = [[*head, *(f"batch {b}" for b in batch_sizes), "largest"]]
     for row in rows:
-        of = row.footprint
+        of = row.memory
         parts = [_gigabytes(n) for n in (of.weights, of.optimizer, of.average, of.gradients)]
         fits = [f"{_gigabytes(row.needs(b))}{' ' if _fits(row, b, gpu_memory) else '*'}" for b in batch_sizes]
         largest = row.largest_batch(gpu_memory * GIGABYTE) or "-"
@@ -234,11 +234,11 @@ def _table(rows: list[Row], gpu_memory: float) -> str:
 
 
 def _advice(row: Row, dataset: LeRobotDatasetMetadata, memory: float) -> str:
-    policy, needs = cast(Pi0Config, row.train.policy), row.footprint
+    policy, needs = cast(Pi0Config, row.train.policy), row.memory
     plan = Schedule.of(dataset.total_frames, min(row.largest_batch(memory), BATCH_SIZE))
     takes = row.needs(plan.batch_size)
     warmup = round(policy.scheduler_warmup_steps * plan.steps / policy.scheduler_decay_steps)
-    without_gpu = on_cpu(footprint(policy, row.train.peft, "cpu"), 1)
+    without_gpu = on_cpu(estimate_memory(policy, row.train.peft, "cpu"), 1)
     times = [
         f"{name} {_duration(plan.steps * plan.batch_size * needs.flops / (UTILISATION * tflops * 1e12))}"
         for name, (gigabytes, tflops) in GPUS.items()

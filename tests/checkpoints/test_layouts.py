@@ -8,6 +8,7 @@ import pytest
 import torch
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as InTreeConfig
 from lerobot.policies.pi0.modeling_pi0 import PI0Pytorch
+from openpi_jax import from_openpi_jax
 from tiny_policy import EXPERT, VISION, VLM, tiny_network
 from torch import Tensor
 from transformers import PI0Config as NativeConfig
@@ -17,7 +18,6 @@ from lerobot_pi0.checkpoints.files import Checkpoint, load_weights
 from lerobot_pi0.checkpoints.layouts import from_published, to_openpi
 from lerobot_pi0.conversion.convert import convert
 from lerobot_pi0.conversion.flags import ConvertConfig
-from lerobot_pi0.conversion.openpi_jax import from_openpi_jax
 from lerobot_pi0.errors import CheckpointError
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
 from lerobot_pi0.modeling_pi0 import Pi0Policy

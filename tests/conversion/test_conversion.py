@@ -20,10 +20,11 @@ from lerobot_pi0.checkpoints.files import Checkpoint
 from lerobot_pi0.checkpoints.golden_actions import write_certificate
 from lerobot_pi0.checkpoints.layouts import to_openpi
 from lerobot_pi0.conversion import convert, targets
+from lerobot_pi0.conversion.merge import merge
 from lerobot_pi0.data.normalization import Prepared
 from lerobot_pi0.data.relative_actions import make_anchor
 from lerobot_pi0.data.statistics import read_statistics
-from lerobot_pi0.errors import CheckpointError
+from lerobot_pi0.errors import CheckpointError, OutputExistsError, UserError
 from lerobot_pi0.model import SiglipConfig
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
@@ -251,6 +252,25 @@ def lose_statistics(folder: Path) -> None:
         file.unlink()
 
 
+def unnormalizer(folder: Path) -> Path:
+    (file,) = folder.glob("policy_postprocessor_step_*_unnormalizer_processor.safetensors")
+    return file
+
+
+def unnormalise_otherwise(folder: Path) -> None:
+    file = unnormalizer(folder)
+    save_file(load_file(file) | {"action.std": 2 * load_file(file)["action.std"]}, file)
+
+
+def lose_the_postprocessor(folder: Path) -> None:
+    (folder / "policy_postprocessor.json").unlink()
+
+
+def unnormalise_by_another_mode(folder: Path) -> None:
+    file = folder / "policy_postprocessor.json"
+    file.write_text(file.read_text().replace('"MEAN_STD"', '"MIN_MAX"'))
+
+
 def have_another_robots_statistics(folder: Path) -> None:
     (file,) = folder.glob("policy_preprocessor_step_*_normalizer_processor.safetensors")
     save_file({name: torch.ones(9) for name in load_file(file)}, file)
@@ -264,6 +284,12 @@ def have_another_robots_statistics(folder: Path) -> None:
         (be_smolvla, "this is a SmolVLA checkpoint"),
         (be_another_type, "a policy of type 'act', not π0"),
         (lose_statistics, "has no statistics.*--statistics=false"),
+        (lambda folder: unnormalizer(folder).write_bytes(b""), "unnormalizer_processor.* damaged or cut off"),
+        (unnormalise_otherwise, r"not unnormalised as they were normalised: action.std is"),
+        (unnormalise_by_another_mode, "norm_map is MEAN_STD in the normalizer, MIN_MAX in the unnormalizer"),
+        (lose_the_postprocessor, "policy_postprocessor.json has no statistics of the action"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json holds list, expected"),
+        (lambda folder: (folder / "policy_preprocessor.json").write_text("{}"), "has no list of 'steps'"),
         (have_another_robots_statistics, r"statistics of \[9\] dimensions.*the robot has 5"),
     ],
 )
@@ -273,6 +299,43 @@ def test_damaged_source_says_why_and_leaves_nothing(damage, message, in_tree, tm
     with pytest.raises((CheckpointError, ValueError), match=message):
         run(source, tmp_path / "some" / "folders" / "target", **BACK)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_a_folder_that_was_there_before_is_neither_used_nor_deleted(ours, tmp_path):
+    precious = tmp_path / "target.unfinished" / "precious"
+    precious.parent.mkdir()
+    precious.write_text("data")
+    with pytest.raises(OutputExistsError, match=r"target.unfinished exists.*move or delete it"):
+        run(ours, tmp_path / "target")
+    with pytest.raises(OutputExistsError, match=r"target.unfinished exists.*choose another --output"):
+        merge(str(ours), tmp_path / "target")
+    assert precious.read_text() == "data"
+
+
+@pytest.mark.parametrize("asset_id", ["../../x", "a/../../../x", "/tmp/x"])
+def test_statistics_are_written_inside_the_target(asset_id, ours, tmp_path):
+    with pytest.raises(UserError, match=r"--asset_id=.* leads out of TARGET/assets"):
+        run(ours, tmp_path / "some" / "target", to="openpi-pytorch", asset_id=asset_id)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_out_of_the_source_is_not_copied(ours, tmp_path):
+    source = copy(ours, tmp_path / "source")
+    (tmp_path / "secret").write_text("secret")
+    (source / "policy_preprocessor_step_9.safetensors").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="outside of the checkpoint"):
+        run(source, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_links_within_a_snapshot_of_the_hub_are_followed(ours, tmp_path):
+    copy(ours, tmp_path / "blobs")
+    source = tmp_path / "snapshots" / "abc"
+    source.mkdir(parents=True)
+    for file in (tmp_path / "blobs").iterdir():
+        (source / file.name).symlink_to(file)
+    run(source, tmp_path / "target")
+    assert not any(file.is_symlink() for file in (tmp_path / "target").iterdir())
 
 
 def test_flags_about_what_a_policy_says_itself_are_refused(ours, tmp_path):

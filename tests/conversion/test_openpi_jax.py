@@ -11,15 +11,14 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
-from openpi_jax import write_checkpoint, write_statistics
+from openpi_jax import from_openpi_jax, write_checkpoint, write_statistics
 from small_policies import run
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
 
-from lerobot_pi0.checkpoints import layouts as weights
+from lerobot_pi0.checkpoints import files as checkpoint_files
 from lerobot_pi0.conversion import orbax
-from lerobot_pi0.conversion.openpi_jax import from_openpi_jax
 from lerobot_pi0.conversion.orbax import OrbaxCheckpoint
 from lerobot_pi0.model import Observation, pi0
 from lerobot_pi0.modeling_pi0 import Pi0Policy
@@ -294,7 +293,7 @@ def test_a_repository_on_the_hub(tmp_path, monkeypatch):
             shutil.copy(PLAIN / name, tmp_path / "hub" / name)
         return str(tmp_path / "hub")
 
-    monkeypatch.setattr(weights, "snapshot_download", download)
+    monkeypatch.setattr(checkpoint_files, "snapshot_download", download)
     run(Path("me/openpi"), tmp_path / "target", statistics=False, **FLAGS)
     assert (tmp_path / "target" / "model.safetensors").is_file()
 

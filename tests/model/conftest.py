@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from openpi_jax import from_openpi_jax
 from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import load_weights
-from lerobot_pi0.conversion.openpi_jax import from_openpi_jax
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, SiglipConfig, pi0
 
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -6,9 +6,9 @@ and with openpi's stored embedding, which holds the rest of the network to float
 
 import pytest
 import torch
+from openpi_jax import from_openpi_jax
 from torch import Tensor
 
-from lerobot_pi0.conversion.openpi_jax import from_openpi_jax
 from lerobot_pi0.model import flow, gemma
 
 END_TO_END = 3e-4

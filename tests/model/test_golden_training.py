@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from lerobot.optim import AdamWConfig
+from openpi_jax import from_openpi_jax
 
 from lerobot_pi0 import Pi0Config
-from lerobot_pi0.conversion.openpi_jax import from_openpi_jax
 from lerobot_pi0.training.schedule import CosineAfterWarmupConfig
 
 # Cancels in the softmax: its gradient is rounding, which Adam scales up to steps.

@@ -38,9 +38,9 @@ from lerobot_pi0.tools.doctor import behaviour, cameras, command, joints, machin
 from lerobot_pi0.tools.doctor.checks import CHECKS, Answer, examine
 from lerobot_pi0.tools.doctor.command import DoctorConfig
 from lerobot_pi0.tools.doctor.finding import Severity
+from lerobot_pi0.tools.doctor.inputs import Inputs
 from lerobot_pi0.tools.doctor.page import page
-from lerobot_pi0.tools.doctor.subject import Subject
-from lerobot_pi0.tools.memory import Footprint, footprint
+from lerobot_pi0.tools.memory import MemoryEstimate, estimate_memory
 from lerobot_pi0.tools.pairing import FRAMES
 
 pytestmark = pytest.mark.slow
@@ -63,13 +63,13 @@ class Case:
     checkpoint: Path
     robot: Robot | None = None
 
-    def examine(self, policy: bool = True, dataset: bool = True) -> tuple[Subject, list[Answer]]:
-        subject = Subject(
+    def examine(self, policy: bool = True, dataset: bool = True) -> tuple[Inputs, list[Answer]]:
+        inputs = Inputs(
             PolicyFlags(str(self.checkpoint)) if policy else None,
             DatasetFlags("local/arm", self.dataset) if dataset else None,
             self.robot,
         )
-        return subject, examine(subject)
+        return inputs, examine(inputs)
 
 
 def camera(height: int = HEIGHT, fps: int = FPS) -> OpenCVCameraConfig:
@@ -198,17 +198,17 @@ def case(healthy, tmp_path) -> Case:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def footprint_counted_once():
+def memory_estimated_once():
     """All of these policies have the same size, and counting takes as long as all other checks."""
     with pytest.MonkeyPatch.context() as patch:
-        counted: list[Footprint] = []
+        counted: list[MemoryEstimate] = []
 
-        def count(config: Pi0Config, device: Any) -> Footprint:
+        def count(config: Pi0Config, device: Any) -> MemoryEstimate:
             if not counted:
-                counted.append(footprint(config, device=device))
+                counted.append(estimate_memory(config, device=device))
             return counted[0]
 
-        patch.setattr(machine, "footprint", count)
+        patch.setattr(machine, "estimate_memory", count)
         yield
 
 
@@ -582,7 +582,7 @@ def instructions_that_were_never_trained(case):
     tasks(case, ["Reach to the left", "Go right"])
 
 
-@fault("policy.loss_is_below_blind")
+@fault("policy.loss_is_below_baseline")
 def hardly_trained(case):
     random_weights(case)
     weights(case, lambda tensors: [t.add_(1e-3) for name, t in tensors.items() if "norm.weight" in name])
@@ -592,9 +592,9 @@ def hardly_trained(case):
 def test_a_planted_fault_is_named_first(case, name):
     check, damage = FAULTS[name]
     damage(case)
-    subject, answers = case.examine()
+    inputs, answers = case.examine()
     first = answers[0]
-    assert first.check.name == check, page(subject, answers)
+    assert first.check.name == check, page(inputs, answers)
     assert first.finding.severity in (Severity.ERROR, Severity.WARNING)
     assert first.finding.evidence
     assert first.finding.cure
@@ -606,8 +606,8 @@ def test_a_planted_fault_is_named_first(case, name):
 )
 def test_what_is_healthy_gets_a_clean_page(healthy, policy, dataset, robot):
     case = Case(healthy.dataset, healthy.checkpoint, arm() if robot else None)
-    subject, answers = case.examine(policy, dataset)
-    assert {answer.finding.severity for answer in answers} == {Severity.FINE}, page(subject, answers)
+    inputs, answers = case.examine(policy, dataset)
+    assert {answer.finding.severity for answer in answers} == {Severity.FINE}, page(inputs, answers)
 
 
 def test_only_joints_in_their_places_may_be_called_otherwise(case):
@@ -625,19 +625,19 @@ def test_only_joints_in_their_places_may_be_called_otherwise(case):
 
 @pytest.mark.parametrize("does", ["nothing", "the same everywhere"])
 def test_a_policy_that_does_not_move_is_named(healthy, does):
-    subject = Subject(PolicyFlags(str(healthy.checkpoint)), DatasetFlags("local/arm", healthy.dataset), None)
-    chunk, average = subject.trial.demonstrated, subject.columns.action.mean(0)
-    still = subject.trial.state[:, None] if does == "nothing" else average
-    subject.__dict__["trial"] = replace(subject.trial, predicted=np.broadcast_to(still, chunk.shape))
-    answers = examine(subject)
-    assert answers[0].check.name == "policy.actions_move", page(subject, answers)
+    inputs = Inputs(PolicyFlags(str(healthy.checkpoint)), DatasetFlags("local/arm", healthy.dataset), None)
+    chunk, average = inputs.trial.demonstrated, inputs.columns.action.mean(0)
+    still = inputs.trial.state[:, None] if does == "nothing" else average
+    inputs.__dict__["trial"] = replace(inputs.trial, predicted=np.broadcast_to(still, chunk.shape))
+    answers = examine(inputs)
+    assert answers[0].check.name == "policy.actions_move", page(inputs, answers)
 
 
-def subject_of(case: Case, **given: Any) -> Subject:
-    """A case's subject, some parts of which are given instead of read."""
-    subject = Subject(PolicyFlags(str(case.checkpoint)), DatasetFlags("local/arm", case.dataset), None)
-    subject.__dict__.update(given)
-    return subject
+def subject_of(case: Case, **given: Any) -> Inputs:
+    """A case's inputs, some parts of which are given instead of read."""
+    inputs = Inputs(PolicyFlags(str(case.checkpoint)), DatasetFlags("local/arm", case.dataset), None)
+    inputs.__dict__.update(given)
+    return inputs
 
 
 def test_a_joint_that_moves_in_one_of_two_tasks_moves(healthy):
@@ -666,9 +666,9 @@ def test_relative_joints_need_no_names(healthy):
         action_feature_names=None,
         state_feature_names=None,
     )
-    subject = subject_of(healthy, checkpoint=(config, healthy.checkpoint))
-    (found,) = scales.policy_has_the_datas_statistics(subject)
-    relative = subject.columns.action[0, 0] - subject.columns.state[0, 0]
+    inputs = subject_of(healthy, checkpoint=(config, healthy.checkpoint))
+    (found,) = scales.policy_has_the_datas_statistics(inputs)
+    relative = inputs.columns.action[0, 0] - inputs.columns.state[0, 0]
     assert abs(relative) < 1
     assert "shoulder.pos: " in found.evidence, "absolute statistics, and the data's are relative"
 
@@ -741,32 +741,32 @@ def test_steps_beyond_an_episodes_end_are_not_judged(healthy):
     chunks[:, -3:] = 1e3
     real[:, -3:] = False
     for judged, findings in ((trial.real, 1), (real, 0)):
-        subject = subject_of(healthy, trial=replace(trial, predicted=chunks, real=judged))
-        assert len(list(behaviour.actions_stay_in_range(subject))) == findings
+        inputs = subject_of(healthy, trial=replace(trial, predicted=chunks, real=judged))
+        assert len(list(behaviour.actions_stay_in_range(inputs))) == findings
 
 
 def test_symptoms_come_after_their_cause(case):
     weights(case, lambda tensors: tensors["model.action_out_proj.weight"].mul_(-3))
-    subject, answers = case.examine()
+    inputs, answers = case.examine()
     found = {answer.check.name for answer in answers if answer.finding.severity is not Severity.FINE}
-    symptoms = {"policy.loss_is_below_blind", "policy.actions_stay_in_range"}
-    assert found >= symptoms | {"policy.actions_are_those_demonstrated"}, page(subject, answers)
+    symptoms = {"policy.loss_is_below_baseline", "policy.actions_stay_in_range"}
+    assert found >= symptoms | {"policy.actions_are_those_demonstrated"}, page(inputs, answers)
     one_instruction_in_two_spellings(case)  # a warning
-    subject, answers = case.examine()
-    assert answers[0].check.name == "prompts.prompts_say_something", page(subject, answers)
+    inputs, answers = case.examine()
+    assert answers[0].check.name == "prompts.prompts_say_something", page(inputs, answers)
     assert answers[0].finding.severity is Severity.WARNING
 
 
 def test_a_new_policy_on_short_episodes_or_wide_pictures(case, tmp_path):
     short = Case(record(tmp_path / "short", episodes=2, length=30), case.checkpoint)
-    subject, answers = short.examine(policy=False)
-    assert answers[0].check.name == "time.chunks_fit_episodes", page(subject, answers)
+    inputs, answers = short.examine(policy=False)
+    assert answers[0].check.name == "time.chunks_fit_episodes", page(inputs, answers)
     flags = re.findall(r"--policy\.(\w+)=(\d+)", answers[0].finding.cure)
     settings: Any = {name: int(value) for name, value in flags}
     Pi0Config(device="cpu", **settings)  # which takes them together
     pictures(case, lambda images: images.update({key: frames[:, :20] for key, frames in images.items()}))
-    subject, answers = case.examine(policy=False)
-    assert answers[0].check.name == "cameras.squares_are_used", page(subject, answers)
+    inputs, answers = case.examine(policy=False)
+    assert answers[0].check.name == "cameras.squares_are_used", page(inputs, answers)
 
 
 def test_every_check_has_a_fault():

@@ -24,16 +24,16 @@ from lerobot_pi0.inputs.dataset import DatasetSource, read_dataset
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.tools import plan as planning
-from lerobot_pi0.tools.memory import Footprint, Ledger, footprint
+from lerobot_pi0.tools.memory import AllocationTracker, MemoryEstimate, estimate_memory
 from lerobot_pi0.tools.plan import GIGABYTE, PlanConfig, Row, Schedule, choose
 
 LORA = PeftConfig()
 
 
-def planned(peft: PeftConfig | None = None, device: Any = "cpu", **changes: Any) -> Footprint:
+def planned(peft: PeftConfig | None = None, device: Any = "cpu", **changes: Any) -> MemoryEstimate:
     config = tiny_config(pretrained_path="lerobot/pi0_base", **changes)
     config.validate_features()
-    return footprint(config, peft, device)
+    return estimate_memory(config, peft, device)
 
 
 def real(config: Pi0Config, peft: PeftConfig | None = None) -> tuple[Pi0Policy, torch.optim.Optimizer]:
@@ -67,7 +67,7 @@ def test_the_peak_of_real_steps_is_what_was_computed_without_values(peft, change
     length = given["observation.language.tokens"].shape[1]
     changes = {"dtype": dtype, "tokenizer_max_length": length, "augmentation": False, **changes}
     config = tiny_config(pretrained_path="lerobot/pi0_base", **changes)
-    ledger = Ledger(())
+    ledger = AllocationTracker(())
     with ledger:
         policy, optimizer = real(config, peft)
         for _ in range(2):
@@ -100,7 +100,7 @@ def test_what_lives_after_forward_is_what_torch_saved_for_the_backward_pass():
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    ledger = Ledger(policy.parameters())
+    ledger = AllocationTracker(policy.parameters())
     with ledger, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss, _ = policy.forward(given)
     assert loss.requires_grad
@@ -129,7 +129,7 @@ def test_resident_memory_grows_in_a_step_by_what_was_computed():
     step()
     measured = peak_growth(step)
     assert measured is not None
-    computed = footprint(config, device="cpu").step(3)
+    computed = estimate_memory(config, device="cpu").step(3)
     # Above it are holes in the C library's heap, which depend on what ran before in this process.
     assert 0.9 * computed < measured < 1.6 * computed
 
@@ -264,7 +264,7 @@ def test_the_command_of_each_recipe_trains_what_it_says(monkeypatch, capsys, dat
 def row(recipe: Any, fixed: float, per_sample: float, checkpointing: bool = False) -> Row:
     """A recipe that takes so many bytes for a step."""
     growth = np.array([[fixed, per_sample]])
-    made = Footprint(1, 1, 0, 0, False, growth, 1)
+    made = MemoryEstimate(1, 1, 0, 0, False, growth, 1)
     return Row(recipe, checkpointing, (), cast(Any, None), made)
 
 

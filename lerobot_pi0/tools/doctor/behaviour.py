@@ -6,7 +6,7 @@ import numpy as np
 
 from lerobot_pi0.data.normalization import NEARLY_CONSTANT
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
-from lerobot_pi0.tools.doctor.subject import Subject, Trial
+from lerobot_pi0.tools.doctor.inputs import Inputs, Trial
 
 MARGIN = 0.25  # of a joint's range, beyond the data
 MANY, SOME = 0.3, 0.05  # of predicted actions outside of that
@@ -14,9 +14,9 @@ STILL = 0.3  # of the demonstrated movement, and of its variation
 WORSE = 1.0  # mean error over that of always giving the average action
 
 
-def actions_stay_in_range(subject: Subject) -> Iterator[Finding]:
+def actions_stay_in_range(inputs: Inputs) -> Iterator[Finding]:
     """Predicted actions lie where the dataset's do."""
-    data, predicted = subject.columns.action, subject.trial.predicted[subject.trial.real]
+    data, predicted = inputs.columns.action, inputs.trial.predicted[inputs.trial.real]
     low, high = data.min(0), data.max(0)
     margin = MARGIN * np.maximum(high - low, NEARLY_CONSTANT)
     if not np.isfinite(predicted).all():
@@ -30,7 +30,7 @@ def actions_stay_in_range(subject: Subject) -> Iterator[Finding]:
     outside = (predicted < low - margin) | (predicted > high + margin)
     shares = outside.mean(0) * (high - low > NEARLY_CONSTANT)  # of joints that rest there is no range
     if shares.max() > SOME:
-        names = subject.recorded.action_feature_names or [str(i) for i in range(len(shares))]
+        names = inputs.recorded.action_feature_names or [str(i) for i in range(len(shares))]
         worst = int(shares.argmax())
         yield (error if shares.max() > MANY else warning)(
             "predicted actions leave the range of the data: "
@@ -42,9 +42,9 @@ def actions_stay_in_range(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def actions_move(subject: Subject) -> Iterator[Finding]:
+def actions_move(inputs: Inputs) -> Iterator[Finding]:
     """The policy moves as much as was demonstrated, and not to the same place from everywhere."""
-    trial = subject.trial
+    trial = inputs.trial
     predicted, shown = (_average(trial, chunks) for chunks in (trial.predicted, trial.demonstrated))
     moving = shown.std(0) > NEARLY_CONSTANT
     if not moving.any():
@@ -52,7 +52,7 @@ def actions_move(subject: Subject) -> Iterator[Finding]:
     spread = shown.std(0)[moving]
     varies = float(np.median(predicted.std(0)[moving] / spread))
     numbers = f"between frames its actions vary by {varies:.0%} of what was demonstrated"
-    hold = _hold(subject)
+    hold = _hold(inputs)
     if hold is not None:
         moved = [
             np.square((chunks - hold)[:, moving] / spread).mean() ** 0.5 for chunks in (predicted, shown)
@@ -78,9 +78,9 @@ def actions_move(subject: Subject) -> Iterator[Finding]:
         yield fine(numbers)
 
 
-def actions_are_those_demonstrated(subject: Subject) -> Iterator[Finding]:
+def actions_are_those_demonstrated(inputs: Inputs) -> Iterator[Finding]:
     """At the dataset's own frames predictions are nearer to the demonstration than the average action is."""
-    trial, data = subject.trial, subject.columns.action
+    trial, data = inputs.trial, inputs.columns.action
     moving = data.std(0) > NEARLY_CONSTANT
     if not moving.any():
         return
@@ -110,12 +110,12 @@ def _average(trial: Trial, chunks: np.ndarray) -> np.ndarray:
     return (chunks * real).sum(1) / real.sum(1)
 
 
-def _hold(subject: Subject) -> np.ndarray | None:
+def _hold(inputs: Inputs) -> np.ndarray | None:
     """The actions (n, dims) by which the robot would stay where it is at each frame; None if not known."""
-    pair, trial = subject.pairing, subject.trial
+    pair, trial = inputs.pairing, inputs.trial
     if pair.kind == "relative":
         return np.zeros_like(trial.predicted[:, 0])
-    states, actions = subject.recorded.state_feature_names, subject.recorded.action_feature_names
+    states, actions = inputs.recorded.state_feature_names, inputs.recorded.action_feature_names
     if pair.kind == "unknown" or not states or not actions or not {*actions} <= {*states}:
         return None
     return trial.state[:, [states.index(name) for name in actions]]

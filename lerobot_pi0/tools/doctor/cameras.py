@@ -15,7 +15,7 @@ from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.dataset import fit_to
 from lerobot_pi0.model.observation import letterbox
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
-from lerobot_pi0.tools.doctor.subject import Subject
+from lerobot_pi0.tools.doctor.inputs import Inputs
 
 WRIST = ("wrist", "hand", "gripper")  # as cameras are assigned to slots
 DARK = 6 / 255  # mean of a picture: a lens cap, or a lamp that is off
@@ -26,18 +26,18 @@ SHAPE = 0.05  # difference of height : width
 MOVED = 0.05  # of a joint's range
 
 
-def slots_are_filled(subject: Subject) -> Iterator[Finding]:
+def slots_are_filled(inputs: Inputs) -> Iterator[Finding]:
     """The policy's cameras and the dataset's have the same names."""
-    yield from _same_cameras(subject, "dataset", subject.recorded_cameras)
+    yield from _same_cameras(inputs, "dataset", inputs.recorded_cameras)
 
 
-def robot_fills_slots(subject: Subject) -> Iterator[Finding]:
+def robot_fills_slots(inputs: Inputs) -> Iterator[Finding]:
     """The policy's cameras and the robot's have the same names."""
-    yield from _same_cameras(subject, "robot", subject.robot_cameras)
+    yield from _same_cameras(inputs, "robot", inputs.robot_cameras)
 
 
-def _same_cameras(subject: Subject, whose: str, there: dict[str, tuple[int, int]]) -> Iterator[Finding]:
-    wanted = subject.config.cameras
+def _same_cameras(inputs: Inputs, whose: str, there: dict[str, tuple[int, int]]) -> Iterator[Finding]:
+    wanted = inputs.config.cameras
     missing = {slot: key for slot, key in wanted.items() if key not in there}
     spare = [key for key in there if key not in wanted.values()]
     if missing:
@@ -64,9 +64,9 @@ def _same_cameras(subject: Subject, whose: str, there: dict[str, tuple[int, int]
         yield fine(f"{whose}: {_slots(wanted)}")
 
 
-def slots_fit_names(subject: Subject) -> Iterator[Finding]:
+def slots_fit_names(inputs: Inputs) -> Iterator[Finding]:
     """No wrist camera in the base slot, no left one in the right slot, by their names."""
-    cameras = subject.config.cameras
+    cameras = inputs.config.cameras
     wrong = []
     for slot, key in cameras.items():
         name = _short(key).lower()
@@ -85,27 +85,27 @@ def slots_fit_names(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def features_fit(subject: Subject) -> Iterator[Finding]:
+def features_fit(inputs: Inputs) -> Iterator[Finding]:
     """The dataset has a camera, a state and an action that a policy can be made for."""
-    assert subject.metadata is not None
+    assert inputs.metadata is not None
     try:
-        fit_to(Pi0Config(device="cpu"), subject.metadata)
+        fit_to(Pi0Config(device="cpu"), inputs.metadata)
     except ValueError as reason:
         yield error("a policy cannot be made for this dataset", str(reason), "record what is missing")
 
 
-def dataset_shapes(subject: Subject) -> Iterator[Finding]:
+def dataset_shapes(inputs: Inputs) -> Iterator[Finding]:
     """The dataset's pictures have the height : width that the policy was trained on."""
-    yield from _shapes(subject, "dataset", subject.recorded_cameras)
+    yield from _shapes(inputs, "dataset", inputs.recorded_cameras)
 
 
-def robot_shapes(subject: Subject) -> Iterator[Finding]:
+def robot_shapes(inputs: Inputs) -> Iterator[Finding]:
     """The robot's pictures have the height : width that the policy was trained on."""
-    yield from _shapes(subject, "robot", subject.robot_cameras)
+    yield from _shapes(inputs, "robot", inputs.robot_cameras)
 
 
-def _shapes(subject: Subject, whose: str, there: dict[str, tuple[int, int]]) -> Iterator[Finding]:
-    for key, trained in subject.policy_cameras.items():
+def _shapes(inputs: Inputs, whose: str, there: dict[str, tuple[int, int]]) -> Iterator[Finding]:
+    for key, trained in inputs.policy_cameras.items():
         if key not in there or there[key] == trained:
             continue
         (h, w), (th, tw) = there[key], trained
@@ -125,10 +125,10 @@ def _shapes(subject: Subject, whose: str, there: dict[str, tuple[int, int]]) -> 
             yield note(f"the {whose}'s '{key}' is {w}×{h}, in training {tw}×{th}: the same shape")
 
 
-def squares_are_used(subject: Subject) -> Iterator[Finding]:
+def squares_are_used(inputs: Inputs) -> Iterator[Finding]:
     """Pictures are not so wide that most of the model's square stays black."""
-    size = subject.config.vision.image_size
-    for key, (height, width) in subject.recorded_cameras.items():
+    size = inputs.config.vision.image_size
+    for key, (height, width) in inputs.recorded_cameras.items():
         used = min(height, width) / max(height, width)
         if used < USED:
             yield warning(
@@ -139,12 +139,12 @@ def squares_are_used(subject: Subject) -> Iterator[Finding]:
             )
 
 
-def pictures_show_something(subject: Subject) -> Iterator[Finding]:
+def pictures_show_something(inputs: Inputs) -> Iterator[Finding]:
     """No picture is black or of one colour."""
-    for key, images in _pictures(subject).items():
+    for key, images in _pictures(inputs).items():
         mean, spread = images.mean((1, 2, 3)), images.std((2, 3)).amax(1)
         dark, flat = mean < DARK, spread < FLAT
-        where = _where(subject, dark | flat)
+        where = _where(inputs, dark | flat)
         if (share := (dark | flat).float().mean().item()) > 0:
             yield error(
                 f"'{key}' is {'black' if dark.any() else 'of one colour'} in {share:.0%} of the pictures",
@@ -154,33 +154,33 @@ def pictures_show_something(subject: Subject) -> Iterator[Finding]:
             )
 
 
-def pictures_change(subject: Subject) -> Iterator[Finding]:
+def pictures_change(inputs: Inputs) -> Iterator[Finding]:
     """No camera stands still while the robot moves."""
-    states = torch.stack([frame["observation.state"] for frame in subject.frames]).numpy()
-    span = np.ptp(subject.columns.state, axis=0)
+    states = torch.stack([frame["observation.state"] for frame in inputs.frames]).numpy()
+    span = np.ptp(inputs.columns.state, axis=0)
     moves = np.abs(np.diff(states, axis=0)) > MOVED * np.maximum(span, 1e-9)
     moves &= span > 0
-    episodes = torch.stack([frame["episode_index"] for frame in subject.frames]).numpy()
+    episodes = torch.stack([frame["episode_index"] for frame in inputs.frames]).numpy()
     pairs = np.flatnonzero(moves.any(1) & (np.diff(episodes) == 0))
-    pictures, frozen = _pictures(subject), False
+    pictures, frozen = _pictures(inputs), False
     for key, images in pictures.items():
         still = [int(i) for i in pairs if (images[i + 1] - images[i]).abs().mean() < STILL]
         if still:
             frozen = True
             yield (error if len(still) * 2 >= len(pairs) else warning)(
                 f"'{key}' is frozen: it shows the same picture while the robot moves",
-                f"in {len(still)} of {len(pairs)} pairs of pictures, as in {_place(subject, still[0])} and "
-                f"{_place(subject, still[0] + 1)}",
+                f"in {len(still)} of {len(pairs)} pairs of pictures, as in {_place(inputs, still[0])} and "
+                f"{_place(inputs, still[0] + 1)}",
                 "drop these episodes and record again: the camera or its cable stopped giving pictures",
             )
     if pictures and not frozen:  # nor dark, which is asked before
         shown = "light and moving" if len(pairs) else "light"
-        yield fine(f"{len(subject.frames)} pictures of each camera decoded: {shown}")
+        yield fine(f"{len(inputs.frames)} pictures of each camera decoded: {shown}")
 
 
-def pictures_differ(subject: Subject) -> Iterator[Finding]:
+def pictures_differ(inputs: Inputs) -> Iterator[Finding]:
     """No two cameras show the same picture."""
-    pictures = _pictures(subject)
+    pictures = _pictures(inputs)
     for (a, one), (b, other) in itertools.combinations(pictures.items(), 2):
         if one.shape == other.shape and (one - other).abs().mean() < STILL:
             yield error(
@@ -190,22 +190,22 @@ def pictures_differ(subject: Subject) -> Iterator[Finding]:
             )
 
 
-def contact_sheet(subject: Subject, file: Path) -> None:
+def contact_sheet(inputs: Inputs, file: Path) -> None:
     """What the model sees, letterboxed: a row for each slot, a column for each episode decoded.
 
     Raises ValueError for a dataset without cameras, and what decoding raises.
     """
     from PIL import Image, ImageDraw
 
-    size, caption = subject.config.vision.image_size, 16
+    size, caption = inputs.config.vision.image_size, 16
     tile = max(size, 160)
-    pictures = _pictures(subject)
-    slots = {slot: key for slot, key in subject.config.cameras.items() if key in pictures}
+    pictures = _pictures(inputs)
+    slots = {slot: key for slot, key in inputs.config.cameras.items() if key in pictures}
     slots |= {_short(key): key for key in pictures if key not in slots.values()}
     if not slots:
         raise UserError("the dataset has no camera")
     # One of each episode, each a little later in it.
-    episodes = torch.stack([frame["episode_index"] for frame in subject.frames])
+    episodes = torch.stack([frame["episode_index"] for frame in inputs.frames])
     firsts = [int((episodes == episode).nonzero()[0]) for episode in episodes.unique()]
     shown = [min(first + i, len(episodes) - 1) for i, first in enumerate(firsts)]
     page = Image.new("RGB", (tile * len(shown), (tile + caption) * len(slots)), "white")
@@ -220,24 +220,24 @@ def contact_sheet(subject: Subject, file: Path) -> None:
     page.save(file)
 
 
-def _pictures(subject: Subject) -> dict[str, Tensor]:
+def _pictures(inputs: Inputs) -> dict[str, Tensor]:
     """The decoded frames of each camera (n, 3, height, width) in [0, 1], by the policy's names."""
-    names = {subject.rename_map.get(key, key): key for key in subject.frames[0]}
+    names = {inputs.rename_map.get(key, key): key for key in inputs.frames[0]}
     stacks = {
-        key: torch.stack([frame[names[key]] for frame in subject.frames])
-        for key in subject.recorded_cameras
-        if key in names and subject.frames[0][names[key]].shape[0] == 3
+        key: torch.stack([frame[names[key]] for frame in inputs.frames])
+        for key in inputs.recorded_cameras
+        if key in names and inputs.frames[0][names[key]].shape[0] == 3
     }
     return {key: x.float() / 255 if x.dtype == torch.uint8 else x for key, x in stacks.items()}
 
 
-def _where(subject: Subject, wrong: Tensor) -> str:
-    episodes = sorted({int(subject.frames[i]["episode_index"]) for i in wrong.nonzero().flatten().tolist()})
+def _where(inputs: Inputs, wrong: Tensor) -> str:
+    episodes = sorted({int(inputs.frames[i]["episode_index"]) for i in wrong.nonzero().flatten().tolist()})
     return f"in episodes {listed(episodes)} of those decoded"
 
 
-def _place(subject: Subject, i: int) -> str:
-    frame = subject.frames[i]
+def _place(inputs: Inputs, i: int) -> str:
+    frame = inputs.frames[i]
     return f"episode {int(frame['episode_index'])}, frame {int(frame['frame_index'])}"
 
 

@@ -16,7 +16,7 @@ from lerobot_pi0.data.normalization import NEEDED
 from lerobot_pi0.data.statistics import read_statistics
 from lerobot_pi0.inputs.policy import PIPELINES
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
-from lerobot_pi0.tools.doctor.subject import Subject
+from lerobot_pi0.tools.doctor.inputs import Inputs
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 COPY_AGAIN = (
@@ -27,9 +27,9 @@ COPY_AGAIN = (
 NO_BETTER, HARDLY = 1.1, 0.85
 
 
-def files_are_there(subject: Subject) -> Iterator[Finding]:
+def files_are_there(inputs: Inputs) -> Iterator[Finding]:
     """Processors, tokenizer and statistics travel with the weights."""
-    folder = subject.folder
+    folder = inputs.folder
     missing = [name for name in PIPELINES if not (folder / name).is_file()]
     steps = [
         step
@@ -56,9 +56,9 @@ def files_are_there(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def statistics_are_whole(subject: Subject) -> Iterator[Finding]:
+def statistics_are_whole(inputs: Inputs) -> Iterator[Finding]:
     """Statistics are finite and of this policy's size, and what normalises is undone by what comes after."""
-    folder, config = subject.folder, subject.config
+    folder, config = inputs.folder, inputs.config
     carried = read_statistics(folder)
     for kind, key, feature in (
         ("STATE", OBS_STATE, config.robot_state_feature),
@@ -114,11 +114,11 @@ def statistics_are_whole(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def weights_are_numbers(subject: Subject) -> Iterator[Finding]:
+def weights_are_numbers(inputs: Inputs) -> Iterator[Finding]:
     """No weight is NaN or infinite."""
     wrong = [
         name
-        for name, tensor in _weights(subject.folder).items()
+        for name, tensor in _weights(inputs.folder).items()
         if not tensor.sum(dtype=torch.float64).isfinite()
     ]
     if wrong:
@@ -129,9 +129,9 @@ def weights_are_numbers(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def weights_are_trained(subject: Subject) -> Iterator[Finding]:
+def weights_are_trained(inputs: Inputs) -> Iterator[Finding]:
     """Weights are not what they start from."""
-    weights = _weights(subject.folder)
+    weights = _weights(inputs.folder)
     norms = [name for name in weights if name.startswith("expert.") and name.endswith("norm.weight")]
     # Where random weights begin; every step of an optimizer moves them.
     if norms and not any(weights[name].any() for name in norms):
@@ -149,27 +149,27 @@ def weights_are_trained(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def policy_loads(subject: Subject) -> Iterator[Finding]:
+def policy_loads(inputs: Inputs) -> Iterator[Finding]:
     """Every parameter comes from the file."""
-    if subject.load_error:
-        yield error("the policy cannot be loaded", subject.load_error, COPY_AGAIN)
+    if inputs.load_error:
+        yield error("the policy cannot be loaded", inputs.load_error, COPY_AGAIN)
         return
-    policy = subject.loaded.policy
+    policy = inputs.loaded.policy
     total = sum(parameter.numel() for parameter in policy.parameters())
-    adapters = (subject.folder / ADAPTER_CONFIG).is_file()
+    adapters = (inputs.folder / ADAPTER_CONFIG).is_file()
     print_of = (
-        "adapters over a base" if adapters else f"fingerprint {Checkpoint(subject.folder).fingerprint()[:12]}"
+        "adapters over a base" if adapters else f"fingerprint {Checkpoint(inputs.folder).fingerprint()[:12]}"
     )
     yield fine(f"{total:,} parameters, all of them from the checkpoint; {print_of}")
 
 
-def loss_is_below_blind(subject: Subject) -> Iterator[Finding]:
+def loss_is_below_baseline(inputs: Inputs) -> Iterator[Finding]:
     """On frames of the dataset the policy does better than one that looks at nothing."""
-    trial = subject.trial
-    share = trial.loss / trial.blind_loss
+    trial = inputs.trial
+    share = trial.loss / trial.baseline_loss
     numbers = (
         f"flow-matching loss {trial.loss:.3f} on {len(trial.state)} frames; knowing the mean and spread of "
-        f"each joint alone gives {trial.blind_loss:.3f}"
+        f"each joint alone gives {trial.baseline_loss:.3f}"
     )
     if not share < HARDLY:
         yield (error if not share < NO_BETTER else warning)(

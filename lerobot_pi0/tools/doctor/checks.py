@@ -15,9 +15,9 @@ from lerobot_pi0.tools.doctor import (
     timing,
 )
 from lerobot_pi0.tools.doctor.finding import Finding, Severity, error
-from lerobot_pi0.tools.doctor.subject import Subject
+from lerobot_pi0.tools.doctor.inputs import Inputs
 
-Look = Callable[[Subject], Iterator[Finding]]
+Look = Callable[[Inputs], Iterator[Finding]]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ CHECKS = (
     Check("prompts", prompts.prompts_are_whole, D, (_files,)),
     Check("prompts", prompts.prompts_are_those_trained_on, PD),
     Check(SYMPTOMS, behaviour.actions_move, PD, _runs),
-    Check(SYMPTOMS, checkpoint.loss_is_below_blind, PD, _runs),
+    Check(SYMPTOMS, checkpoint.loss_is_below_baseline, PD, _runs),
     Check(SYMPTOMS, behaviour.actions_stay_in_range, PD, _runs),
     Check(SYMPTOMS, behaviour.actions_are_those_demonstrated, PD, _runs),
     Check("machine", machine.device_is_here, P),
@@ -107,19 +107,19 @@ class Answer:
     finding: Finding
 
 
-def examine(subject: Subject) -> list[Answer]:
-    """Ask everything that can be asked of a subject; worst first, then in the table's order.
+def examine(inputs: Inputs) -> list[Answer]:
+    """Ask everything that can be asked of a inputs; worst first, then in the table's order.
 
     What the policy does is a symptom, which comes after all that may be its cause. What cannot be looked at,
     because something in the files is broken, is a finding too.
     """
-    parts = {"policy": subject.checkpoint, "dataset": subject.metadata, "robot": subject.robot}
+    parts = {"policy": inputs.checkpoint, "dataset": inputs.metadata, "robot": inputs.robot}
     answers, failed = [], set()
     for check in CHECKS:
         if any(parts[part] is None for part in check.needs) or not failed.isdisjoint(check.after):
             continue
         try:
-            found = list(check.look(subject))
+            found = list(check.look(inputs))
         except UNREADABLE as reason:
             found = [_broken(check, reason)]
         if any(finding.severity is Severity.ERROR for finding in found):

@@ -15,8 +15,8 @@ from lerobot_pi0.inputs.policy import PolicyFlags
 from lerobot_pi0.tools.doctor.cameras import contact_sheet
 from lerobot_pi0.tools.doctor.checks import UNREADABLE, examine
 from lerobot_pi0.tools.doctor.finding import Severity
+from lerobot_pi0.tools.doctor.inputs import Inputs
 from lerobot_pi0.tools.doctor.page import as_json, page
-from lerobot_pi0.tools.doctor.subject import Subject
 
 
 @dataclass
@@ -50,24 +50,24 @@ def main(config: DoctorConfig) -> tuple[str, int]:
             "which policy or dataset? Name one or both: --policy.path=outputs/…/pretrained_model, "
             "--dataset.repo_id=user/name"
         )
-    subject = Subject(policy, dataset, _robot(config.robot), config.rename_map)
-    if subject.metadata and config.dataset.episodes is not None:
-        check_episodes(config.dataset.episodes, subject.metadata)
-    answers = examine(subject)
-    text = page(subject, answers)
+    inputs = Inputs(policy, dataset, _robot(config.robot), config.rename_map)
+    if inputs.metadata and config.dataset.episodes is not None:
+        check_episodes(config.dataset.episodes, inputs.metadata)
+    answers = examine(inputs)
+    text = page(inputs, answers)
     if config.output:
         config.output.mkdir(parents=True, exist_ok=True)
         shown = "page.txt"
         if dataset:
             try:
-                contact_sheet(subject, config.output / "cameras.png")
+                contact_sheet(inputs, config.output / "cameras.png")
                 shown = "cameras.png, page.txt"
             except UNREADABLE as reason:
                 text += f"\n\ncameras.png could not be made: {reason}"
         (config.output / "page.txt").write_text(text + "\n", encoding="utf-8")
         text += f"\n\nIn {config.output}: {shown}"
     if config.json:
-        text = as_json(subject, answers)
+        text = as_json(inputs, answers)
     return text, int(any(answer.finding.severity is Severity.ERROR for answer in answers))
 
 

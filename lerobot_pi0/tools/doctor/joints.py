@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from lerobot_pi0.inputs.joints import compare_names
 from lerobot_pi0.lerobot_compat import is_policy_joint
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
-from lerobot_pi0.tools.doctor.subject import Subject
+from lerobot_pi0.tools.doctor.inputs import Inputs
 
 FOLLOWS, STRANGER = (
     0.9,
@@ -17,33 +17,33 @@ FOLLOWS, STRANGER = (
 )  # correlations of an action with the state's joint of another and of its own name
 
 
-def dataset_has_the_policys(subject: Subject) -> Iterator[Finding]:
+def dataset_has_the_policys(inputs: Inputs) -> Iterator[Finding]:
     """The dataset's joints are those that the policy was trained on."""
-    recorded = subject.recorded
-    columns = subject.columns
+    recorded = inputs.recorded
+    columns = inputs.columns
     yield from _compare(
-        subject,
+        inputs,
         "dataset",
         (recorded.state_feature_names, columns.state.shape[1]),
         (recorded.action_feature_names, columns.action.shape[1]),
     )
 
 
-def robot_has_the_policys(subject: Subject) -> Iterator[Finding]:
+def robot_has_the_policys(inputs: Inputs) -> Iterator[Finding]:
     """The robot's joints, as lerobot-rollout hands them over, are those that the policy was trained on."""
-    assert subject.robot is not None
+    assert inputs.robot is not None
     # lerobot-rollout passes positions and velocities of the base on, nothing else.
     state, action = (
         [name for name, kind in features.items() if kind is float and is_policy_joint(name)]
-        for features in (subject.robot.observation_features, subject.robot.action_features)
+        for features in (inputs.robot.observation_features, inputs.robot.action_features)
     )
-    yield from _compare(subject, "robot", (state, len(state)), (action, len(action)))
+    yield from _compare(inputs, "robot", (state, len(state)), (action, len(action)))
 
 
 def _compare(
-    subject: Subject, whose: str, state: tuple[list[str] | None, int], action: tuple[list[str] | None, int]
+    inputs: Inputs, whose: str, state: tuple[list[str] | None, int], action: tuple[list[str] | None, int]
 ) -> Iterator[Finding]:
-    config, fits = subject.config, []
+    config, fits = inputs.config, []
     for kind, trained, feature, (names, size) in (
         ("state", config.state_feature_names, config.robot_state_feature, state),
         ("action", config.action_feature_names, config.action_feature, action),
@@ -99,9 +99,9 @@ def _difference(kind: str, whose: str, trained: Sequence[str], found: Sequence[s
     )
 
 
-def actions_follow_their_names(subject: Subject) -> Iterator[Finding]:
+def actions_follow_their_names(inputs: Inputs) -> Iterator[Finding]:
     """Each action moves the joint of its name and not another one: columns were not swapped in recording."""
-    pair = subject.pairing
+    pair = inputs.pairing
     if not pair.by_name or not pair.smooth.any():
         return
     names = [name for name, smooth in zip(pair.names, pair.smooth, strict=True) if smooth]

@@ -8,27 +8,27 @@ import torch
 from lerobot.utils.device_utils import is_torch_device_available
 
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, note
-from lerobot_pi0.tools.doctor.subject import Subject
-from lerobot_pi0.tools.memory import footprint
+from lerobot_pi0.tools.doctor.inputs import Inputs
+from lerobot_pi0.tools.memory import estimate_memory
 from lerobot_pi0.tools.plan import CONTEXT, FRAGMENTATION, GIGABYTE, on_cpu
 
 TRAINING_BATCH = 8
 
 
-def device_is_here(subject: Subject) -> Iterator[Finding]:
+def device_is_here(inputs: Inputs) -> Iterator[Finding]:
     """The device that the checkpoint names is one of this machine."""
-    named = json.loads((subject.folder / "config.json").read_text(encoding="utf-8")).get("device")
+    named = json.loads((inputs.folder / "config.json").read_text(encoding="utf-8")).get("device")
     if named and not is_torch_device_available(named):
         yield note(
             f"the checkpoint was trained on '{named}', which this machine does not have",
-            f"LeRobot then takes '{subject.config.device}'",
-            f"--policy.device={subject.config.device} says so on purpose",
+            f"LeRobot then takes '{inputs.config.device}'",
+            f"--policy.device={inputs.config.device} says so on purpose",
         )
 
 
-def policy_fits(subject: Subject) -> Iterator[Finding]:
+def policy_fits(inputs: Inputs) -> Iterator[Finding]:
     """Running the policy needs less memory than there is."""
-    config = subject.config
+    config = inputs.config
     with torch.device("meta"):
         from lerobot_pi0.modeling_pi0 import Pi0Policy
 
@@ -49,13 +49,13 @@ def policy_fits(subject: Subject) -> Iterator[Finding]:
     else:
         yield fine(
             f"weights {_gigabytes(needs)} in {config.dtype}, the {where} has {_gigabytes(memory)}; training "
-            f"it in batches of {TRAINING_BATCH} takes {_gigabytes(_training(subject))}"
+            f"it in batches of {TRAINING_BATCH} takes {_gigabytes(_training(inputs))}"
         )
 
 
-def _training(subject: Subject) -> float:
-    gpu = bool(subject.config.device and not subject.config.device.startswith("cpu"))
-    of = footprint(subject.config, device="gpu" if gpu else "cpu")
+def _training(inputs: Inputs) -> float:
+    gpu = bool(inputs.config.device and not inputs.config.device.startswith("cpu"))
+    of = estimate_memory(inputs.config, device="gpu" if gpu else "cpu")
     if gpu:
         return of.held + (1 + FRAGMENTATION) * of.step(TRAINING_BATCH) + CONTEXT
     return on_cpu(of, TRAINING_BATCH)

@@ -6,7 +6,7 @@ import numpy as np
 
 from lerobot_pi0.data.normalization import NEARLY_CONSTANT
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
-from lerobot_pi0.tools.doctor.subject import Subject
+from lerobot_pi0.tools.doctor.inputs import Inputs
 
 DELETE = (
     "drop these episodes: lerobot-edit-dataset --operation.type=delete_episodes "
@@ -26,10 +26,10 @@ AT_LIMIT = {"absolute": 0.3, "relative": 0.7, "unknown": 0.7}  # share of frames
 DISCRETE = 20  # values: an open-or-shut gripper stands at its limits
 
 
-def frames_are_here(subject: Subject) -> Iterator[Finding]:
+def frames_are_here(inputs: Inputs) -> Iterator[Finding]:
     """States and actions of all frames are on this disk."""
-    assert subject.metadata is not None
-    here, total = len(subject.columns.episode), subject.metadata.total_frames
+    assert inputs.metadata is not None
+    here, total = len(inputs.columns.episode), inputs.metadata.total_frames
     if here < total:
         yield note(
             f"{here:,} of {total:,} frames are on this disk; the others are not examined",
@@ -44,23 +44,23 @@ def frames_are_here(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def values_are_finite(subject: Subject) -> Iterator[Finding]:
+def values_are_finite(inputs: Inputs) -> Iterator[Finding]:
     """No NaN and no infinity among states and actions."""
-    for key, values, names in _vectors(subject):
+    for key, values, names in _vectors(inputs):
         wrong = ~np.isfinite(values)
         if wrong.any():
             rows = np.flatnonzero(wrong.any(1))
-            episodes = sorted({int(subject.columns.episode[row]) for row in rows})
+            episodes = sorted({int(inputs.columns.episode[row]) for row in rows})
             yield error(
                 f"'{key}' holds values that are no numbers in {listed(_of(names, np.any(wrong, axis=0)))}",
-                f"NaN or infinity in {len(rows)} frames, first in {subject.columns.place(rows[0])}",
+                f"NaN or infinity in {len(rows)} frames, first in {inputs.columns.place(rows[0])}",
                 DELETE.format(episodes),
             )
 
 
-def values_have_no_spikes(subject: Subject) -> Iterator[Finding]:
+def values_have_no_spikes(inputs: Inputs) -> Iterator[Finding]:
     """No single frames far outside of what a joint does otherwise."""
-    for key, values, names in _vectors(subject):
+    for key, values, names in _vectors(inputs):
         low, high = np.nanquantile(values, [0.01, 0.99], axis=0)
         width = high - low
         rests = width < NEARLY_CONSTANT
@@ -75,16 +75,16 @@ def values_have_no_spikes(subject: Subject) -> Iterator[Finding]:
             worst = rows[np.abs(values[rows, joint] - np.median(values[:, joint])).argmax()]
             yield warning(
                 f"'{key}' jumps in {names[joint]}: {values[worst, joint]:.4g} in "
-                f"{subject.columns.place(worst)}",
+                f"{inputs.columns.place(worst)}",
                 f"{len(rows)} frames; 98 % of all lie between {low[joint]:.4g} and {high[joint]:.4g}. "
                 "Statistics stretch to such values, and everything else becomes small",
-                DELETE.format(sorted({int(subject.columns.episode[row]) for row in rows})),
+                DELETE.format(sorted({int(inputs.columns.episode[row]) for row in rows})),
             )
 
 
-def joints_move(subject: Subject) -> Iterator[Finding]:
+def joints_move(inputs: Inputs) -> Iterator[Finding]:
     """Every joint moves in the data, the gripper above all, and where the state moves the action does too."""
-    pair, columns = subject.pairing, subject.columns
+    pair, columns = inputs.pairing, inputs.columns
     if pair.by_name:
         # Of all frames: those of the pairing are a sample.
         action, state = columns.action[:, pair.actions], columns.state[:, pair.states]
@@ -100,7 +100,7 @@ def joints_move(subject: Subject) -> Iterator[Finding]:
             )
         still = _of(pair.names, still_action & still_state)
     else:
-        still = [name for _, values, names in _vectors(subject) for name in _of(names, _still(values))]
+        still = [name for _, values, names in _vectors(inputs) for name in _of(names, _still(values))]
     grippers = [name for name in still if "grip" in name.lower()]
     if grippers:
         yield warning(
@@ -115,9 +115,9 @@ def joints_move(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def actions_are_no_copies(subject: Subject) -> Iterator[Finding]:
+def actions_are_no_copies(inputs: Inputs) -> Iterator[Finding]:
     """Actions say where to go, not where the robot already is."""
-    pair = subject.pairing
+    pair = inputs.pairing
     if pair.kind != "absolute":
         return
     span = np.ptp(pair.state, axis=0)[pair.smooth]
@@ -131,9 +131,9 @@ def actions_are_no_copies(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def actions_come_before_movement(subject: Subject) -> Iterator[Finding]:
+def actions_come_before_movement(inputs: Inputs) -> Iterator[Finding]:
     """Joints do what actions say, and soon: neither column is shifted in time."""
-    pair = subject.pairing
+    pair = inputs.pairing
     if pair.kind == "unknown":
         return
     lag, agreement = pair.lag, pair.agreements[pair.lag]
@@ -160,10 +160,10 @@ def actions_come_before_movement(subject: Subject) -> Iterator[Finding]:
         yield fine(f"actions are {pair.kind}; joints follow after {frames}, correlation {agreement:.2f}")
 
 
-def actions_leave_their_limits(subject: Subject) -> Iterator[Finding]:
+def actions_leave_their_limits(inputs: Inputs) -> Iterator[Finding]:
     """No action stands at the end of its range for most of the time."""
-    kind = subject.pairing.kind
-    _, values, names = _vectors(subject)[1]
+    kind = inputs.pairing.kind
+    _, values, names = _vectors(inputs)[1]
     for joint, name in enumerate(names):
         column = values[:, joint]
         if "grip" in name.lower() or len(np.unique(column)) <= DISCRETE:
@@ -178,9 +178,9 @@ def actions_leave_their_limits(subject: Subject) -> Iterator[Finding]:
                 )
 
 
-def episodes_are_no_waiting(subject: Subject) -> Iterator[Finding]:
+def episodes_are_no_waiting(inputs: Inputs) -> Iterator[Finding]:
     """Episodes do not begin or end with the robot standing still, nor pause for long."""
-    columns, fps = subject.columns, subject.pairing.fps
+    columns, fps = inputs.columns, inputs.pairing.fps
     window = max(2, round(IDLE_SECONDS * fps))
     span = np.ptp(columns.state, axis=0)
     span = np.maximum(span, max(MOVES * np.median(span), NEARLY_CONSTANT))
@@ -224,8 +224,8 @@ def episodes_are_no_waiting(subject: Subject) -> Iterator[Finding]:
     )
 
 
-def _vectors(subject: Subject) -> list[tuple[str, np.ndarray, list[str]]]:
-    columns, recorded = subject.columns, subject.recorded
+def _vectors(inputs: Inputs) -> list[tuple[str, np.ndarray, list[str]]]:
+    columns, recorded = inputs.columns, inputs.recorded
     return [
         (key, values, names or [str(i) for i in range(values.shape[1])])
         for key, values, names in (

@@ -6,15 +6,15 @@ from typing import Any
 
 from lerobot_pi0.tools.doctor.checks import Answer
 from lerobot_pi0.tools.doctor.finding import Severity
-from lerobot_pi0.tools.doctor.subject import Subject
+from lerobot_pi0.tools.doctor.inputs import Inputs
 
 WIDTH = 100
 _LABEL = 14
 
 
-def page(subject: Subject, answers: list[Answer]) -> str:
+def page(inputs: Inputs, answers: list[Answer]) -> str:
     """What was examined, what is wrong with it, worst first, and what is in order, area by area."""
-    parts = ["\n".join(_row(name, text) for name, text in about(subject).items()), _verdict(answers)]
+    parts = ["\n".join(_row(name, text) for name, text in about(inputs).items()), _verdict(answers)]
     for number, answer in enumerate(_of(answers, Severity.ERROR, Severity.WARNING, Severity.NOTE), 1):
         finding = answer.finding
         title = fill(f"{number}. {finding.severity.upper()}  {finding.what}", WIDTH, subsequent_indent="   ")
@@ -29,12 +29,12 @@ def page(subject: Subject, answers: list[Answer]) -> str:
             rows.append(_row("" if area == last else area, answer.finding.what, 2))
             last = area
         parts.append("\n".join(["In order", *rows]))
-    if left_out := _left_out(subject):
+    if left_out := _left_out(inputs):
         parts.append(left_out)
     return "\n\n".join(parts)
 
 
-def as_json(subject: Subject, answers: list[Answer]) -> str:
+def as_json(inputs: Inputs, answers: list[Answer]) -> str:
     """The same for machines: {"examined": {…}, "findings": [{check, severity, what, evidence, cure}, …]}."""
     findings: list[dict[str, Any]] = [
         {
@@ -46,27 +46,27 @@ def as_json(subject: Subject, answers: list[Answer]) -> str:
         }
         for answer in answers
     ]
-    return json.dumps({"examined": about(subject), "findings": findings}, indent=2, ensure_ascii=False)
+    return json.dumps({"examined": about(inputs), "findings": findings}, indent=2, ensure_ascii=False)
 
 
-def about(subject: Subject) -> dict[str, str]:
+def about(inputs: Inputs) -> dict[str, str]:
     """Part → what it is, in a line."""
     lines = {}
-    if subject.policy_flags:
-        config = subject.config
-        lines["policy"] = f"{subject.policy_flags.path}, chunks of {config.chunk_size} actions" + (
+    if inputs.policy_flags:
+        config = inputs.config
+        lines["policy"] = f"{inputs.policy_flags.path}, chunks of {config.chunk_size} actions" + (
             ", relative" if config.relative_actions else ""
         )
-    if data := subject.metadata:
+    if data := inputs.metadata:
         minutes = data.total_frames / data.fps / 60
         lasts = f"{minutes:.0f} minutes" if minutes > 10 else f"{60 * minutes:.0f} s"
         lines["dataset"] = (
             f"{data.repo_id}: {data.total_episodes:,} episodes, {data.total_frames:,} frames at {data.fps} "
             f"per second ({lasts}), {data.total_tasks} task{'s' if data.total_tasks > 1 else ''}"
         )
-    if subject.robot:
-        cameras = ", ".join(subject.robot_cameras) or "no cameras"
-        lines["robot"] = f"{subject.robot.name}: {len(subject.robot.action_features)} actions, {cameras}"
+    if inputs.robot:
+        cameras = ", ".join(inputs.robot_cameras) or "no cameras"
+        lines["robot"] = f"{inputs.robot.name}: {len(inputs.robot.action_features)} actions, {cameras}"
     return lines
 
 
@@ -82,11 +82,11 @@ def _verdict(answers: list[Answer]) -> str:
     return f"{said[0].upper()}{said[1:]}." if worst else f"Nothing is wrong. {said}."
 
 
-def _left_out(subject: Subject) -> str:
+def _left_out(inputs: Inputs) -> str:
     parts = {
-        "policy": (subject.policy_flags, "--policy.path=CHECKPOINT"),
-        "dataset": (subject.dataset_flags, "--dataset.repo_id=NAME"),
-        "robot": (subject.robot, "--robot.type=TYPE"),
+        "policy": (inputs.policy_flags, "--policy.path=CHECKPOINT"),
+        "dataset": (inputs.dataset_flags, "--dataset.repo_id=NAME"),
+        "robot": (inputs.robot, "--robot.type=TYPE"),
     }
     missing = [f"{part} ({flag})" for part, (given, flag) in parts.items() if given is None]
     return f"Not given, not examined: {', '.join(missing)}." if missing else ""

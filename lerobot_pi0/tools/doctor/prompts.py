@@ -14,7 +14,7 @@ from lerobot.utils.constants import HF_LEROBOT_HOME
 
 from lerobot_pi0.processor_pi0 import Pi0TokenizerStep, clean_prompt
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
-from lerobot_pi0.tools.doctor.subject import Subject
+from lerobot_pi0.tools.doctor.inputs import Inputs
 
 RARE = 0.02  # of the frames, where tasks are few
 FEW_TASKS = 20
@@ -22,10 +22,10 @@ MODIFY = "lerobot-edit-dataset --operation.type=modify_tasks"
 _quoted = partial(map, repr)
 
 
-def prompts_say_something(subject: Subject) -> Iterator[Finding]:
+def prompts_say_something(inputs: Inputs) -> Iterator[Finding]:
     """No instruction is empty, none is written in two ways, none is missing from the data."""
-    assert subject.metadata is not None
-    tasks, frames = _tasks(subject), subject.columns.task
+    assert inputs.metadata is not None
+    tasks, frames = _tasks(inputs), inputs.columns.task
     counts = np.bincount(frames, minlength=max(tasks, default=0) + 1)
     if strangers := sorted({*np.unique(frames).tolist()} - tasks.keys()):
         yield error(
@@ -71,9 +71,9 @@ def prompts_say_something(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def prompts_are_whole(subject: Subject) -> Iterator[Finding]:
+def prompts_are_whole(inputs: Inputs) -> Iterator[Finding]:
     """No instruction is cut by the tokenizer's length, and none becomes another one by that."""
-    step, tasks = _tokenizer(subject), _tasks(subject)
+    step, tasks = _tokenizer(inputs), _tasks(inputs)
     if step is None:
         return
     limit = step.max_length
@@ -101,25 +101,25 @@ def prompts_are_whole(subject: Subject) -> Iterator[Finding]:
         yield fine(f"the longest prompt has {longest} of {limit} tokens")
 
 
-def prompts_are_those_trained_on(subject: Subject) -> Iterator[Finding]:
+def prompts_are_those_trained_on(inputs: Inputs) -> Iterator[Finding]:
     """The policy has seen each instruction, where the dataset that it was trained on is still there."""
-    assert subject.metadata is not None
-    file = subject.folder / "train_config.json"
+    assert inputs.metadata is not None
+    file = inputs.folder / "train_config.json"
     if not file.is_file():
         return
     trained = json.loads(file.read_text(encoding="utf-8"))["dataset"]
     name, root = trained["repo_id"], trained.get("root")
     known = Path(root or HF_LEROBOT_HOME / name) / "meta" / "tasks.parquet"
-    if known.parent.parent.resolve() == Path(subject.metadata.root).resolve():
+    if known.parent.parent.resolve() == Path(inputs.metadata.root).resolve():
         yield fine(f"'{name}' is what the policy was trained on")
         return
-    elsewhere = f"the policy was trained on '{name}', this is '{subject.metadata.repo_id}'"
+    elsewhere = f"the policy was trained on '{name}', this is '{inputs.metadata.repo_id}'"
     if not known.is_file():
-        if name != subject.metadata.repo_id:
+        if name != inputs.metadata.repo_id:
             yield note(elsewhere)
         return
     seen = {clean_prompt(str(text)) for text in pyarrow.parquet.read_table(known)["task"].to_pylist()}
-    new = [text for text in _tasks(subject).values() if clean_prompt(text) not in seen]
+    new = [text for text in _tasks(inputs).values() if clean_prompt(text) not in seen]
     if new:
         yield warning(
             f"the policy never saw {len(new)} of the instructions: {listed(_quoted(new), 2)}",
@@ -128,22 +128,22 @@ def prompts_are_those_trained_on(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _tasks(subject: Subject) -> dict[int, str]:
-    assert subject.metadata is not None
-    table = subject.metadata.tasks
+def _tasks(inputs: Inputs) -> dict[int, str]:
+    assert inputs.metadata is not None
+    table = inputs.metadata.tasks
     assert table is not None
     return {int(index): str(text) for text, index in table["task_index"].items()}
 
 
-def _tokenizer(subject: Subject) -> Pi0TokenizerStep | None:
+def _tokenizer(inputs: Inputs) -> Pi0TokenizerStep | None:
     """The checkpoint's own, or a new policy's if it is on this disk."""
-    if not subject.checkpoint:
-        config = subject.config
+    if not inputs.checkpoint:
+        config = inputs.config
         file = try_to_load_from_cache(config.tokenizer, "tokenizer.json")
         if not isinstance(file, str):
             return None
         return Pi0TokenizerStep(file, config.tokenizer_max_length, config.vlm.vocab_size)
     pipeline = PolicyProcessorPipeline.from_pretrained(
-        subject.folder, config_filename="policy_preprocessor.json"
+        inputs.folder, config_filename="policy_preprocessor.json"
     )
     return next(step for step in pipeline.steps if isinstance(step, Pi0TokenizerStep))

@@ -13,7 +13,7 @@ from lerobot_pi0.data.normalization import NEARLY_CONSTANT, NEEDED, QUANTILES
 from lerobot_pi0.data.relative_actions import relative_statistics
 from lerobot_pi0.data.statistics import read_statistics
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
-from lerobot_pi0.tools.doctor.subject import Subject
+from lerobot_pi0.tools.doctor.inputs import Inputs
 
 DEGREES = 180 / np.pi
 # How many times wider or narrower the data may be than the statistics say, and how far off their centre, in
@@ -24,21 +24,21 @@ STALE = 0.02  # difference of recorded and computed statistics, in standard devi
 MODES = "--policy.normalization_mapping='{VISUAL: IDENTITY, STATE: MEAN_STD, ACTION: MEAN_STD}'"
 
 
-def actions_are_of_the_policys_kind(subject: Subject) -> Iterator[Finding]:
+def actions_are_of_the_policys_kind(inputs: Inputs) -> Iterator[Finding]:
     """Absolute actions for a policy that learned absolute ones, and none made relative twice."""
-    pair, config = subject.pairing, subject.config
+    pair, config = inputs.pairing, inputs.config
     if pair.kind == "unknown":
         return
-    kind = f"the dataset's actions are {pair.kind} ({_evidence(subject)})"
+    kind = f"the dataset's actions are {pair.kind} ({_evidence(inputs)})"
     if config.relative_actions and pair.kind == "relative":
         yield error(
             "the policy makes actions relative that are relative already",
             f"{kind}; the policy has relative_actions=true and subtracts the state once more",
             "train with --policy.relative_actions=false",
         )
-    if config.relative_actions or not subject.checkpoint or not pair.by_name:
+    if config.relative_actions or not inputs.checkpoint or not pair.by_name:
         return
-    of = read_statistics(subject.folder)
+    of = read_statistics(inputs.folder)
     state, action = of.get(OBS_STATE, {}), of.get(ACTION, {})
     names = config.state_feature_names or []
     pairs = [
@@ -62,24 +62,24 @@ def actions_are_of_the_policys_kind(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def recorded_statistics_are_the_datas(subject: Subject) -> Iterator[Finding]:
+def recorded_statistics_are_the_datas(inputs: Inputs) -> Iterator[Finding]:
     """`meta/stats.json` says what the data says."""
-    assert subject.metadata is not None
-    if len(subject.columns.episode) != subject.metadata.total_frames:
+    assert inputs.metadata is not None
+    if len(inputs.columns.episode) != inputs.metadata.total_frames:
         return  # some of the frames are on the hub alone
-    stats: Statistics = subject.metadata.stats or {}
-    recompute = _recompute(subject)
+    stats: Statistics = inputs.metadata.stats or {}
+    recompute = _recompute(inputs)
     wrong, averaged = [], []
-    for key, values in ((OBS_STATE, subject.columns.state), (ACTION, subject.columns.action)):
+    for key, values in ((OBS_STATE, inputs.columns.state), (ACTION, inputs.columns.action)):
         if key not in stats:
             yield error(
                 f"the dataset has no statistics of '{key}'", "meta/stats.json does not mention it", recompute
             )
             continue
-        names, found = _names(subject.recorded, key, values.shape[1]), _statistics(values)
+        names, found = _names(inputs.recorded, key, values.shape[1]), _statistics(values)
         spread = np.maximum(found["std"], NEARLY_CONSTANT)
         # LeRobot 0.6 averages quantiles over episodes: they count where they are used.
-        used = {"mean", "std", "min", "max", *NEEDED.get(_mode(subject.config, key), ())}
+        used = {"mean", "std", "min", "max", *NEEDED.get(_mode(inputs.config, key), ())}
         for name in sorted(used & stats[key].keys() & found.keys()):
             recorded = np.asarray(stats[key][name], np.float64).ravel()
             if recorded.shape != found[name].shape:
@@ -115,20 +115,20 @@ def recorded_statistics_are_the_datas(subject: Subject) -> Iterator[Finding]:
         yield fine("the dataset's recorded statistics are those of its data")
 
 
-def policy_has_the_datas_statistics(subject: Subject) -> Iterator[Finding]:
+def policy_has_the_datas_statistics(inputs: Inputs) -> Iterator[Finding]:
     """What the policy normalises by fits this data: same unit, same range, joint by joint."""
-    config, carried = subject.config, read_statistics(subject.folder)
+    config, carried = inputs.config, read_statistics(inputs.folder)
     apart: list[Apart] = []
-    for key, values in ((OBS_STATE, subject.columns.state), (ACTION, subject.columns.action)):
+    for key, values in ((OBS_STATE, inputs.columns.state), (ACTION, inputs.columns.action)):
         mode = _mode(config, key)
         if mode is NormalizationMode.IDENTITY or key not in carried:
             continue
         data = _statistics(values)
         if key == ACTION and config.relative_actions:
-            for joint, statistics in _relative(subject).items():
+            for joint, statistics in _relative(inputs).items():
                 for name, value in statistics.items():
                     data[name][joint] = value
-        names = _names(subject.recorded, key, values.shape[1])
+        names = _names(inputs.recorded, key, values.shape[1])
         apart += _compare(key, names, mode, carried[key], data)
     if not apart:
         return
@@ -219,9 +219,9 @@ def _statistics(values: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def _relative(subject: Subject) -> dict[int, dict[str, float]]:
+def _relative(inputs: Inputs) -> dict[int, dict[str, float]]:
     """Statistics of each relative joint: dimension of the action → its values."""
-    columns, config = subject.columns, subject.config
+    columns, config = inputs.columns, inputs.config
     anchor = config.anchor
     assert anchor is not None  # of every checkpoint with relative actions; names are not
     joints = list(zip(anchor.actions, anchor.states, strict=True))
@@ -234,17 +234,17 @@ def _relative(subject: Subject) -> dict[int, dict[str, float]]:
     return {action: {name: value[i] for name, value in found.items()} for i, (action, _) in enumerate(joints)}
 
 
-def _recompute(subject: Subject) -> str:
+def _recompute(inputs: Inputs) -> str:
     """The command that computes the dataset's statistics where it is; LeRobot writes a copy otherwise."""
-    assert subject.metadata is not None
-    assert subject.dataset_flags is not None
-    name, root = subject.metadata.repo_id, subject.dataset_flags.root
+    assert inputs.metadata is not None
+    assert inputs.dataset_flags is not None
+    name, root = inputs.metadata.repo_id, inputs.dataset_flags.root
     place = f"--repo_id={name} --new_repo_id={name}" + (f" --root={root} --new_root={root}" if root else "")
     return f"lerobot-edit-dataset {place} --operation.type=recompute_stats --operation.overwrite=true"
 
 
-def _evidence(subject: Subject) -> str:
-    pair = subject.pairing
+def _evidence(inputs: Inputs) -> str:
+    pair = inputs.pairing
     what = "positions that joints reach" if pair.kind == "absolute" else "movements that joints make"
     return f"they are {what}, correlation {pair.agreements[pair.lag]:.2f}"
 

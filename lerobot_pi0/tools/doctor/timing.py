@@ -5,17 +5,17 @@ from collections.abc import Iterator
 import numpy as np
 
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
-from lerobot_pi0.tools.doctor.subject import Subject
+from lerobot_pi0.tools.doctor.inputs import Inputs
 
 UNEVEN = 0.1  # of the time between two frames
 MANY, SOME = 0.5, 0.1  # of the episodes, shorter than a chunk
 CHUNK_SECONDS = (0.1, 5.0)  # that a chunk covers; openpi's are of one second
 
 
-def frames_are_evenly_spaced(subject: Subject) -> Iterator[Finding]:
+def frames_are_evenly_spaced(inputs: Inputs) -> Iterator[Finding]:
     """Timestamps are frame numbers over fps, in every episode, and frame numbers go up by one."""
-    assert subject.metadata is not None
-    columns, fps = subject.columns, subject.metadata.fps
+    assert inputs.metadata is not None
+    columns, fps = inputs.columns, inputs.metadata.fps
     inside = np.diff(columns.episode) == 0
     steps = np.diff(columns.timestamp.astype(np.float64))
     uneven = inside & (np.abs(steps * fps - 1) > UNEVEN)
@@ -44,10 +44,10 @@ def frames_are_evenly_spaced(subject: Subject) -> Iterator[Finding]:
         yield fine(f"{fps} frames per second, evenly spaced")
 
 
-def chunks_fit_episodes(subject: Subject) -> Iterator[Finding]:
+def chunks_fit_episodes(inputs: Inputs) -> Iterator[Finding]:
     """Episodes are longer than a chunk, and a chunk covers a time in which something happens."""
-    assert subject.metadata is not None
-    config, fps, lengths = subject.config, subject.metadata.fps, subject.columns.lengths
+    assert inputs.metadata is not None
+    config, fps, lengths = inputs.config, inputs.metadata.fps, inputs.columns.lengths
     seconds, run = config.chunk_size / fps, config.n_action_steps / fps
     short = float((lengths < config.chunk_size).mean())
     covers = f"a chunk of {config.chunk_size} actions covers {seconds:.2f} s at {fps} per second"
@@ -69,18 +69,18 @@ def chunks_fit_episodes(subject: Subject) -> Iterator[Finding]:
     yield fine(f"{covers}; {config.n_action_steps} are executed ({run:.2f} s) before the next is predicted")
 
 
-def cameras_keep_up(subject: Subject) -> Iterator[Finding]:
+def cameras_keep_up(inputs: Inputs) -> Iterator[Finding]:
     """The robot's cameras give as many pictures per second as the dataset has."""
-    assert subject.metadata is not None
-    cameras = getattr(getattr(subject.robot, "config", None), "cameras", None) or {}
+    assert inputs.metadata is not None
+    cameras = getattr(getattr(inputs.robot, "config", None), "cameras", None) or {}
     rates = {name: camera.fps for name, camera in cameras.items() if getattr(camera, "fps", None)}
-    slow = {name: rate for name, rate in rates.items() if rate < subject.metadata.fps}
+    slow = {name: rate for name, rate in rates.items() if rate < inputs.metadata.fps}
     if slow:
         yield warning(
             f"cameras of the robot are slower than the dataset: {listed(slow)}",
             f"{listed(f'{name} {rate} per second' for name, rate in slow.items())}; recorded at "
-            f"{subject.metadata.fps}",
-            f"--robot.cameras='{{{next(iter(slow))}: {{…, fps: {subject.metadata.fps}}}}}', or run at the "
+            f"{inputs.metadata.fps}",
+            f"--robot.cameras='{{{next(iter(slow))}: {{…, fps: {inputs.metadata.fps}}}}}', or run at the "
             "lower rate that the data was recorded with",
         )
     elif rates:

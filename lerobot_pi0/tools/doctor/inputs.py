@@ -42,11 +42,11 @@ class Trial:
     real: np.ndarray  # (n, chunk): False beyond an episode's end
     state: np.ndarray  # (n, dims)
     loss: float  # flow-matching loss
-    blind_loss: float  # the least that is possible when knowing the mean and spread of each joint alone
+    baseline_loss: float  # the least that is possible when knowing the mean and spread of each joint alone
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class Inputs:
     """What the flags name. Parts that are not given are None."""
 
     policy_flags: PolicyFlags | None
@@ -227,11 +227,11 @@ class Subject:
             real=~padded.numpy(),
             state=raw[OBS_STATE].float().numpy(),
             loss=loss.item(),
-            blind_loss=blind_loss(target[~padded.to(target.device)].var(0), config.max_action_dim),
+            baseline_loss=baseline_loss(target[~padded.to(target.device)].var(0), config.max_action_dim),
         )
 
 
-def blind_loss(variance: torch.Tensor, max_action_dim: int) -> float:
+def baseline_loss(variance: torch.Tensor, max_action_dim: int) -> float:
     """The least flow-matching loss without looking, for joints (dims,) of such variance, the rest padding.
 
     At time t the velocity noise − a, seen through x = t · noise + (1 − t) · a, leaves the variance
