@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
+from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from lerobot_pi0.model.flow import integrate
@@ -31,7 +32,7 @@ def predictor(policy: Pi0Policy, way: str, rtc: RTCConfig) -> Predict:
             return predict(batch)
         size, config = left.shape[-1], policy.config
         noise = torch.randn(1, config.chunk_size, config.max_action_dim)
-        anchor = policy._anchor(batch)
+        anchor = policy.action_space.reference(batch[OBS_STATE])
         if read_leftover(left, delay, noise, anchor) is None:
             return predict(batch, noise=noise)
         anchor = 0 if anchor is None else anchor[0]

@@ -113,7 +113,7 @@ def losses(data: Path, dtype: str, pure: bool, seed: int) -> Iterator[float]:
     dataset = LeRobotDataset("local/x", root=data, delta_timestamps={"action": steps})
     torch.manual_seed(seed)
     policy = Pi0Policy(config)
-    policy.config.ema_decay = policy._trained.decay = 0.0
+    policy.config.ema_decay = policy.trained.decay = 0.0
     if pure:
         policy.to(torch.bfloat16)
         groups: list = [{"params": list(filter(lambda p: p.requires_grad, policy.parameters()))}]
@@ -171,7 +171,7 @@ def without_average(name: str) -> Path:
         policy.config.get_scheduler_preset().build(optimizer, ACTION_STEPS)  # leaves its mark in the groups
         load_optimizer_state(optimizer, source.parent / "training_state")
         tensors = load_file(source / "model.safetensors")
-        tensors |= {key: parameter.data for key, parameter in policy._trained.parameters.items()}
+        tensors |= {key: parameter.data for key, parameter in policy.trained.parameters.items()}
         shutil.copytree(source, folder)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

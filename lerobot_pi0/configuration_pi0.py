@@ -1,16 +1,26 @@
 """Every setting of the policy: default, meaning, validation. The defaults are openpi's π0 as published."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
-from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from lerobot.utils.constants import (
+    ACTION,
+    OBS_IMAGES,
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
+    OBS_STATE,
+)
+from torch import Tensor
 
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 from lerobot_pi0.training.optimizer import ResumableAdamWConfig
+from lerobot_pi0.training.randomness import bytes_of, normal_of
 from lerobot_pi0.training.schedule import CosineAfterWarmupConfig
 
 logger = logging.getLogger(__name__)
@@ -230,6 +240,29 @@ class Pi0Config(PreTrainedConfig):
         self.action_feature_names = _dimension_names(features.get(ACTION, {}))
         self.state_feature_names = _dimension_names(features.get(OBS_STATE, {}))
 
+    def example_observation(
+        self,
+        batch_size: int = 1,
+        device: torch.device | str = "cpu",
+        image_size: tuple[int, int] | None = None,
+        prompt_length: int = 8,
+    ) -> dict[str, Tensor]:
+        """A made-up batch as the processor gives it, always the same for the same config and arguments.
+
+        Images are uint8 (batch, 3, height, width) of each camera's size, or of `image_size` (height, width);
+        the state is float32 (batch, dims); tokens and their mask are (batch, prompt_length).
+        """
+        assert self.robot_state_feature is not None
+        batch: dict[str, Tensor] = {}
+        for camera in self.cameras.values():
+            height, width = image_size or image_height_width(self.image_features[camera].shape)
+            batch[camera] = bytes_of(camera, 3 * height * width).view(1, 3, height, width)
+        batch[OBS_STATE] = normal_of("state", self.robot_state_feature.shape[0])[None]
+        ids = bytes_of("prompt", 2 * prompt_length).view(1, -1, 2).long()
+        batch[OBS_LANGUAGE_TOKENS] = (ids[..., 0] * 256 + ids[..., 1]) % self.vlm.vocab_size
+        batch[OBS_LANGUAGE_ATTENTION_MASK] = torch.ones(1, prompt_length, dtype=torch.bool)
+        return {name: x.repeat_interleave(batch_size, 0).to(device) for name, x in batch.items()}
+
     def get_optimizer_preset(self) -> ResumableAdamWConfig:
         return ResumableAdamWConfig(
             lr=self.optimizer_lr,
@@ -270,6 +303,12 @@ class Pi0Config(PreTrainedConfig):
     @property
     def reward_delta_indices(self) -> None:
         return None
+
+
+def image_height_width(shape: Sequence[int]) -> tuple[int, int]:
+    """Height and width of an image of this shape, wherever its channels stand."""
+    height, width = shape[1:] if shape[0] in (1, 3) else shape[:2]
+    return height, width
 
 
 def assign_cameras(keys: list[str], given: dict[str, str]) -> dict[str, str]:

@@ -6,6 +6,7 @@ LeRobot's standard steps, and a tokenizer that travels with the checkpoint.
 import logging
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib.resources import files
@@ -47,7 +48,7 @@ class Pi0TokenizerStep(ProcessorStep):
     max_length: int
     vocab_size: int
     _tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
-    _told: set[str] = field(default_factory=set, init=False, repr=False)
+    _warned_of: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __call__(self, transition: EnvTransition) -> EnvTransition:
         complementary: Any = transition.get(TransitionKey.COMPLEMENTARY_DATA)
@@ -88,8 +89,8 @@ class Pi0TokenizerStep(ProcessorStep):
                 f"vocabulary has {self.vocab_size} entries: raise --policy.vlm.vocab_size (training from "
                 "scratch), or name the tokenizer that belongs to the weights with --policy.tokenizer"
             )
-        if len(ids) > self.max_length and prompt not in self._told:
-            self._told.add(prompt)
+        if len(ids) > self.max_length and prompt not in self._warned_of:
+            self._warned_of.add(prompt)
             logger.warning(
                 "the prompt has %d tokens and is cut to %d (--policy.tokenizer_max_length): %r",
                 len(ids),
@@ -146,6 +147,26 @@ class Pi0TokenizerStep(ProcessorStep):
 def clean_prompt(prompt: str) -> str:
     """The prompt as openpi hands it to the tokenizer: stripped, underscores and line breaks as spaces."""
     return prompt.strip().replace("_", " ").replace("\n", " ")
+
+
+class InstructionCheck:
+    """Warns of each instruction that is not one of the training data's, once."""
+
+    def __init__(self, config: Pi0Config):
+        self.config = config
+        self._seen: set[str] = set()
+
+    def __call__(self, task: str | Sequence[str] | None) -> None:
+        """Check the instructions of a batch."""
+        if (data := self.config.training_data) is None:
+            return
+        tasks = [task] if isinstance(task, str) else task or ()
+        if self.config.prompt_dropout:  # it was trained without one as well
+            tasks = [task for task in tasks if task]
+        for task in set(tasks) - self._seen:
+            self._seen.add(task)
+            if message := unknown_instruction(task, data):
+                logger.warning(message)
 
 
 def unknown_instruction(prompt: str, data: TrainingData) -> str | None:

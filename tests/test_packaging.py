@@ -73,6 +73,7 @@ DISCOVERED = {
     "lerobot_pi0.training",
     "lerobot_pi0.training.ema",
     "lerobot_pi0.training.optimizer",
+    "lerobot_pi0.training.randomness",
     "lerobot_pi0.training.schedule",
 }
 

@@ -2,99 +2,74 @@
 
 A checkpoint outlives the versions that it was made with, and a change in any of them shows in no error but in
 a robot that does worse. So the folder carries the actions that the policy gave when it was saved, with the
-versions of that moment, and the first load in another environment compares. The input is made by SHAKE-256,
-which no release of a library changes, and covers resizing, prompt, state and noise; a few kilobytes in all.
+versions of that moment, and the first load in another environment compares. The input
+(`fixed_input`) covers resizing, prompt, state and noise; a few kilobytes in all.
 """
 
 import contextlib
 import hashlib
 import logging
-import math
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from lerobot.configs import PolicyFeature
-from lerobot.utils.constants import (
-    HF_LEROBOT_HOME,
-    OBS_LANGUAGE_ATTENTION_MASK,
-    OBS_LANGUAGE_TOKENS,
-    OBS_STATE,
-)
+from lerobot.utils.constants import HF_LEROBOT_HOME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lerobot_pi0.training.fsdp import is_sharded
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.training.randomness import normal_of
 
 logger = logging.getLogger(__name__)
 
-CERTIFICATE_FILE = "golden_actions.safetensors"
+GOLDEN_ACTIONS_FILE = "golden_actions.safetensors"
 # Root mean square of the difference, over that of the actions or over 1: beyond it, it is no rounding. In
 # bfloat16 two right compilations of openpi's code differ by 0.03.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}
-_PROMPT_LENGTH = 8
 _STEPS = "inference_steps"
 
-
-def fixed_input(policy: Any) -> tuple[dict[str, Tensor], Tensor]:
-    """A processed batch of one and its noise, always the same for the same sizes."""
-    config = policy.config
-    device = policy.model.action_out_proj.weight.device
-    size, rows = config.vision.image_size, config.vision.image_size * 3 // 2
-    batch: dict[str, Any] = {
-        camera: _bytes(camera, 3 * rows * size).view(1, 3, rows, size) for camera in config.cameras.values()
-    }
-    state_dim = cast(PolicyFeature, config.robot_state_feature).shape[0]
-    ids = _bytes("prompt", 2 * _PROMPT_LENGTH).view(1, -1, 2).long()
-    batch[OBS_STATE] = _normal("state", state_dim).view(1, -1)
-    batch[OBS_LANGUAGE_TOKENS] = (ids[..., 0] * 256 + ids[..., 1]) % config.vlm.vocab_size
-    batch[OBS_LANGUAGE_ATTENTION_MASK] = torch.ones(1, _PROMPT_LENGTH, dtype=torch.bool)
-    noise = _normal("noise", config.chunk_size * config.max_action_dim)
-    noise = noise.view(1, config.chunk_size, config.max_action_dim)
-    return {key: value.to(device) for key, value in batch.items()}, noise.to(device)
+# (processed batch of one, noise (1, chunk, padded), Euler steps) → chunk (1, chunk, action size), normalised
+Predict = Callable[[dict[str, Tensor], Tensor, int], Tensor]
 
 
-@torch.no_grad()
-def golden_actions(policy: Any, inference_steps: int) -> Tensor:
-    """A chunk (steps, action size) for the fixed input, normalised, by the network as it is written down.
+def fixed_input(config: Pi0Config) -> tuple[dict[str, Tensor], Tensor]:
+    """A processed batch of one and its noise (1, chunk, padded), always the same for the same sizes."""
+    size = config.vision.image_size
+    noise = normal_of("noise", config.chunk_size * config.max_action_dim)
+    batch = config.example_observation(image_size=(size * 3 // 2, size))  # neither square nor the camera's
+    return batch, noise.view(1, config.chunk_size, config.max_action_dim)
 
-    It needs no other form of the weights, so it fits where the policy does, in the middle of training too.
+
+def golden_actions(config: Pi0Config, predict: Predict, inference_steps: int | None = None) -> Tensor:
+    """A chunk (steps, action size) for the fixed input, normalised: float32, on the CPU.
+
+    `predict` runs the network as it is written down (`Pi0Policy.predict_with_network`): that needs no other
+    layout of the weights, so it fits where the policy does, in the middle of training too.
     """
-    batch, noise = fixed_input(policy)
-    with torch.autocast(noise.device.type, enabled=False):
-        actions = policy.model.sample(policy.observation(batch), noise, inference_steps)
-    actions = actions[0, :, : cast(PolicyFeature, policy.config.action_feature).shape[0]]
-    anchor = policy._anchor(batch)
-    return (actions if anchor is None else actions + anchor).float().cpu().contiguous()
+    steps = inference_steps or config.num_inference_steps
+    return predict(*fixed_input(config), steps)[0].float().cpu().contiguous()
 
 
-def write_certificate(policy: Any, folder: Path) -> None:
-    """Leave the golden actions in a checkpoint's folder, those of the weights that evaluation sees.
-
-    A policy that is sharded among processes (FSDP) leaves none: one of them alone cannot run it.
-    """
-    if is_sharded(policy):
-        (folder / CERTIFICATE_FILE).unlink(missing_ok=True)  # of the weights that were here before
-        return
-    trains, steps = policy.training, policy.config.num_inference_steps
-    actions = golden_actions(policy.eval(), steps)
-    policy.train(trains)
-    metadata = _environment(policy) | {_STEPS: str(steps)}
-    unfinished = folder / f"{CERTIFICATE_FILE}.unfinished"
-    save_file({"actions": actions}, unfinished, metadata=metadata)
-    unfinished.replace(folder / CERTIFICATE_FILE)
+def write_golden_actions(folder: Path, config: Pi0Config, predict: Predict, device: torch.device) -> None:
+    """Leave the golden actions in a checkpoint's folder, with the versions and the device of now."""
+    metadata = _environment(config, device) | {_STEPS: str(config.num_inference_steps)}
+    unfinished = folder / f"{GOLDEN_ACTIONS_FILE}.unfinished"
+    save_file({"actions": golden_actions(config, predict)}, unfinished, metadata=metadata)
+    unfinished.replace(folder / GOLDEN_ACTIONS_FILE)
 
 
-def check_certificate(policy: Any, folder: Path) -> float | None:
+def check_golden_actions(
+    folder: Path, config: Pi0Config, predict: Predict, device: torch.device
+) -> float | None:
     """Compare the golden actions in a policy's folder with those that it gives here, and warn of a change.
 
-    Returns their difference (see TOLERANCE); None where there was nothing to do: no certificate, the
-    environment that wrote it, or one in which this policy was found to act the same before.
+    Returns their difference (see TOLERANCE); None where there was nothing to do: no golden actions, the
+    environment that wrote them, or one in which this policy was found to act the same before.
     """
-    file = folder / CERTIFICATE_FILE
+    file = folder / GOLDEN_ACTIONS_FILE
     if not file.is_file():
         return None
     try:
@@ -104,13 +79,13 @@ def check_certificate(policy: Any, folder: Path) -> float | None:
     except (SafetensorError, KeyError, ValueError) as error:
         logger.warning("%s is damaged (%s): whether this policy acts as it did is not known", file, error)
         return None
-    here = _environment(policy)
+    here = _environment(config, device)
     if recorded == here:
         return None
     passed = HF_LEROBOT_HOME / "lerobot_pi0" / "golden_actions" / _key(wanted, here)
     if passed.is_file():
         return None
-    found = golden_actions(policy, inference_steps)
+    found = golden_actions(config, predict, inference_steps)
     changes = ", ".join(
         f"{name} {recorded.get(name, 'unknown')} → {here[name]}"
         for name in here
@@ -148,13 +123,13 @@ def check_certificate(policy: Any, folder: Path) -> float | None:
     return difference
 
 
-def _environment(policy: Any) -> dict[str, str]:
-    """What may change how a policy acts, but for its weights."""
-    device = policy.model.action_out_proj.weight.device.type
+def _environment(config: Pi0Config, device: torch.device) -> dict[str, str]:
+    """What may change how a policy acts, other than its weights."""
+    kind = device.type
     return {
         **{name: version(name) for name in ("lerobot_policy_pi0", "lerobot", "torch")},
-        "device": f"{device} ({platform.machine()})" if device == "cpu" else device,
-        "dtype": policy.config.dtype,
+        "device": f"{kind} ({platform.machine()})" if kind == "cpu" else kind,
+        "dtype": config.dtype,
     }
 
 
@@ -162,18 +137,6 @@ def _key(wanted: Tensor, environment: dict[str, str]) -> str:
     """What tells a policy in an environment from others."""
     text = repr(sorted(environment.items())).encode()
     return hashlib.blake2b(wanted.numpy().tobytes() + text, digest_size=16).hexdigest()
-
-
-def _bytes(name: str, number: int) -> Tensor:
-    """Evenly spread bytes that belong to a name: uint8 (number,)."""
-    drawn = hashlib.shake_256(f"golden actions 1: {name}".encode()).digest(number)
-    return torch.frombuffer(bytearray(drawn), dtype=torch.uint8)
-
-
-def _normal(name: str, number: int) -> Tensor:
-    """Numbers that belong to a name, all but normally distributed: float32 (number,)."""
-    drawn = _bytes(name, 12 * number).view(number, 12).float()
-    return (drawn.sum(1) - 12 * 127.5) / math.sqrt(12 * (256**2 - 1) / 12)
 
 
 def _rms(x: Tensor) -> float:

@@ -62,7 +62,7 @@ def make_model_card(
     }
     return ModelCard.from_template(
         data,
-        template_str=files("lerobot_pi0").joinpath("model_card.md").read_text("utf-8"),
+        template_str=files("lerobot_pi0.checkpoints").joinpath("model_card.md").read_text("utf-8"),
         name=name,
         title=name.rpartition("/")[2],
         config=config,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, Checkpoint, load_weights
-from lerobot_pi0.checkpoints.golden_actions import fixed_input, write_certificate
+from lerobot_pi0.checkpoints.golden_actions import fixed_input, write_golden_actions
 from lerobot_pi0.checkpoints.layouts import to_openpi
 from lerobot_pi0.conversion.flags import ConvertConfig
 from lerobot_pi0.conversion.output import unfinished_folder
@@ -106,7 +106,7 @@ def _proof(policy: Policy, folder: Path, digests: dict[str, str], flags: Convert
     if flags.to == "lerobot_pi0":
         ours = Pi0Policy.from_pretrained(folder, config=replace(policy.config, device="cpu"))
         _give_back(ours.model, written)
-        write_certificate(ours, folder)
+        write_golden_actions(folder, ours.config, ours.predict_with_network, ours.device)
         text += " Its golden actions are beside it."
     in_tree = folder if flags.to == "lerobot" else policy.folder if policy.layout == IN_TREE else None
     if in_tree is None or not (parameters <= _COMPARED if flags.compare is None else flags.compare):
@@ -147,7 +147,7 @@ def _compare(policy: Policy, target: Path, in_tree: Path) -> tuple[float, float]
     with torch.device("meta"):
         ours = Pi0Policy(config).eval()
     load_weights(ours.model, Checkpoint(target), dict.fromkeys(policy.meta, torch.float32))
-    batch, noise = fixed_input(ours)
+    batch, noise = fixed_input(config)
     size = config.vision.image_size  # the model's own, lest resizing be compared
     batch = {key: of[:, :, :size] / 255 if key in config.image_features else of for key, of in batch.items()}
     wanted = ours.predict_action_chunk(batch, noise=noise)

@@ -115,10 +115,10 @@ def _load(adapter: str, folder: Path) -> tuple[Pi0Policy, str | None]:
 
 def _folded(policy: Pi0Policy, config: Pi0Config) -> Pi0Policy:
     """The policy without adapters, their effect in its weights."""
-    assert policy._base is not None
+    assert policy.base is not None
     with torch.device("meta"):
         merged = Pi0Policy(config)
-    checkpoint, tensors = policy._base.checkpoint, {}
+    checkpoint, tensors = policy.base.checkpoint, {}
     for name in merged.model.state_dict():
         tensor, was = fold(policy.model, name, checkpoint), checkpoint[name].dtype
         if tensor.dtype != was and not trains_in_full(policy.model, name):

@@ -1,16 +1,17 @@
-"""What keeps a wild chunk from the robot: actions are held to what the training data has.
+"""Action limits: actions are clamped to the range and the step size of the training data.
 
 It knows chunks of normalised actions (b batch, a steps, d dimensions) and limits, and nothing of the policy.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lerobot_pi0.configuration_pi0 import ActionLimits
+from lerobot_pi0.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,18 @@ def not_finite(values: Tensor, names: Sequence[str] | None) -> list[str]:
     return [names[i] if names else str(i) for i, is_finite in enumerate(dimensions) if not is_finite]
 
 
+def check_observation(batch: Mapping[str, Tensor], features: Mapping[str, Sequence[str] | None]) -> None:
+    """Raises UserError for NaN or Inf in these features of a batch, by the names of their last dimension."""
+    for key, names in features.items():
+        if bad := not_finite(batch[key], names):
+            raise UserError(
+                f"'{key}' of the observation is NaN or infinite in {bad}; no action was sent. Look at the "
+                "robot's sensor or camera, and at the statistics that normalise it"
+            )
+
+
 class ChunkGuard:
-    """Holds chunks to `limits`, and tells where: of each joint the 1st, 2nd, 4th, 8th … chunk."""
+    """Clamps chunks to `limits`, and logs where: of each joint the 1st, 2nd, 4th, 8th … chunk."""
 
     def __init__(self, limits: ActionLimits, names: Sequence[str]):
         self.names, self.num_held = names, Counter[str]()
@@ -59,10 +70,10 @@ class ChunkGuard:
             first = held[:, :1] if before is None else before[:, None]
             held = _slowed(torch.cat((first, held), 1), step)[:, 1:]
         if not torch.equal(held, chunk):
-            self._tell(chunk, held)
+            self._warn(chunk, held)
         return held
 
-    def _tell(self, chunk: Tensor, held: Tensor) -> None:
+    def _warn(self, chunk: Tensor, held: Tensor) -> None:
         raw, kept = (((x.float().cpu() - self._offset) / self._gain).flatten(0, 1) for x in (chunk, held))
         for i, name in enumerate(self.names):
             changed = (raw[:, i] != kept[:, i]).nonzero()[:, 0]

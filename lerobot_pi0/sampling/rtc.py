@@ -21,7 +21,7 @@ from torch import Tensor
 from lerobot_pi0.model.flow import Velocity
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float
 
 logger = logging.getLogger(__name__)
 
@@ -148,19 +148,6 @@ def decided(leftover: Leftover, max_delay: int) -> Decided:
         _tell_of_training(leftover.delay, max_delay)
     step = torch.arange(leftover.actions.shape[1], device=leftover.actions.device)
     return Decided(leftover.actions, step < min(leftover.delay, max_delay))
-
-
-def sample_delays(uniform: Float[Tensor, " n"], max_delay: int) -> Int[Tensor, " n"]:
-    """Simulated delays of training, 0 to `max_delay` alike, of uniform random numbers in [0, 1)."""
-    return (uniform * (max_delay + 1)).long().clamp(max=max_delay)
-
-
-def decided_times(
-    time: Float[Tensor, " n"], delays: Int[Tensor, " n"], chunk_size: int
-) -> tuple[Float[Tensor, "n a"], Bool[Tensor, "n a"]]:
-    """Training times of each action, 0 for those before the delay, and which ones are to be learnt."""
-    learnt = torch.arange(chunk_size, device=time.device) >= delays[:, None]
-    return time[:, None] * learnt, learnt
 
 
 @functools.cache  # once for each

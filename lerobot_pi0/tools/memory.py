@@ -189,7 +189,7 @@ def _skeleton(config: Pi0Config, peft: PeftConfig | None) -> Pi0Policy:
         policy = Pi0Policy(config)
         if peft is not None:
             # As `wrap_with_peft`, which wants to know the checkpoint that adapters are over.
-            adapters = policy._build_peft_config(dataclasses.asdict(peft))
+            adapters = policy.adapter_config(dataclasses.asdict(peft))
             policy.requires_grad_(False)
             import_module("peft").get_peft_model(policy, adapters)
         policy.get_optim_params()

@@ -22,11 +22,13 @@ what a robot will not meet:
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lerobot_pi0.model import Observation
 from lerobot_pi0.training.randomness import uniform
 
 CROP = 0.95
@@ -34,8 +36,25 @@ MAX_ANGLE = math.radians(5)
 BRIGHTNESS, CONTRAST, SATURATION = 0.3, 0.4, 0.5
 COLOURED = 0.5  # of all views
 
-# Streams of random numbers (see `modeling_pi0` for the others).
+# Streams of random numbers (see `loss` for the others).
 IMAGES, PROMPT = 2, 3
+
+
+def augment_observation(
+    observation: Observation, keys: Tensor, slots: Sequence[str], images: bool, prompt_dropout: float
+) -> Observation:
+    """An observation as training shows it, of which the b `keys` are the samples'.
+
+    With `images` the cameras in these slots are augmented; `prompt_dropout` is the share of samples without
+    their prompt.
+    """
+    if images:
+        geometric = ["wrist" not in slot for slot in slots]
+        observation = replace(observation, images=augment(observation.images, keys, geometric))
+    if prompt_dropout:
+        mask = drop_prompts(observation.token_mask, keys, prompt_dropout)
+        observation = replace(observation, token_mask=mask)
+    return observation
 
 
 def augment(images: Tensor, keys: Tensor, geometric: Sequence[bool]) -> Tensor:

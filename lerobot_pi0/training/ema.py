@@ -1,4 +1,4 @@
-"""Which parameters train, in which precision, and their exponential moving average (EMA)."""
+"""Which parameters train, in which precision, their exponential moving average (EMA), and random keys."""
 
 from typing import Any
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from lerobot_pi0.errors import UserError
+from lerobot_pi0.training.randomness import sample_keys
 
 
 class TrainedWeights:
-    """The parameters that train, and the exponential moving average of their values (EMA).
+    """The parameters that train and their EMA, and the keys of the random numbers that they train with.
 
-    A module either shows the weights (to train) or the average (to evaluate); what it does not show is kept
-    here. Both are float32. `num_draws` counts the training batches that noise was drawn for.
+    A module shows either the weights (to train) or their EMA (to evaluate); what it does not show is kept
+    here. Both are float32. `num_draws` counts the training batches that keys were made for.
     """
 
     def __init__(self, decay: float):
@@ -20,13 +21,13 @@ class TrainedWeights:
         self.seed = torch.initial_seed()
         self.num_draws = 0
         self.parameters: dict[str, nn.Parameter] = {}
-        self._hidden: list[Tensor] = []  # averages, or the weights where averages are shown
-        self._shows_average = False
-        self._is_current = True  # the average, with the weights
+        self._hidden: list[Tensor] = []  # the EMA, or the weights where the EMA is shown
+        self._shows_ema = False
+        self._is_current = True  # the EMA, with the weights
         self._is_checked = False
 
     def take(self, module: nn.Module, frozen_dtype: torch.dtype) -> "ParameterGroups":
-        """What trains in a module from now on, as groups for an optimizer; the average starts with it.
+        """What trains in a module from now on, as groups for an optimizer; the EMA starts with it.
 
         Here precision is decided: a parameter that trains is float32, so that no step is lost in rounding; a
         frozen one is held in `frozen_dtype` if it was wider.
@@ -41,40 +42,55 @@ class TrainedWeights:
                 "nothing trains: all parameters are frozen (--policy.freeze, --peft.target_modules)"
             )
         self._hidden = [p.detach().clone() for p in self.parameters.values()] if self.decay else []
-        self._shows_average, self._is_current = False, False
+        self._shows_ema, self._is_current = False, False
         return ParameterGroups(self)
 
+    def keys(self, index: Tensor, num_draws: int, training: bool) -> Tensor:
+        """Keys (batch · num_draws,) of the random numbers for samples with these indices (batch,).
+
+        In training they depend on the seed and on the number of the batch, else on the indices alone.
+        """
+        if not training:
+            return sample_keys(0, 0, index, num_draws)
+        self.num_draws += 1
+        return sample_keys(self.seed, self.num_draws - 1, index, num_draws)
+
     def update(self) -> None:
-        """After a step of the optimizer: average ← decay · average + (1 − decay) · weights."""
+        """After a step of the optimizer: EMA ← decay · EMA + (1 − decay) · weights."""
+        if self.decay and not self.parameters:
+            raise UserError(
+                "the EMA of the weights needs this policy's own optimizer: leave "
+                "--use_policy_training_preset=true, or train with --policy.ema_decay=0"
+            )
         self._is_current = True
         if self._hidden:
             weights = [parameter.data for parameter in self.parameters.values()]
             torch._foreach_lerp_(self._hidden, weights, 1 - self.decay)
 
-    def show(self, average: bool) -> None:
-        """Let the module's parameters hold the average, or the weights; nothing is copied."""
-        if average == self._shows_average:
+    def show(self, ema: bool) -> None:
+        """Let the module's parameters hold the EMA, or the weights; nothing is copied."""
+        if ema == self._shows_ema:
             return
         self._check_current()
-        self._shows_average = average
+        self._shows_ema = ema
         for i, parameter in enumerate(self.parameters.values() if self._hidden else ()):
             parameter.data, self._hidden[i] = self._hidden[i], parameter.data
 
-    def averages(self) -> dict[str, Tensor]:
-        """The average by the parameters' names; empty where none is kept or where the module shows it."""
-        if self._shows_average or not self._hidden:
+    def ema(self) -> dict[str, Tensor]:
+        """The EMA by the parameters' names; empty where none is kept or where the module shows it."""
+        if self._shows_ema or not self._hidden:
             return {}
         self._check_current()
         return dict(zip(self.parameters, self._hidden, strict=True))
 
     def weights(self) -> list[Tensor]:
-        """The weights where an average is saved as the policy's; else none."""
+        """The weights where an EMA is saved as the policy's; else none."""
         if not self._hidden:
             return []
-        return self._hidden if self._shows_average else [p.data for p in self.parameters.values()]
+        return self._hidden if self._shows_ema else [p.data for p in self.parameters.values()]
 
     def restore(self, weights: dict[int, Tensor], num_draws: int) -> None:
-        """Go on from weights, by their number, and a number of draws; the average is the loaded policy."""
+        """Go on from weights, by their number, and a number of draws; the EMA is the loaded policy."""
         self.num_draws = num_draws
         for i, own in enumerate(self.weights()):
             if i in weights:
@@ -82,9 +98,9 @@ class TrainedWeights:
                 self._is_current = True
 
     def check(self, module: nn.Module) -> None:
-        """Raises ValueError for weights that no optimizer should step on, or that there is no average of.
+        """Raises UserError for weights that no optimizer should step on, or that no EMA can be kept of.
 
-        Called before each step; looks once.
+        Called before each step; checks once.
         """
         if self._is_checked:
             return
@@ -101,20 +117,20 @@ class TrainedWeights:
             )
         if self._hidden and is_sharded(module):
             raise UserError(
-                "the weights are sharded (FSDP), and their moving average is kept of whole ones (one GPU, or "
+                "the weights are sharded (FSDP), and their EMA is kept of whole ones (one GPU, or "
                 "DDP): train with --policy.ema_decay=0, or without FSDP"
             )
         self._is_checked = True
 
     def _check_current(self) -> None:
-        """Raises ValueError when an optimizer has stepped and the average was never told."""
+        """Raises UserError when an optimizer has stepped and the EMA was not updated."""
         if self._is_current:
             return
         pairs = zip(self.parameters.values(), self._hidden, strict=False)
-        if not all(torch.equal(parameter, average) for parameter, average in pairs):
+        if not all(torch.equal(parameter, ema) for parameter, ema in pairs):
             raise UserError(
-                "the weights were trained and their moving average never updated: call policy.update() after "
-                "each optimizer.step() as LeRobot does, or train with --policy.ema_decay=0"
+                "the weights were trained and their EMA never updated: call policy.update() after each "
+                "optimizer.step() as LeRobot does, or train with --policy.ema_decay=0"
             )
 
 

@@ -1,8 +1,8 @@
-"""What a training run has besides the network: the weights that train, their moving average, how far it is.
+"""AdamW that carries a run's own state: the weights that train, and how many batches were drawn.
 
 LeRobot calls `from_pretrained` for a resumed run as for a fine-tune, and only the resumed one restores its
-optimizer. So `model.safetensors` holds the average, which is what people run and fine-tune, and the
-optimizer's state holds the weights that it steps on.
+optimizer. So `model.safetensors` holds the EMA, which is what people run and fine-tune, and the optimizer's
+state holds the weights that it steps on.
 """
 
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""Random numbers as a function of a key, computed where the key lies.
+"""Random numbers as a function of a key, computed where the key lies; and numbers as a function of a name.
 
 Nothing has to be saved for a resumed run to draw what an uninterrupted one draws, a sample gets the same
 numbers in whatever batch and on whatever process it is, and the host never waits. Counters go through
@@ -6,6 +6,7 @@ splitmix64's finaliser (Steele, Lea and Flood, 2014, "Fast Splittable Pseudorand
 Generators").
 """
 
+import hashlib
 import math
 
 import torch
@@ -37,6 +38,18 @@ def normal(keys: Tensor, shape: tuple[int, ...], stream: int) -> Tensor:
     radius = (-2 * radius.log()).sqrt()
     pairs = torch.cat((radius * (2 * math.pi * angle).cos(), radius * (2 * math.pi * angle).sin()), 1)
     return pairs[:, :count].reshape(-1, *shape)
+
+
+def bytes_of(name: str, count: int) -> Tensor:
+    """Evenly spread bytes that belong to a name: uint8 (count,). By SHAKE-256, which no library changes."""
+    drawn = hashlib.shake_256(f"golden actions 1: {name}".encode()).digest(count)
+    return torch.frombuffer(bytearray(drawn), dtype=torch.uint8)
+
+
+def normal_of(name: str, count: int) -> Tensor:
+    """Numbers that belong to a name, nearly normally distributed: float32 (count,)."""
+    drawn = bytes_of(name, 12 * count).view(count, 12).float()
+    return (drawn.sum(1) - 12 * 127.5) / math.sqrt(12 * (256**2 - 1) / 12)
 
 
 def _mix(x: Tensor) -> Tensor:

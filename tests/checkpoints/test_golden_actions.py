@@ -14,10 +14,10 @@ from tiny_policy import batch, statistics, tiny_config, tiny_policy
 from torch import Tensor
 
 from lerobot_pi0 import modeling_pi0
-from lerobot_pi0.checkpoints import golden_actions as certificate
+from lerobot_pi0.checkpoints import golden_actions as module
 from lerobot_pi0.checkpoints.golden_actions import (
-    CERTIFICATE_FILE,
-    check_certificate,
+    GOLDEN_ACTIONS_FILE,
+    check_golden_actions,
     fixed_input,
     golden_actions,
 )
@@ -26,7 +26,7 @@ from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 @pytest.fixture(autouse=True)
 def no_memory_of_others(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(certificate, "HF_LEROBOT_HOME", tmp_path / "home")
+    monkeypatch.setattr(module, "HF_LEROBOT_HOME", tmp_path / "home")
 
 
 @pytest.fixture
@@ -35,28 +35,36 @@ def saved(tmp_path) -> Path:
     return tmp_path / "saved"
 
 
+def actions_of(policy: Pi0Policy) -> Tensor:
+    return golden_actions(policy.config, policy.predict_with_network, 10)
+
+
+def check(policy: Pi0Policy, folder: Path) -> float | None:
+    return check_golden_actions(folder, policy.config, policy.predict_with_network, policy.device)
+
+
 def assert_same(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def written_with(folder: Path, actions: Any = None, **environment: str) -> None:
-    """Change what the certificate says."""
-    file = folder / CERTIFICATE_FILE
+    """Change what the file of golden actions says."""
+    file = folder / GOLDEN_ACTIONS_FILE
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata() | environment
     found = load_file(file)["actions"]
     save_file({"actions": found if actions is None else actions(found)}, file, metadata=metadata)
 
 
-def test_a_saved_policy_carries_a_small_certificate(saved):
-    file = saved / CERTIFICATE_FILE
+def test_a_saved_policy_carries_small_golden_actions(saved):
+    file = saved / GOLDEN_ACTIONS_FILE
     assert file.stat().st_size < 4096
-    assert_same(load_file(file)["actions"], golden_actions(tiny_policy(), 10))
+    assert_same(load_file(file)["actions"], actions_of(tiny_policy()))
 
 
 def test_the_input_is_the_same_for_ever():
-    """Bytes that are written here: if a release of anything draws others, all certificates are void."""
-    given, noise_ = fixed_input(tiny_policy())
+    """Bytes that are written here: if a release of anything draws others, all golden actions are void."""
+    given, noise_ = fixed_input(tiny_policy().config)
     digest = hashlib.sha256()
     for name in sorted(given):
         digest.update(given[name].numpy().tobytes())
@@ -66,7 +74,7 @@ def test_the_input_is_the_same_for_ever():
 
 
 def test_nothing_is_computed_where_nothing_changed(saved, monkeypatch):
-    monkeypatch.setattr(certificate, "golden_actions", None)
+    monkeypatch.setattr(module, "golden_actions", None)
     Pi0Policy.from_pretrained(saved)
 
 
@@ -77,7 +85,7 @@ def test_the_same_actions_in_another_environment_are_found_once(saved, caplog):
     assert f"torch 2.7.0 → {version('torch')}" in caplog.text
     assert "golden actions: the same" in caplog.text
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
-    assert check_certificate(policy, saved) is None
+    assert check(policy, saved) is None
 
 
 def test_other_actions_are_told_with_versions_and_size_each_time(saved, caplog):
@@ -103,13 +111,13 @@ def test_a_change_of_the_code_is_found(saved, caplog, monkeypatch):
 def test_steps_of_inference_are_the_recorded_ones(saved):
     written_with(saved, torch="2.7.0")
     policy = Pi0Policy.from_pretrained(saved, config=tiny_config(num_inference_steps=3))
-    certificate_file = saved / CERTIFICATE_FILE
-    assert_same(golden_actions(policy, 10), load_file(certificate_file)["actions"])
+    file = saved / GOLDEN_ACTIONS_FILE
+    assert_same(actions_of(policy), load_file(file)["actions"])
 
 
 @pytest.mark.parametrize("damage", ["no file of its kind", "no versions"])
-def test_a_damaged_certificate_is_told_and_no_obstacle(saved, caplog, damage):
-    file = saved / CERTIFICATE_FILE
+def test_damaged_golden_actions_are_logged_and_no_obstacle(saved, caplog, damage):
+    file = saved / GOLDEN_ACTIONS_FILE
     if damage == "no versions":
         save_file(load_file(file), file)
     else:
@@ -121,20 +129,20 @@ def test_a_damaged_certificate_is_told_and_no_obstacle(saved, caplog, damage):
 def test_where_nothing_can_be_written_the_policy_loads_all_the_same(saved, tmp_path, monkeypatch, caplog):
     written_with(saved, torch="2.7.0")
     (tmp_path / "file").touch()
-    monkeypatch.setattr(certificate, "HF_LEROBOT_HOME", tmp_path / "file")
+    monkeypatch.setattr(module, "HF_LEROBOT_HOME", tmp_path / "file")
     with caplog.at_level(logging.INFO, logger="lerobot_pi0"):
         Pi0Policy.from_pretrained(saved)
     assert "golden actions: the same" in caplog.text
 
 
 def test_a_checkpoint_without_one_loads_silently(saved, caplog):
-    (saved / CERTIFICATE_FILE).unlink()
+    (saved / GOLDEN_ACTIONS_FILE).unlink()
     Pi0Policy.from_pretrained(saved)
     assert not [record for record in caplog.records if "golden" in record.getMessage()]
 
 
 def test_saving_in_training_changes_nothing_of_it(tmp_path):
-    """The certificate is of the average, which is what is saved; training goes on with the weights."""
+    """The golden actions are of the EMA, which is what is saved; training goes on with the weights."""
     policy = Pi0Policy(tiny_config(ema_decay=0.9, optimizer_lr=1e-2), statistics())
     optimizer = policy.config.get_optimizer_preset().build(policy.get_optim_params())
     policy.train()
@@ -150,14 +158,14 @@ def test_saving_in_training_changes_nothing_of_it(tmp_path):
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(before[name], parameter) for name, parameter in policy.named_parameters())
     loaded = Pi0Policy.from_pretrained(tmp_path / "saved")
-    found = golden_actions(loaded, 10)
-    wanted = load_file(tmp_path / "saved" / CERTIFICATE_FILE)["actions"]
+    found = actions_of(loaded)
+    wanted = load_file(tmp_path / "saved" / GOLDEN_ACTIONS_FILE)["actions"]
     assert_same(found, wanted)
-    assert (golden_actions(policy, 10) - wanted).abs().max() > 1e-3  # the weights are not the average
+    assert (actions_of(policy) - wanted).abs().max() > 1e-3  # the weights are not the EMA
 
 
-def test_the_certificate_is_what_the_policy_predicts(saved):
+def test_golden_actions_are_what_the_policy_predicts(saved):
     policy = Pi0Policy.from_pretrained(saved)
-    given, drawn = fixed_input(policy)
+    given, drawn = fixed_input(policy.config)
     found = policy.predict_action_chunk(given, noise=drawn)[0]
-    torch.testing.assert_close(golden_actions(policy, 10), found, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actions_of(policy), found, rtol=1e-4, atol=1e-4)

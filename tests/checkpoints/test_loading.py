@@ -25,8 +25,7 @@ from safetensors.torch import load_file, save_file
 from tiny_policy import batch, noise, raw_batch, statistics, tiny_config, tiny_policy
 from torch import Tensor
 
-from lerobot_pi0 import modeling_pi0
-from lerobot_pi0.checkpoints import layouts as weights
+from lerobot_pi0.checkpoints import files, loading
 from lerobot_pi0.checkpoints.layouts import to_openpi
 from lerobot_pi0.data.statistics import read_statistics
 from lerobot_pi0.errors import CheckpointError
@@ -202,7 +201,7 @@ def test_hub_errors_say_why_and_what_to_do(monkeypatch, error, message):
     def fail(*_: Any, **__: Any) -> str:
         raise error
 
-    monkeypatch.setattr(weights, "snapshot_download", fail)
+    monkeypatch.setattr(files, "snapshot_download", fail)
     with pytest.raises(FileNotFoundError, match=message):
         load("me/pi0", revision="v9")
 
@@ -214,7 +213,7 @@ def test_download_arguments_reach_the_download(monkeypatch, saved, tmp_path):
         calls.append((name, keywords))
         return str(saved)
 
-    monkeypatch.setattr(weights, "snapshot_download", download)
+    monkeypatch.setattr(files, "snapshot_download", download)
     given = {
         "revision": "v1",
         "token": "hf_x",
@@ -245,7 +244,7 @@ def test_download_arguments_reach_the_download(monkeypatch, saved, tmp_path):
 
 def test_config_comes_from_the_downloaded_folder_too(monkeypatch, saved):
     """Not from a second download that knows no revision."""
-    monkeypatch.setattr(weights, "snapshot_download", lambda *_, **__: str(saved))
+    monkeypatch.setattr(files, "snapshot_download", lambda *_, **__: str(saved))
     assert Pi0Policy.from_pretrained("me/pi0", revision="v1").config.vlm.width == 48
 
 
@@ -308,7 +307,7 @@ def test_saving_over_the_folder_that_the_weights_are_mapped_from_keeps_them(save
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     written: list[Path] = []
     monkeypatch.setattr(
-        modeling_pi0,
+        loading,
         "save_file",
         lambda *given, **more: (written.append(given[1]), save_file(*given, **more)),
     )

@@ -17,7 +17,7 @@ from tiny_policy import ACTION, STATE
 
 from lerobot_pi0 import Pi0Config
 from lerobot_pi0.checkpoints.files import Checkpoint
-from lerobot_pi0.checkpoints.golden_actions import write_certificate
+from lerobot_pi0.checkpoints.golden_actions import write_golden_actions
 from lerobot_pi0.checkpoints.layouts import to_openpi
 from lerobot_pi0.conversion import convert, targets
 from lerobot_pi0.conversion.merge import merge
@@ -132,15 +132,16 @@ def test_running_a_converted_policy_keeps_no_weights_in_memory(in_tree, tmp_path
     """A weight that was used is mapped from its file anew, and so takes none until it is read again."""
     kept = []
 
-    def certify(policy: Pi0Policy, folder: Path) -> None:
+    def write(folder: Path, config: Pi0Config, predict: Any, device: torch.device) -> None:
+        policy = predict.__self__
         before = {name: weight.data_ptr() for name, weight in policy.model.named_parameters()}
-        write_certificate(policy, folder)
+        write_golden_actions(folder, config, predict, device)
         for name, weight in policy.model.named_parameters():
             assert torch.equal(weight, Checkpoint(folder)[name])
             if weight.data_ptr() == before[name] and weight.requires_grad:  # all others are used
                 kept.append(name)
 
-    monkeypatch.setattr(convert, "write_certificate", certify)
+    monkeypatch.setattr(convert, "write_golden_actions", write)
     run(in_tree, tmp_path / "back", **BACK)
     assert [name for name in kept if not name.startswith("vision.patch_embedding.")] == []
 

@@ -285,12 +285,12 @@ def test_permuted_state_gives_the_permuted_anchor():
         anchor=Anchor([0, 1], [order.index(2), order.index(4)], [0.5, 2.0], [1.0, -1.0]),
     )
     state = torch.randn(3, STATE)
-    found = one._anchor({"observation.state": state})
+    found = one.action_space.reference(state)
     assert found is not None
     torch.testing.assert_close(
         found, torch.stack([state[:, 2] / 2 + 1, state[:, 4] * 2 - 1, *2 * [torch.zeros(3)]], 1)
     )
-    permuted = other._anchor({"observation.state": state[:, order]})
+    permuted = other.action_space.reference(state[:, order])
     assert permuted is not None
     assert torch.equal(permuted, found)
 
@@ -340,7 +340,7 @@ def test_actions_come_back_absolute_from_what_the_network_is_trained_to_give(dat
     torch.testing.assert_close(
         target.double(), wanted * torch.tensor(gain) + torch.tensor(offset), rtol=1e-5, atol=1e-3
     )
-    monkeypatch.setattr(policy, "_sampler", lambda: Perfect(target))
+    monkeypatch.setattr(policy.sampler, "current", lambda: Perfect(target))
     found = postprocess(policy.predict_action_chunk(preprocess(raw), noise=torch.zeros(4, CHUNK, 8)))
     torch.testing.assert_close(found.double(), raw["action"].double(), rtol=1e-5, atol=1e-5)
 

@@ -15,13 +15,12 @@ from lerobot_pi0.configuration_pi0 import Anchor
 from lerobot_pi0.model.flow import integrate
 from lerobot_pi0.sampling.rtc import (
     Guidance,
-    decided_times,
     guided,
     prefix_weights,
     read_leftover,
-    sample_delays,
     tell_of_horizon,
 )
+from lerobot_pi0.training.loss import action_times, sample_delays
 
 PADDED = 8
 
@@ -136,7 +135,7 @@ def test_no_graph_outlives_a_step(policy, observation):
 
 def test_prefix_is_computed_once(policy, observation, monkeypatch):
     calls = []
-    sampler = policy._sampler()
+    sampler = policy.sampler.current()
     context = sampler._context
     monkeypatch.setattr(sampler, "_context", lambda *args: calls.append(1) or context(*args))
     with_rtc(policy).predict_action_chunk(observation, inference_delay=2, prev_chunk_left_over=leftover())
@@ -222,7 +221,7 @@ def test_relative_leftovers_are_taken_from_the_new_observation():
 def test_the_first_chunk_of_a_run_is_not_the_first_that_is_computed(policy, monkeypatch):
     """LeRobot resets the policy before its thread starts; its delay is the longest inference so far."""
     seen = []
-    monkeypatch.setattr(policy, "_sample", lambda *given: seen.append(given[2] is not None))
+    monkeypatch.setattr(policy.sampler, "sample", lambda *given: seen.append(len(given) > 2))
     policy.reset()
     assert seen == []
     with_rtc(policy).reset()
@@ -248,7 +247,7 @@ def test_settings_of_a_run_are_not_saved(policy, tmp_path):
 
 
 def test_decided_actions_are_given_and_the_rest_is_learnt():
-    time, learnt = decided_times(torch.tensor([0.5, 0.9]), torch.tensor([0, 2]), 4)
+    time, learnt = action_times(torch.tensor([0.5, 0.9]), torch.tensor([0, 2]), 4)
     assert time.tolist() == [[0.5] * 4, [0.0, 0.0, pytest.approx(0.9), pytest.approx(0.9)]]
     assert learnt.tolist() == [[True] * 4, [False, False, True, True]]
 
@@ -278,14 +277,14 @@ def test_what_is_decided_is_no_part_of_the_loss(monkeypatch):
 
     monkeypatch.setattr(type(policy.model), "loss", spy)
     monkeypatch.setattr(
-        "lerobot_pi0.modeling_pi0.sample_delays", lambda u, _: torch.full_like(u, CHUNK - 1).long()
+        "lerobot_pi0.training.loss.sample_delays", lambda u, _: torch.full_like(u, CHUNK - 1).long()
     )
     given = batch()
     losses = policy.forward(given, reduction="none")[0]
     assert (seen["time"][:, :-1] == 0).all()
     assert (seen["time"][:, -1] > 0).all()
     # The same sum by hand: only the last step's velocity counts.
-    policy._trained.num_draws -= 1
+    policy.trained.num_draws -= 1
     monkeypatch.setattr(
         type(policy.model),
         "loss",
@@ -300,7 +299,7 @@ def test_without_a_delay_training_is_as_it_was():
     for delay in (0, 3):
         policy = tiny_policy(rtc_training_max_delay=delay, augmentation=False)
         policy.train()
-        policy._trained.num_draws = 2  # where the delays are 2 and 0
+        policy.trained.num_draws = 2  # where the delays are 2 and 0
         gradients.append(loss_gradient(policy, given))
     assert not torch.allclose(gradients[0], gradients[1])
     policy.eval()

@@ -34,6 +34,7 @@ from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 from lerobot_pi0.sampling import sampler as inference
 from lerobot_pi0.sampling.linear import Form, Int8, Packed
+from lerobot_pi0.sampling.policy_sampler import PolicySampler
 from lerobot_pi0.sampling.rtc import Decided
 from lerobot_pi0.sampling.sampler import Sampler, in_any_thread
 
@@ -396,7 +397,7 @@ def test_chunk_after_the_weights_have_changed_is_that_of_the_new_ones(change):
 def test_training_goes_on_after_an_evaluation_in_inference_mode(form, dtype, monkeypatch):
     """As LeRobot evaluates during training: a tensor of that mode cannot be trained."""
     policy = tiny_policy(dtype=dtype)
-    monkeypatch.setattr(policy, "_form", lambda: form)
+    monkeypatch.setattr(PolicySampler, "backend", form)
     with torch.inference_mode():
         policy.eval().select_action(batch())
     optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=1e-2)
@@ -411,7 +412,7 @@ def test_training_gives_back_what_sampling_kept(compiled, monkeypatch):
     policy = tiny_policy(compile=compiled)
     policy.predict_action_chunk(batch())
     policy.eval()
-    sampler = weakref.ref(policy._samplers[0][1])
+    sampler = weakref.ref(policy.sampler.current())
     gc.disable()  # a GPU that runs out of memory does not collect Python's garbage either
     try:
         policy.train()
@@ -457,7 +458,8 @@ def test_a_prompt_longer_than_the_config_says_is_not_cut_by_compiling(monkeypatc
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     policy = tiny_policy(tokenizer_max_length=4)
     wanted = policy.predict_action_chunk(batch(), noise=noise())
-    policy.config.compile, policy._samplers = True, []
+    policy.config.compile = True
+    policy.sampler.release()
     close(policy.predict_action_chunk(batch(), noise=noise()), wanted)
 
 

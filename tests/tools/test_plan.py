@@ -39,7 +39,7 @@ def planned(peft: PeftConfig | None = None, device: Any = "cpu", **changes: Any)
 def real(config: Pi0Config, peft: PeftConfig | None = None) -> tuple[Pi0Policy, torch.optim.Optimizer]:
     policy = Pi0Policy(config)
     if peft is not None:
-        adapters: Any = policy._build_peft_config(dataclasses.asdict(peft))
+        adapters: Any = policy.adapter_config(dataclasses.asdict(peft))
         policy.requires_grad_(False)
         __import__("peft").get_peft_model(policy, adapters)
     optimizer: Any = config.get_optimizer_preset().build(policy.get_optim_params())

@@ -100,7 +100,7 @@ def test_without_decay_nothing_is_kept_twice():
     policy = tiny_policy(ema_decay=0.0)
     optimizer = build(policy)
     step(policy, optimizer)
-    assert policy._trained.averages() == {}
+    assert policy.trained.ema() == {}
     assert all("weights" not in state for state in optimizer.state_dict()["state"].values())
 
 
@@ -215,7 +215,7 @@ def test_state_of_the_optimizer_holds_the_weights_that_it_steps_on():
     assert isinstance(optimizer, ResumableAdamW)
     step(policy, optimizer)
     state = optimizer.state_dict()
-    weights = [weight for name, weight in raw(policy).items() if name in policy._trained.parameters]
+    weights = [weight for name, weight in raw(policy).items() if name in policy.trained.parameters]
     policy.eval()
     for i, weight in enumerate(weights):
         assert torch.equal(state["state"][i]["weights"], weight)

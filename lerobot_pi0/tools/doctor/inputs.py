@@ -189,7 +189,7 @@ class Inputs:
         """The policy. Raises what loading raises."""
         assert self.policy_flags is not None
         loaded = load_policy(self.policy_flags)
-        loaded.policy._guard = None  # which would hide how far actions leave the data
+        loaded.policy.action_space.guard = None  # which would hide how far actions leave the data
         for step in loaded.preprocess.steps:
             if isinstance(step, RenameObservationsProcessorStep):
                 step.rename_map = self.rename_map
@@ -219,7 +219,7 @@ class Inputs:
         chunk = policy.predict_action_chunk(batch, noise=noise.to(batch[OBS_STATE].device))
         predicted = self.loaded.postprocess(chunk).float().cpu().numpy()
         padded = raw.get("action_is_pad", torch.zeros(raw[ACTION].shape[:2], dtype=torch.bool))
-        target, anchor = batch[ACTION].float(), policy._anchor(batch)
+        target, anchor = batch[ACTION].float(), policy.action_space.reference(batch[OBS_STATE])
         target = target if anchor is None else target - anchor[:, None]
         return Trial(
             predicted=predicted,

@@ -1,0 +1,117 @@
+"""A policy's checkpoint: resolved, opened, loaded strictly, saved atomically."""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import draccus
+import torch
+from huggingface_hub.constants import CONFIG_NAME
+from lerobot.configs import PreTrainedConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lerobot_pi0.checkpoints import adapters
+from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, Checkpoint, load_weights
+from lerobot_pi0.checkpoints.golden_actions import GOLDEN_ACTIONS_FILE
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.errors import CheckpointError
+from lerobot_pi0.model import Pi0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint that a policy is made from, with the config that the policy will have."""
+
+    folder: Path
+    config: Pi0Config
+    base: adapters.Base
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a checkpoint of this policy, and not of a published layout."""
+        return self.base.checkpoint.is_ours
+
+    @property
+    def is_below_adapters(self) -> bool:
+        """Whether LeRobot puts adapters over these weights."""
+        return adapters.loads_adapters(self.config)
+
+    @property
+    def statistics(self) -> str | Path | None:
+        """Where the normalization statistics are: an adapter's folder has its own, not those of its base."""
+        return self.config.pretrained_path if self.is_below_adapters else self.folder
+
+    def load(self, network: Pi0, dtype: torch.dtype, keeps: Callable[[nn.Parameter], bool]) -> None:
+        """Put the weights into a network on the meta device, in this dtype, or in the file's where `keeps`
+        says so.
+
+        Parameters that adapters replace are float32.
+        """
+        dtypes = {name: None if keeps(parameter) else dtype for name, parameter in network.named_parameters()}
+        if self.is_below_adapters:
+            dtypes |= adapters.dtypes_in_full(network, self.config)
+        load_weights(network, self.base.checkpoint, dtypes, self.config.device)
+        logger.info("%d tensors from %s, all of them used", len(self.base.checkpoint), self.folder)
+
+
+def open_source(
+    policy_type: str, name: str | Path, folder: Path, config: PreTrainedConfig | None, revision: str | None
+) -> Source:
+    """Open the checkpoint that was found in `folder` under a name, with its own config or another one.
+
+    Raises CheckpointError for another policy's, for a damaged one, and for weights that the config's adapters
+    were not trained over.
+    """
+    if config is None:
+        found = read_policy_type(folder)
+        if found != policy_type:
+            kind = f"a policy of type '{found}'" if found else "no LeRobot policy"
+            raise CheckpointError(
+                f"'{name}' is {kind}. To take its weights for this policy, give it a config: "
+                f"--policy.type={policy_type} --policy.pretrained_path={name}"
+            )
+        config = PreTrainedConfig.from_pretrained(folder)
+    if not isinstance(config, Pi0Config):
+        raise TypeError(f"config is a {type(config).__name__}, this policy takes a Pi0Config")
+    source = Source(folder, config, adapters.Base.of(name, revision, folder, Checkpoint(folder)))
+    if source.is_below_adapters:
+        adapters.check_base(config, source.base)
+    if not source.is_ours:
+        config.base_checkpoint, config.base_revision = str(name), source.base.revision
+    if not source.is_ours and not source.is_below_adapters:
+        # LeRobot builds processors after the policy, from the folder in `pretrained_path` if there is one
+        # (that of adapters has ours). Those of another policy are not ours (another prompt, a gated
+        # tokenizer): without the path it asks our own factory, and a --rename_map of its finds no step to go
+        # to.
+        config.pretrained_path = config.pretrained_revision = None
+        logger.info("weights of another layout: the processors are new, and --rename_map has no effect")
+    return source
+
+
+def read_policy_type(folder: Path) -> str | None:
+    """What LeRobot calls the policy in a checkpoint; None where it is not LeRobot's."""
+    file = folder / CONFIG_NAME
+    try:
+        return json.loads(file.read_text()).get("type") if file.is_file() else None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
+
+
+def save(folder: Path, config: Pi0Config, tensors: Mapping[str, Tensor]) -> None:
+    """Write config and weights. Each file replaces the one in its place when it is complete.
+
+    A killed process then leaves no half of a file, and weights that are memory-mapped from the file in its
+    place keep their values.
+    """
+    (folder / GOLDEN_ACTIONS_FILE).unlink(missing_ok=True)  # of the weights that were here before
+    unfinished = folder / f"{CONFIG_NAME}.unfinished"
+    unfinished.write_text(json.dumps(draccus.encode(config, PreTrainedConfig), indent=4))
+    unfinished.replace(folder / CONFIG_NAME)
+    unfinished = folder / f"{WEIGHTS_FILE}.unfinished"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
+    unfinished.replace(folder / WEIGHTS_FILE)

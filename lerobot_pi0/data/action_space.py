@@ -1,0 +1,76 @@
+"""The robot's actions ↔ the network's: padding, relative actions, limits, names."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch.nn.functional as F
+from lerobot.configs import PolicyFeature
+from lerobot.utils.constants import ACTION
+from torch import Tensor
+
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.errors import UserError
+from lerobot_pi0.sampling.guard import ChunkGuard, not_finite
+
+
+class ActionSpace:
+    """Chunks (B, steps, size) as LeRobot has them, normalised and absolute; (B, steps, padded) as the
+    network does.
+
+    `guard` holds what leaves the policy to the limits of the training data; None: nothing is held.
+    """
+
+    def __init__(self, config: Pi0Config):
+        self.config = config
+        self.size = cast(PolicyFeature, config.action_feature).shape[0]
+        self.guard: ChunkGuard | None = None
+        if config.chunk_guard and config.action_limits is not None:
+            self.guard = ChunkGuard(config.action_limits, self.names)
+
+    @property
+    def names(self) -> list[str]:
+        """What the dimensions are called, or their numbers."""
+        return self.config.action_feature_names or [str(i) for i in range(self.size)]
+
+    def reference(self, state: Tensor) -> Tensor | None:
+        """What relative actions are relative to, of normalised states (B, state size): float32 (B, size),
+        normalised, zero where actions are absolute. None if all are.
+        """
+        by = self.config.anchor
+        if by is None:
+            return None
+        state = state.float()
+        reference = state.new_zeros(len(state), self.size)
+        gain, offset = state.new_tensor(by.gain), state.new_tensor(by.offset)
+        reference[:, by.actions] = state[:, by.states] * gain + offset
+        return reference
+
+    def to_network(self, batch: Mapping[str, Tensor], reference: Tensor | None) -> Tensor:
+        """Actions of a batch as the network learns them: float32, relative to `reference`, padded."""
+        actions = pad(batch, ACTION, self.config.action_feature, self.config.max_action_dim)
+        if reference is not None:
+            actions = actions - F.pad(reference, (0, actions.shape[-1] - self.size))[:, None]
+        return actions
+
+    def from_network(self, actions: Tensor, reference: Tensor | None) -> Tensor:
+        """What leaves the policy: absolute actions within the limits. Raises UserError for NaN and Inf."""
+        actions = actions[..., : self.size]
+        actions = actions if reference is None else actions + reference[:, None]
+        if bad := not_finite(actions, self.names):
+            raise UserError(
+                f"the policy returned NaN or Inf for {bad} from a finite observation; no action was sent. "
+                "Its weights are damaged, or overflow: `lerobot-pi0 doctor --policy.path=...` checks them"
+            )
+        return self.held(actions)
+
+    def held(self, actions: Tensor, before: Tensor | None = None) -> Tensor:
+        """Actions within the limits; `before` (B, size) is the action that they follow."""
+        return actions if self.guard is None else self.guard.hold(actions, before)
+
+
+def pad(batch: Mapping[str, Tensor], key: str, feature: PolicyFeature | None, size: int) -> Tensor:
+    """A vector of a batch, zero-padded to float32 (…, size). Raises UserError if it is not the feature's."""
+    vector, dims = batch[key].float(), cast(PolicyFeature, feature).shape[0]
+    if vector.shape[-1] != dims:
+        raise UserError(f"'{key}' has {vector.shape[-1]} dimensions, the policy was made for {dims}")
+    return F.pad(vector, (0, size - dims))

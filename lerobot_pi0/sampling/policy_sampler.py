@@ -1,0 +1,186 @@
+"""The sampler that fits a policy's weights as they are now: its linear backend, when it is stale, real-time
+chunking, warm-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
+from torch import Tensor
+
+from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.errors import UserError
+from lerobot_pi0.model import Observation, Pi0
+from lerobot_pi0.sampling.linear import Form, Packed
+from lerobot_pi0.sampling.rtc import Leftover, decided, guidance, read_leftover, tell_of_horizon
+from lerobot_pi0.sampling.sampler import Context, Sampler
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class PolicySampler:
+    """Chunks of normalised actions, padded, from a network that may be trained or edited between them.
+
+    It builds a `Sampler`, which keeps the weights in the layout of the config's backend, at the first chunk,
+    and again when the parameters have changed. A copy (deepcopy, pickle) builds its own.
+    """
+
+    def __init__(self, network: Pi0, config: Pi0Config):
+        self.network, self.config = network, config
+        self._is_warm = False
+        self.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_sampler": None, "_version": None, "_source": None, "_source_version": None}
+
+    def release(self) -> None:
+        """Give back what sampling keeps of the weights, which are about to change."""
+        self._sampler: Sampler | None = None
+        self._version: Any = None
+        self._source: Mapping[str, Tensor] | None = None
+        self._source_version: Any = None
+
+    def read_from(self, source: Mapping[str, Tensor]) -> None:
+        """As long as the parameters stay as they are, take the weights from this checkpoint that they came
+        from.
+
+        The network's own parameters then need not be touched, and stay unread in their memory-mapped file.
+        """
+        self._source, self._source_version = source, self._weights_version()
+
+    @property
+    def backend(self) -> Form:
+        """The linear backend that the config asks for on this machine."""
+        on_cpu = self.config.device == "cpu"
+        if self.config.int8 and not on_cpu:
+            raise UserError(f"--policy.int8 is for CPUs, and this policy runs on '{self.config.device}'")
+        if not on_cpu or self.config.compile or not Packed.runs(self.network.dtype):
+            return "fused"
+        return "int8" if self.config.int8 else "packed"
+
+    def noise(self, batch_size: int) -> Float[Tensor, "b a e"]:
+        """Random noise to start from, on the network's device."""
+        shape = (batch_size, self.config.chunk_size, self.config.max_action_dim)
+        return torch.randn(shape, device=self.network.action_out_proj.weight.device)
+
+    def remainder(
+        self,
+        actions: Tensor | None,
+        delay: int,
+        noise: Float[Tensor, "b a e"],
+        reference: Float[Tensor, "b d"] | None,
+        execution_horizon: int | None = None,
+    ) -> Leftover | None:
+        """The remainder of the previous chunk that the next one continues; None without real-time chunking.
+
+        `actions` ((B,) steps, action size) and `delay` are those of `Pi0Policy.predict_action_chunk`. Raises
+        UserError in training mode, and for a delay in which a whole chunk would be executed.
+        """
+        if delay >= self.config.chunk_size:
+            raise UserError(
+                f"the delay of {delay} steps is a whole chunk of {self.config.chunk_size}: each action would "
+                "be out of date when it arrives, and the robot would not move. `lerobot-pi0 latency` says "
+                "what this machine can hold; a lower --fps or fewer --policy.num_inference_steps helps"
+            )
+        if actions is None or not actions.numel() or not self._rtc.enabled:
+            return None
+        if self.network.training:
+            raise UserError("real-time chunking is for running a policy: call policy.eval() first")
+        remainder = read_leftover(actions, delay, noise, reference)
+        if remainder is not None:
+            self._is_warm = True
+            horizon = execution_horizon or self._rtc.execution_horizon
+            if delay > horizon:
+                tell_of_horizon(delay, horizon, min(2 * delay, self.config.chunk_size))
+        return remainder
+
+    def sample(
+        self,
+        observation: Observation,
+        noise: Float[Tensor, "b a e"],
+        remainder: Leftover | None = None,
+        execution_horizon: int | None = None,
+    ) -> Float[Tensor, "b a e"]:
+        """A chunk that continues the remainder, if there is one, over `execution_horizon` steps (default: the
+        config's). It begins with the committed actions of the remainder.
+        """
+        if self.config.compile:  # one graph for all prompts
+            observation = observation.padded(self.config.tokenizer_max_length)
+        with torch.autocast(noise.device.type, enabled=False):
+            sampler, steps = self.current(), self.config.num_inference_steps
+            if remainder is None:
+                return sampler.sample(observation, noise, steps)
+            horizon = execution_horizon or self._rtc.execution_horizon
+            if max_delay := self.config.rtc_training_max_delay:
+                actions = sampler.sample(observation, noise, steps, decided(remainder, max_delay))
+            else:
+                schedule = self._rtc.prefix_attention_schedule.value
+                by = guidance(remainder, schedule, horizon, self._rtc.max_guidance_weight)
+                context = sampler.context(observation, self.config.chunk_size)
+                actions = sampler.guided_actions(context, noise, steps, by)
+        delay = remainder.delay
+        return torch.cat((remainder.actions[:, :delay], actions[:, delay:]), 1)
+
+    def context(self, observation: Observation) -> Context:
+        """What all chunks from an observation share."""
+        with torch.autocast(observation.state.device.type, enabled=False):
+            return self.current().context(observation, self.config.chunk_size)
+
+    def sample_from(self, context: Context, noise: Float[Tensor, "b a e"]) -> Float[Tensor, "b a e"]:
+        """A chunk from a context: `sample` for the price of the denoising steps."""
+        with torch.autocast(noise.device.type, enabled=False):
+            return self.current().actions(context, noise, self.config.num_inference_steps)
+
+    def current(self) -> Sampler:
+        """The sampler of the weights as they are now."""
+        version = self._weights_version()
+        if self._sampler is None or self._version != version:
+            self._sampler = None  # before the next one takes its memory
+            source = self._source if self._source_version == version else None
+            self._sampler = Sampler(self.network, self.backend, source, self.config.compile)
+            self._version = self._weights_version()  # a backend may move the parameters into its own tensors
+        return self._sampler
+
+    @torch.no_grad()
+    def warm_up_rtc(self, action_size: int) -> None:
+        """Before real-time chunking: make the first chunk, and the first that continues another, once.
+
+        LeRobot takes the longest inference so far for the delay of all that follow, so the first one must
+        not take longer than they do.
+        """
+        if not self._rtc_is_on or self._is_warm:
+            return
+        if self.config.lerobot_warms_up:
+            # LeRobot waits for two slow chunks. After a fast one its queue is full, and it asks for no
+            # other. What its own warm-up leaves cold is for the next reset.
+            self.config.lerobot_warms_up = False
+            return
+        self._is_warm = True
+        config, device = self.config, self.network.action_out_proj.weight.device
+        size = config.vision.image_size
+        state = torch.zeros(1, config.max_state_dim, device=device)
+        tokens = torch.zeros(1, 8, dtype=torch.long, device=device)
+        images = torch.zeros(1, len(config.cameras), 3, size, size, device=device)
+        mask = torch.ones(images.shape[:2], dtype=torch.bool, device=device)
+        observation = Observation(images, mask, tokens, torch.ones_like(tokens, dtype=torch.bool), state)
+        noise = torch.zeros(1, config.chunk_size, config.max_action_dim, device=device)
+        remainder = read_leftover(torch.ones_like(noise[0, :, :action_size]), 1, noise, None)
+        for _ in range(3 if config.compile else 1):  # a CUDA graph is recorded in the second call
+            self.sample(observation, noise)
+            self.sample(observation, noise, remainder, config.chunk_size)
+
+    @property
+    def _rtc(self) -> RTCConfig:
+        return self.config.rtc_config or RTCConfig()
+
+    @property
+    def _rtc_is_on(self) -> bool:
+        return self.config.rtc_config is not None and self.config.rtc_config.enabled
+
+    def _weights_version(self) -> list[tuple[int, int]]:
+        """Changes with the parameters, unless one writes to their `.data` or by a fused optimizer."""
+        return [(parameter.data_ptr(), parameter._version) for parameter in self.network.parameters()]
