@@ -1,39 +1,181 @@
-"""The README says what is so: commands are read by their programs, code runs, links lead somewhere."""
+"""The documentation is true: every shell command parses, code runs, links and names lead somewhere."""
 
+import importlib.metadata
+import importlib.util
 import re
 import shlex
-from collections.abc import Callable
+import shutil
+import tomllib
+from collections.abc import Iterator
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, get_type_hints
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from lerobot.configs import FeatureType, PolicyFeature
-from shipped_configs import read_training_config
+from lerobot.policies.pi0 import PI0Config
+from lerobot.utils.import_utils import register_third_party_plugins
 from tiny_policy import tiny_config
 
-from lerobot_pi0 import Pi0Config, Pi0Policy
+import lerobot_pi0.control.rollout
+from lerobot_pi0 import Pi0Config, Pi0Policy, cli
+from lerobot_pi0.lerobot_compat import parse_flags
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "benchmarks" / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+}
+README, ARCHITECTURE = PAGES["README.md"], PAGES["docs/architecture.md"]
+
+# Whose flags each command of LeRobot takes.
+LEROBOTS = {
+    "lerobot-calibrate": "lerobot.scripts.lerobot_calibrate:CalibrateConfig",
+    "lerobot-edit-dataset": "lerobot.scripts.lerobot_edit_dataset:EditDatasetConfig",
+    "lerobot-eval": "lerobot.scripts.lerobot_eval:EvalPipelineConfig",
+    "lerobot-record": "lerobot.scripts.lerobot_record:RecordConfig",
+    "lerobot-train": "lerobot.scripts.lerobot_train:TrainPipelineConfig",
+    "lerobot.async_inference.robot_client": "lerobot.async_inference.configs:RobotClientConfig",
+}
+SUBSTITUTION = "$(which lerobot-train)"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_the_training_command_is_read_by_lerobots_parser(monkeypatch):
-    (command,) = [block for block in blocks("bash") if block.startswith("lerobot-train")]
-    monkeypatch.setattr("sys.argv", [*shlex.split(command.replace("\\\n", " ")), "--policy.device=cpu"])
-    config: Any = cast(Callable[[], Any], read_training_config)()
+def shell_commands() -> Iterator[Any]:
+    """Each command of the shell blocks, and of the comments in configs/, once."""
+    pages = {page: "\n".join(blocks(text, "bash")) for page, text in PAGES.items()}
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        lines = re.findall(r"^#   (.*)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        pages[f"configs/{path.name}"] = "\n".join(lines)
+    seen = set()
+    for page, text in pages.items():
+        for line in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.replace(SUBSTITUTION, shlex.quote(SUBSTITUTION)), comments=True)
+            if words and tuple(words) not in seen:
+                seen.add(tuple(words))
+                yield pytest.param(words, id=f"{page}: {shlex.join(words)[:60]}")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Where the commands' checkpoints would be: a config, and that of a training."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_config()._save_pretrained(folder)
+    flags = ["--policy.type=lerobot_pi0", "--policy.device=cpu", "--dataset.repo_id=me/data"]
+    parse_lerobots("lerobot-train", flags).save_pretrained(folder)
+    return folder
+
+
+def parse_lerobots(program: str, flags: list[str]) -> Any:
+    register_third_party_plugins()
+    module, name = LEROBOTS[program].split(":")
+    return parse_flags(program, flags, getattr(import_module(module), name))
+
+
+def parse_ours(monkeypatch, name: str, flags: list[str]) -> None:
+    """A subcommand up to the call of its function."""
+    calls = []
+    if name == "rollout":
+        monkeypatch.setattr(lerobot_pi0.control.rollout, "rollout", lambda *given: calls.append(given))
+    else:
+        module, function = cli.SUBCOMMANDS[name][0].split(":")
+        hints = get_type_hints(getattr(import_module(module), function))
+        (config_class,) = (hint for key, hint in hints.items() if key != "return")
+
+        def record(config: Any) -> None:
+            calls.append(config)
+
+        record.__annotations__ = {"config": config_class}
+        monkeypatch.setattr(f"{module}.{function}", record)
+    cli.run(name, flags)
+    assert len(calls) == 1
+
+
+def check_pip(words: list[str]) -> None:
+    """Extras that exist, of this package or of LeRobot."""
+    for word in words:
+        name, extras = re.fullmatch(r"([.\w-]+)(?:\[([\w,-]+)\])?", word).groups()  # pyrefly: ignore[missing-attribute]
+        ours = PYPROJECT["project"]["optional-dependencies"]
+        known = {
+            ".": list(ours),
+            "lerobot": importlib.metadata.metadata("lerobot").get_all("Provides-Extra"),
+        }[name]
+        assert {extra for extra in (extras or "").split(",") if extra} <= set(known or ())
+
+
+def check_pytest(words: list[str]) -> None:
+    markers = [line.split(":")[0] for line in PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]]
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word.endswith(".py") or word.startswith("tests/"):
+            assert (ROOT / word).exists(), word
+        if word == "-m":
+            assert following.removeprefix("not ") in markers, following
+
+
+@pytest.mark.parametrize("words", list(shell_commands()))
+def test_every_shell_command_parses(words, checkpoint, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("MUJOCO_GL", "egl")  # commands that set it for themselves
+    while re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    # Folders that a command before this one has made, and what a reader fills in.
+    words = [re.sub(r"outputs/[\w/]*pretrained_model", str(checkpoint), word) for word in words]
+    words = [word.replace("=...", "=me/something") for word in words]
+    program, *rest = words
+    if program == "accelerate":
+        cut = rest.index(SUBSTITUTION)
+        launch = launch_command_parser().parse_args([*rest[1:cut], "lerobot-train"])
+        assert launch.training_script == "lerobot-train"
+        program, rest = "lerobot-train", rest[cut + 1 :]
+    if program == "python":
+        assert rest[0] == "-m"
+        assert importlib.util.find_spec(rest[1])
+        program, rest = rest[1], rest[2:]
+    if program in LEROBOTS:
+        on_cpu = ["--policy.device=cpu"] if program == "lerobot-train" and "--resume=true" not in rest else []
+        parse_lerobots(program, [*rest, *on_cpu])
+    elif program == "lerobot-pi0":
+        if rest != ["--help"]:
+            parse_ours(monkeypatch, rest[0], rest[1:])
+    elif program == "make":
+        assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    elif program == "pip":
+        assert rest[0] == "install"
+        check_pip([word for word in rest[1:] if word != "-e"])
+    elif program == "pytest":
+        check_pytest(rest)
+    elif program == "source":
+        assert rest == [".venv/bin/activate"]
+    elif program == ".ci/run":
+        assert (ROOT / program).is_file()
+    elif not program.startswith("benchmarks."):
+        assert program == "pre-commit", f"{program} is no command that the environment has"
+        assert shutil.which(program) or importlib.util.find_spec("pre_commit")
+
+
+def test_the_training_command_starts_from_published_weights():
+    (command,) = [block for block in blocks(README, "bash") if block.startswith("lerobot-train \\")]
+    words = shlex.split(command.replace("\\\n", " "))
+    config = parse_lerobots(words[0], [*words[1:], "--policy.device=cpu"])
     assert isinstance(config.policy, Pi0Config)
     assert str(config.policy.pretrained_path) == "lerobot/pi0_base"
-    assert config.dataset.repo_id
 
 
 def test_the_python_example_runs(tmp_path, monkeypatch):
-    (code,) = blocks("python")
+    (code,) = blocks(README, "python")
     features = {
         "observation.image": PolicyFeature(FeatureType.VISUAL, (3, 128, 128)),
         "observation.state": PolicyFeature(FeatureType.STATE, (4,)),
@@ -50,23 +192,59 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
     exec(code, names)
     assert names["chunk"].shape == (1, 16, 4)
     assert torch.isfinite(names["chunk"]).all()
-    assert len(code.strip().splitlines()) <= 14
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"`(pytest [^`]*)`", README))))
-def test_every_test_that_the_readme_names_exists(command):
-    words = shlex.split(command)
-    (path,) = [word for word in words if word.endswith(".py")]
-    names = re.findall(r"^def (test_\w+)", (ROOT / path).read_text(encoding="utf-8"), flags=re.MULTILINE)
-    word = words[words.index("-k") + 1] if "-k" in words else ""
-    assert any(word in name for name in names), f"{word!r} is in no name of {path}: {names}"
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1800
 
 
-def test_links_into_the_repository_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("page", PAGES)
+def test_every_test_that_a_page_names_exists(page):
+    for command in set(re.findall(r"`(pytest [^`]*)`", PAGES[page])):
+        words = shlex.split(command)
+        names = [
+            name
+            for word in words
+            if word.endswith(".py")
+            for name in re.findall(
+                r"^def (test_\w+)", (ROOT / word).read_text(encoding="utf-8"), re.MULTILINE
+            )
+        ]
+        word = words[words.index("-k") + 1] if "-k" in words else ""
+        assert not names or any(word in name for name in names), f"{command}: {names}"
+        check_pytest(words)
 
 
-def test_no_figure_is_left_out():
-    assert re.findall(r"@\w+@", README) == []
+@pytest.mark.parametrize("page", PAGES)
+def test_every_policy_setting_that_a_page_names_exists(page):
+    known = {field.name for config in (Pi0Config, PI0Config) for field in fields(config)} | {"path", "type"}
+    known |= {"compile_model"}
+    assert set(re.findall(r"--policy\.(\w+)", PAGES[page])) - known == set()
+
+
+def anchor(heading: str) -> str:
+    """As GitHub makes it of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_into_the_repository_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]):
+        if "://" in link:
+            continue
+        path, _, fragment = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        if fragment:
+            headings = re.findall(r"^#+ (.*)", target.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert fragment in map(anchor, headings), link
+
+
+def test_files_and_functions_of_the_architecture_page_exist():
+    mentions = re.findall(r"`([\w/]+(?:\.py|/))`(?: \(((?:`\w+`(?:, )?)+)\))?", ARCHITECTURE)
+    assert len(mentions) > 30
+    for path, functions in mentions:
+        places = [ROOT / path, *(ROOT / "lerobot_pi0").rglob(path.rstrip("/"))]
+        (file,) = [place for place in places if place.exists()]
+        for name in re.findall(r"\w+", functions):
+            assert re.search(rf"\b(def|class) {name}\b", file.read_text(encoding="utf-8")), f"{path}: {name}"
