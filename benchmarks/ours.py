@@ -111,7 +111,7 @@ def config(setup: Setup, **settings: Any) -> Pi0Config:
         expert=expert,
         tokenizer="small",  # the batches are tokenized already
         dtype=setup.dtype,
-        int8=setup.int8,
+        backend="int8" if setup.int8 else "auto",
         device="cpu",
         chunk_size=chunk_size(setup),
         n_action_steps=chunk_size(setup),
@@ -124,5 +124,6 @@ def config(setup: Setup, **settings: Any) -> Pi0Config:
 def _demo_policy(checkpoint: Path, dtype: Dtype, int8: bool = False) -> Pi0Policy:
     config = PreTrainedConfig.from_pretrained(checkpoint)
     assert isinstance(config, Pi0Config)
-    config.device, config.dtype, config.int8 = "cpu", dtype, int8
+    config.device, config.dtype = "cpu", dtype
+    config.backend = "int8" if int8 else "auto"
     return Pi0Policy.from_pretrained(checkpoint, config=config)

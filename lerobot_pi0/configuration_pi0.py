@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from draccus.parsers.encoding import encode, encode_choice, encode_dataclass
+from draccus.utils import is_choice_type
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.utils.constants import (
@@ -31,14 +33,16 @@ Statistics = dict[str, dict[str, Any]]
 StatisticsSource = Literal["dataset", "checkpoint"]
 Dtype = Literal["bfloat16", "float32"]
 Frozen = Literal["nothing", "vision", "vlm"]
+Backend = Literal["auto", "int8", "compile"]
 
+RETIRED = {"int8", "compile", "cache_prefix", "anchor"}
 SMALL_TOKENIZER = "small"  # ships with the package
 ABSOLUTE_JOINTS = ("gripper",)  # openpi's π0 learns all others relative to the state
 CAMERA_SLOTS = ("base", "left_wrist", "right_wrist")  # the order in which openpi's π0 sees its cameras
 
 
 @dataclass(frozen=True)
-class Anchor:
+class ReferenceState:
     """How a chunk of relative actions becomes absolute, in normalised units.
 
     To dimension `actions[i]` of each action is added: dimension `states[i]` of the observation's state
@@ -125,11 +129,10 @@ class Pi0Config(PreTrainedConfig):
     # What the network computes in. Trained parameters are held in float32 all the same; frozen ones and those
     # of a deployed policy in this.
     dtype: Dtype = "bfloat16"
-    # Running a policy on a CPU: multiply in 8-bit integers, a third faster. Nothing of it is saved.
-    int8: bool = False
-    # Running a policy on a GPU: the whole of sampling as one graph, and each guided step. The first chunk
-    # compiles it, for prompts of `tokenizer_max_length`.
-    compile: bool = False
+    # How a policy is run; not stored in the checkpoint. auto: the fastest exact linear layers of the device.
+    # int8: dynamic int8 linear layers, a third faster (CPU only). compile: the whole of sampling as one
+    # graph, and each guided step (GPU); the first chunk compiles it, for prompts of `tokenizer_max_length`.
+    backend: Backend = "auto"
 
     # What stays as it is in training. With "vlm" no gradient runs through the prefix: half the work, the same
     # gradients for the expert.
@@ -169,7 +172,7 @@ class Pi0Config(PreTrainedConfig):
     action_feature_names: list[str] | None = None
     state_feature_names: list[str] | None = None
     # Filled when training starts with relative actions: what makes them absolute.
-    anchor: Anchor | None = None
+    reference_state: ReferenceState | None = None
     # Filled when training starts: what the chunk guard holds actions to.
     action_limits: ActionLimits | None = None
     # Filled when training starts: what the policy is run with is compared to it.
@@ -182,8 +185,19 @@ class Pi0Config(PreTrainedConfig):
     # Filled when adapters are made: what tells the weights that they are over from others.
     base_fingerprint: str | None = None
 
+    # Retired names, which flags and saved configs may have for one release; they are not written (RETIRED).
+    # Retired, set --policy.backend to int8.
+    int8: bool = False
+    # Retired, set --policy.backend to compile.
+    compile: bool = False
+    # Retired, has no effect: the prefix is always computed.
+    cache_prefix: bool = False
+    # Retired, the old name of reference_state.
+    anchor: ReferenceState | None = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._translate_retired()
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise UserError(
                 f"n_action_steps ({self.n_action_steps}) must be between 1 and chunk_size "
@@ -207,6 +221,17 @@ class Pi0Config(PreTrainedConfig):
                 "--policy.tokenizer_max_length must leave room for a beginning, a word and a newline, got "
                 f"{self.tokenizer_max_length}"
             )
+
+    def _translate_retired(self) -> None:
+        for name in ("int8", "compile"):
+            if getattr(self, name):
+                logger.warning("--policy.%s=true is retired: use --policy.backend=%s", name, name)
+                self.backend = name
+        if self.cache_prefix:
+            logger.warning("--policy.cache_prefix is retired, and has no effect")
+        self.reference_state = self.reference_state or self.anchor
+        self.int8 = self.compile = self.cache_prefix = False
+        self.anchor = None
 
     def validate_features(self) -> None:
         """Check the dataset's or environment's features against the model, and give each camera its slot.
@@ -284,13 +309,13 @@ class Pi0Config(PreTrainedConfig):
 
     @property
     def compile_model(self) -> bool:
-        """LeRobot's name for `compile`, which lerobot-rollout sets to its own --use_torch_compile. It then
-        warms up by itself."""
-        return self.compile
+        """LeRobot's name for `backend="compile"`, which lerobot-rollout sets to its own --use_torch_compile.
+        It then warms up by itself."""
+        return self.backend == "compile"
 
     @compile_model.setter
     def compile_model(self, value: bool) -> None:
-        self.compile, self.lerobot_warms_up = self.compile or value, value
+        self.backend, self.lerobot_warms_up = "compile" if value else self.backend, value
 
     @property
     def observation_delta_indices(self) -> None:
@@ -303,6 +328,13 @@ class Pi0Config(PreTrainedConfig):
     @property
     def reward_delta_indices(self) -> None:
         return None
+
+
+@encode.register(Pi0Config, include_subclasses=True)  # pyrefly: ignore[missing-attribute]
+def _encode(config: Pi0Config, declared: Any = None) -> dict[str, Any]:
+    """As draccus encodes a config that is declared to be of this type, without retired names."""
+    encoded = encode_choice(config, declared) if is_choice_type(declared) else encode_dataclass(config)
+    return {name: value for name, value in encoded.items() if name not in RETIRED}
 
 
 def image_height_width(shape: Sequence[int]) -> tuple[int, int]:

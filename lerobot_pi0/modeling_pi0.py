@@ -88,14 +88,8 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
             logger.warning(
                 "random weights. To start from published ones: --policy.pretrained_path=lerobot/pi0_base"
             )
-        self.model = Pi0(
-            config.vision,
-            config.vlm,
-            config.expert,
-            config.max_state_dim,
-            config.max_action_dim,
-            getattr(torch, config.dtype),
-        )
+        dims, dtype = (config.max_state_dim, config.max_action_dim), getattr(torch, config.dtype)
+        self.model = Pi0(config.vision, config.vlm, config.expert, *dims, dtype)
         for frozen in self._frozen():
             frozen.requires_grad_(False)
         for module in self.model.modules():
@@ -150,7 +144,7 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
         source = loading.open_source(str(cls.name), name, folder, config, revision)
         with torch.device("meta"):
             policy = cls(source.config, dataset_stats, dataset_meta, source.statistics)
-        copies = not trains and policy.sampler.backend != "fused"
+        copies = not trains and policy.sampler.linear_backend != "fused"
         source.load(policy.model, policy.model.dtype, lambda p: copies or (trains and p.requires_grad))
         policy.base = source.base
         if copies:
@@ -297,7 +291,7 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
         """Forget the actions that were not executed yet. Before real-time chunking, warm up."""
         self._action_queue: deque[Tensor] = deque()
         self._last_action: Tensor | None = None
-        self.sampler.warm_up_rtc(self.action_space.size)
+        self.sampler.warm_up_rtc(self._example, self.action_space.size)
 
     def supports_rtc(self) -> bool:
         """`predict_action_chunk` does real-time chunking (asked by lerobot-rollout)."""
@@ -366,7 +360,7 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
         if dist.is_available() and dist.is_initialized() and dist.get_rank():
             return
         # How this process runs the policy is no property of it.
-        config = replace(self.config, int8=False, compile=False, rtc_config=None)
+        config = replace(self.config, backend="auto", rtc_config=None)
         loading.save(save_directory, config, state_dict)
         if not is_sharded(self):  # of which one process alone cannot run its part
             trains = self.training
@@ -382,6 +376,9 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
             batch, {OBS_STATE: config.state_feature_names} | dict.fromkeys(config.cameras.values())
         )
         return observation
+
+    def _example(self) -> Observation:
+        return self.observation(self.config.example_observation(device=self.device))
 
     def _image(self, image: Tensor, key: str) -> Tensor:
         if image.ndim != 4 or image.shape[1] != 3:

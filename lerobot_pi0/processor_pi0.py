@@ -236,10 +236,10 @@ def make_lerobot_pi0_pre_post_processors(
 
     Without statistics from a dataset, those of the checkpoint that the weights came from are taken.
     """
-    from lerobot_pi0.data.normalization import Prepared
+    from lerobot_pi0.data.normalization import NormalizationStatistics
     from lerobot_pi0.data.statistics import prepare_statistics
 
-    if not isinstance(dataset_stats, Prepared) and (dataset_stats or config.base_checkpoint):
+    if not isinstance(dataset_stats, NormalizationStatistics) and (dataset_stats or config.base_checkpoint):
         if config.relative_actions:
             raise UserError(
                 "with --policy.relative_actions=true the statistics are computed when the policy is made: "

@@ -138,7 +138,7 @@ def measure(
                     timed("guided", chunk, **left)
             if stages:
                 batch = timed("prepare", prepare)
-                if not config.compile:  # of one graph there are no stages
+                if config.backend != "compile":  # of one graph there are no stages
                     timed("denoise", policy.plan, timed("encode", policy.encode, batch))
                 timed("finish", loaded.postprocess, actions)
         if left is not None:
@@ -158,7 +158,7 @@ def beside_the_loop(config: Pi0Config) -> Iterator[None]:
     threads, and would be compiled again.
     """
     threads = torch.get_num_threads()
-    if config.device == "cpu" and not config.compile and "OMP_NUM_THREADS" not in os.environ:
+    if config.device == "cpu" and config.backend != "compile" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(threads - 1, 1))
     try:
         yield
@@ -178,14 +178,9 @@ def suggestion_for(
 
 def made_up_frame(config: Pi0Config) -> Frame:
     """An observation as LeRobot takes it from a robot: uint8 pictures (h, w, 3), a float32 state (d,)."""
-    generator = np.random.default_rng(0)
-    frame: Frame = {}
-    for camera in config.cameras.values():
-        _, height, width = config.image_features[camera].shape
-        frame[camera] = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    assert config.robot_state_feature is not None
-    frame[OBS_STATE] = np.zeros(config.robot_state_feature.shape, np.float32)
-    return frame
+    example = config.example_observation()
+    pictures = {camera: example[camera][0].permute(1, 2, 0).numpy() for camera in config.cameras.values()}
+    return pictures | {OBS_STATE: example[OBS_STATE][0].numpy()}
 
 
 def quantile(values: Sequence[float], percent: float) -> float:
@@ -201,7 +196,7 @@ def _as_text(
     plain: Suggestion,
     fps: float,
 ) -> str:
-    kind = ", in 8-bit integers" if config.int8 else ", compiled" if config.compile else ""
+    kind = {"auto": "", "int8": ", int8", "compile": ", compiled"}[config.backend]
     lines = [
         f"{path}: chunks of {config.chunk_size} actions, {len(config.cameras)} camera"
         f"{'s'[: len(config.cameras) != 1]}, {config.dtype} on {config.device}{kind}",
@@ -220,8 +215,8 @@ def _as_text(
     lines.append(f"The highest rate without stalls on this machine is {suggestion.highest_fps:.3g} fps.")
     if suggestion.timing.stall:
         lines.append(
-            "What makes a chunk faster: --policy.num_inference_steps=5, --policy.int8=true (CPU), "
-            "--policy.compile=true (GPU). Or lower --fps: the robot then does the same more slowly."
+            "What makes a chunk faster: --policy.num_inference_steps=5, --policy.backend=int8 (CPU), "
+            "--policy.backend=compile (GPU). Or lower --fps: the robot then does the same more slowly."
         )
     return "\n".join(lines)
 

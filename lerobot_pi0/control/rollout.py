@@ -102,7 +102,8 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
     check_robot(cfg, config)
     check_rate(cfg.fps, config.training_data)
     # LeRobot's flag is ours. Its warm-up, which throws chunks away, has nothing to do after our measurement.
-    config.compile, cfg.use_torch_compile = config.compile or cfg.use_torch_compile, False
+    config.backend = "compile" if cfg.use_torch_compile else config.backend
+    cfg.use_torch_compile = False
     file = None if folder is None else new_policy_trace(folder)
     init_logging()
     signals = ProcessSignalHandler(use_threads=True, display_pid=False)

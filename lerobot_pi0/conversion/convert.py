@@ -143,7 +143,9 @@ def _compare(policy: Policy, target: Path, in_tree: Path) -> tuple[float, float]
     from lerobot.policies.pi0 import PI0Config, PI0Policy
 
     # What makes relative actions absolute is in its processors.
-    config = replace(policy.config, device="cpu", dtype="float32", relative_actions=False, anchor=None)
+    config = replace(
+        policy.config, device="cpu", dtype="float32", relative_actions=False, reference_state=None
+    )
     with torch.device("meta"):
         ours = Pi0Policy(config).eval()
     load_weights(ours.model, Checkpoint(target), dict.fromkeys(policy.meta, torch.float32))

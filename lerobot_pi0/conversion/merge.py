@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lerobot.configs import PreTrainedConfig
-from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from lerobot.utils.import_utils import require_package
 from torch import Tensor
 
@@ -38,7 +37,7 @@ def main(config: MergeConfig) -> str:
     """Run `lerobot-pi0 merge`."""
     difference, largest = merge(config.adapter, config.output)
     return (
-        f"{config.output} is a plain checkpoint. On a random observation, with the same noise, its actions "
+        f"{config.output} is a plain checkpoint. On a made-up observation, with the same noise, its actions "
         f"differ from those of base and adapters by at most {difference:.1e} (the largest is {largest:.2f}; "
         "normalised)."
     )
@@ -103,7 +102,7 @@ def _load(adapter: str, folder: Path) -> tuple[Pi0Policy, str | None]:
             "merge them there (PEFT's merge_and_unload, then save_pretrained), and convert the result "
             "(lerobot-pi0 convert)"
         )
-    device, config.device, config.compile = config.device, "cpu", False
+    device, config.device, config.backend = config.device, "cpu", "auto"
     config.pretrained_path = folder
     settings: Any = PeftConfig.from_pretrained(str(folder))
     base = Pi0Policy.from_pretrained(
@@ -129,15 +128,7 @@ def _folded(policy: Pi0Policy, config: Pi0Config) -> Pi0Policy:
 
 
 def _chunk(policy: Pi0Policy) -> Tensor:
-    """Actions for a random observation and noise, always the same."""
+    """Actions for a made-up observation and noise, always the same."""
     config, generator = policy.config, torch.Generator().manual_seed(0)
-    size = config.vision.image_size
-    assert config.robot_state_feature is not None
-    batch: dict[str, Tensor] = {
-        camera: torch.rand(1, 3, size, size, generator=generator) for camera in config.cameras.values()
-    }
-    batch[OBS_STATE] = torch.randn(1, config.robot_state_feature.shape[0], generator=generator)
-    batch[OBS_LANGUAGE_TOKENS] = torch.randint(config.vlm.vocab_size, (1, 8), generator=generator)
-    batch[OBS_LANGUAGE_ATTENTION_MASK] = torch.ones(1, 8, dtype=torch.bool)
     noise = torch.randn(1, config.chunk_size, config.max_action_dim, generator=generator)
-    return policy.predict_action_chunk(batch, noise=noise)
+    return policy.predict_action_chunk(config.example_observation(), noise=noise)

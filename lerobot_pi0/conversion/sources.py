@@ -17,8 +17,8 @@ from lerobot_pi0.checkpoints.files import Checkpoint, check_fit, find_checkpoint
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json, read_steps
 from lerobot_pi0.configuration_pi0 import CAMERA_SLOTS, Pi0Config, Statistics
 from lerobot_pi0.conversion.orbax import PARAMS, OrbaxCheckpoint, find_params
-from lerobot_pi0.data.normalization import EPSILON, NEEDED, Prepared
-from lerobot_pi0.data.relative_actions import make_anchor_of
+from lerobot_pi0.data.normalization import EPSILON, NEEDED, NormalizationStatistics
+from lerobot_pi0.data.relative_actions import reference_state_of
 from lerobot_pi0.data.statistics import PREPROCESSOR, read_statistics, unnormalizer_differences
 from lerobot_pi0.errors import CheckpointError, MissingFileError, UserError
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
@@ -37,7 +37,7 @@ class Policy:
     layout: str
     folder: Path
     config: Pi0Config
-    statistics: Prepared | None
+    statistics: NormalizationStatistics | None
     tensors: Mapping[str, Tensor]  # by our names, each read when it is asked for
     meta: dict[str, Tensor]  # their shapes and dtypes
     rename: dict[str, str] = field(default_factory=dict)  # observations, before all else
@@ -377,7 +377,9 @@ def _assets(folder: Path) -> list[Path]:
     return sorted(folder.glob("assets/**/norm_stats.json"))
 
 
-def _statistics(folder: Path, config: Pi0Config, flags: "ConvertConfig", epsilon: float) -> Prepared | None:
+def _statistics(
+    folder: Path, config: Pi0Config, flags: "ConvertConfig", epsilon: float
+) -> NormalizationStatistics | None:
     """A LeRobot policy's own."""
     if not flags.statistics:
         return None
@@ -397,7 +399,7 @@ def _statistics(folder: Path, config: Pi0Config, flags: "ConvertConfig", epsilon
     return statistics
 
 
-def _fitting(config: Pi0Config, found: Statistics, epsilon: float, source: str) -> Prepared:
+def _fitting(config: Pi0Config, found: Statistics, epsilon: float, source: str) -> NormalizationStatistics:
     """Statistics that normalise as the source did: its epsilon in them, and no floor.
 
     openpi's statistics may be longer than the robot's vectors, and are cut. Raises ValueError for others.
@@ -422,13 +424,15 @@ def _fitting(config: Pi0Config, found: Statistics, epsilon: float, source: str) 
             )
         prepared[key] = {
             name: value[:size].astype(np.float32)
-            for name, value in (of if isinstance(found, Prepared) else _with_epsilon(of, epsilon)).items()
+            for name, value in (
+                of if isinstance(found, NormalizationStatistics) else _with_epsilon(of, epsilon)
+            ).items()
         }
         if not all(np.isfinite(value).all() for value in prepared[key].values()):
             raise UserError(
                 f"{source}: the statistics of '{key}' hold numbers that are infinite or none (NaN)"
             )
-    return Prepared(prepared)
+    return NormalizationStatistics(prepared)
 
 
 def _with_epsilon(of: dict[str, np.ndarray], epsilon: float) -> dict[str, np.ndarray]:
@@ -445,7 +449,7 @@ def _with_epsilon(of: dict[str, np.ndarray], epsilon: float) -> dict[str, np.nda
     return found
 
 
-def _make_relative(config: Pi0Config, statistics: Prepared | None, joints: list[int]) -> None:
+def _make_relative(config: Pi0Config, statistics: NormalizationStatistics | None, joints: list[int]) -> None:
     """Let these dimensions of actions be relative to those of the state with the same number."""
     state = cast(PolicyFeature, config.robot_state_feature).shape[0]
     action = cast(PolicyFeature, config.action_feature).shape[0]
@@ -457,7 +461,7 @@ def _make_relative(config: Pi0Config, statistics: Prepared | None, joints: list[
             f"{action} dimensions: --delta_mask, --state_dim or --action_dim is another robot's"
         )
     config.relative_actions = True
-    config.anchor = make_anchor_of(config, statistics, [(i, i) for i in joints])
+    config.reference_state = reference_state_of(config, statistics, [(i, i) for i in joints])
 
 
 def is_absolute(names: list[str] | None, dimension: int, words: list[str]) -> bool:

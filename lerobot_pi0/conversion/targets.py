@@ -11,7 +11,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.conversion.output import copy_processors
 from lerobot_pi0.conversion.sources import OURS, Policy, is_absolute
-from lerobot_pi0.data.normalization import EPSILON, Prepared
+from lerobot_pi0.data.normalization import EPSILON, NormalizationStatistics
 from lerobot_pi0.errors import UnavailableError, UserError
 from lerobot_pi0.model import GemmaConfig, SiglipConfig
 from lerobot_pi0.processor_pi0 import load_tokenizer, make_lerobot_pi0_pre_post_processors
@@ -143,7 +143,7 @@ def write_openpi(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[s
         summary.append(
             f"openpi's train config must name these statistics: AssetsConfig(asset_id={asset_id!r})."
         )
-    if config.anchor is not None:
+    if config.reference_state is not None:
         size = cast(PolicyFeature, config.action_feature).shape[0]
         joints = _anchored(config)
         mask = ["True" if i in joints else "False" for i in range(size)]
@@ -176,7 +176,7 @@ def _variants(config: Pi0Config) -> tuple[str, str]:
 def _in_tree_joints(config: Pi0Config) -> tuple[list[str], list[str] | None]:
     """Words and names by which LeRobot's step finds the absolute joints."""
     names = config.action_feature_names
-    if config.anchor is None:
+    if config.reference_state is None:
         return config.absolute_joints, names
     size, relative = cast(PolicyFeature, config.action_feature).shape[0], _anchored(config)
     names = names or [f"action {i:02}." for i in range(size)]
@@ -192,18 +192,19 @@ def _in_tree_joints(config: Pi0Config) -> tuple[list[str], list[str] | None]:
 
 def _anchored(config: Pi0Config) -> list[int]:
     """The relative dimensions of actions. Raises ValueError unless each is relative to its own number."""
-    assert config.anchor is not None
-    if config.anchor.actions != config.anchor.states:
+    reference = config.reference_state
+    assert reference is not None
+    if reference.actions != reference.states:
         raise UserError(
             "openpi and LeRobot's own π0 take an action to be relative to the dimension of the state "
             "with the "
-            f"same number; here actions {config.anchor.actions} are relative to {config.anchor.states} "
+            f"same number; here actions {reference.actions} are relative to {reference.states} "
             "of the state"
         )
-    return sorted(config.anchor.actions)
+    return sorted(reference.actions)
 
 
-def _openpi_norm_stats(config: Pi0Config, statistics: Prepared) -> dict[str, Any]:
+def _openpi_norm_stats(config: Pi0Config, statistics: NormalizationStatistics) -> dict[str, Any]:
     """openpi's file: what openpi adds to deviations and ranges is taken off again."""
     found = {}
     for theirs, ours, kind in (("state", OBS_STATE, "STATE"), ("actions", ACTION, "ACTION")):

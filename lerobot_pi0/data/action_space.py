@@ -36,7 +36,7 @@ class ActionSpace:
         """What relative actions are relative to, of normalised states (B, state size): float32 (B, size),
         normalised, zero where actions are absolute. None if all are.
         """
-        by = self.config.anchor
+        by = self.config.reference_state
         if by is None:
             return None
         state = state.float()

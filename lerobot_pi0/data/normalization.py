@@ -29,8 +29,8 @@ NEEDED = {
 QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 
 
-class Prepared(dict[str, dict[str, Any]]):
-    """Statistics fit to divide by as they are: epsilon and floor are in the deviations and upper ends.
+class NormalizationStatistics(dict[str, dict[str, Any]]):
+    """Statistics with epsilon and floor already applied: they are in the deviations and upper ends.
 
     So normalising and unnormalising are exact inverses of one another. `raw`: the dataset's own.
     """

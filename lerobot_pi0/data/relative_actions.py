@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from lerobot_pi0.configuration_pi0 import ABSOLUTE_JOINTS, Anchor, Pi0Config
+from lerobot_pi0.configuration_pi0 import ABSOLUTE_JOINTS, Pi0Config, ReferenceState
 from lerobot_pi0.data.frames import episode_borders, read_columns
-from lerobot_pi0.data.normalization import QUANTILES, Prepared, affine, dimension_name
+from lerobot_pi0.data.normalization import QUANTILES, NormalizationStatistics, affine, dimension_name
 from lerobot_pi0.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -54,12 +54,16 @@ def relative_joints(config: Pi0Config) -> list[tuple[int, int]]:
     return [(actions.index(name), states.index(name)) for name in relative]
 
 
-def make_anchor(config: Pi0Config, statistics: Prepared) -> Anchor | None:
+def make_reference_state(config: Pi0Config, statistics: NormalizationStatistics) -> ReferenceState | None:
     """What makes this config's relative actions absolute in normalised units; None if they are absolute."""
-    return make_anchor_of(config, statistics, relative_joints(config)) if config.relative_actions else None
+    return (
+        reference_state_of(config, statistics, relative_joints(config)) if config.relative_actions else None
+    )
 
 
-def make_anchor_of(config: Pi0Config, statistics: Prepared, joints: Sequence[tuple[int, int]]) -> Anchor:
+def reference_state_of(
+    config: Pi0Config, statistics: NormalizationStatistics, joints: Sequence[tuple[int, int]]
+) -> ReferenceState:
     """What makes these dimensions of actions absolute, each relative to one of the state.
 
     With actions normalised as a · gain_a + offset_a, and offset_a of the relative ones, the normalised
@@ -69,7 +73,7 @@ def make_anchor_of(config: Pi0Config, statistics: Prepared, joints: Sequence[tup
     gain_of_action, _ = affine(config, statistics, ACTION)
     gain_of_state, offset_of_state = affine(config, statistics, OBS_STATE)
     gain = gain_of_action[actions] / gain_of_state[states]
-    return Anchor(actions, states, gain.tolist(), (-offset_of_state[states] * gain).tolist())
+    return ReferenceState(actions, states, gain.tolist(), (-offset_of_state[states] * gain).tolist())
 
 
 def relative_statistics(

@@ -1,4 +1,4 @@
-"""Normalisation statistics: where a run's are from, made fit to divide by, and checked before they do harm.
+"""Normalization statistics: where a run's are from, epsilon and floor applied, checked before they do harm.
 
 LeRobot normalises by `dataset.meta.stats`, and reads them after it has built the policy. So the policy leaves
 there what `prepare_statistics` gives, and neither LeRobot's processors nor a fine-tune know of any others.
@@ -24,7 +24,7 @@ from lerobot_pi0.data.normalization import (
     FLOOR,
     NEARLY_CONSTANT,
     NEEDED,
-    Prepared,
+    NormalizationStatistics,
     affine,
     dimension_name,
     normalization_modes,
@@ -43,14 +43,14 @@ def prepare_statistics(
     dataset: Any = None,
     checkpoint: str | Path | None = None,
     revision: str | None = None,
-) -> Prepared:
+) -> NormalizationStatistics:
     """The statistics that a run normalises by, all others of the dataset among them.
 
     `dataset`: its metadata, whose data is read if actions are relative. `checkpoint`: what training starts
     from, for `--policy.statistics=checkpoint`. Logs the three dimensions that get the largest values.
     Raises ValueError or CheckpointError where there are none that fit.
     """
-    raw = dataset_stats.raw if isinstance(dataset_stats, Prepared) else dataset_stats or {}
+    raw = dataset_stats.raw if isinstance(dataset_stats, NormalizationStatistics) else dataset_stats or {}
     modes = normalization_modes(config)
     data = dict(raw)
     if config.statistics == "checkpoint":
@@ -72,10 +72,10 @@ def prepare_statistics(
     for key, mode in modes.items():
         of = chosen.get(key, raw.get(key))
         if mode is not NormalizationMode.IDENTITY and of is not None:
-            ready = isinstance(chosen, Prepared) and key in chosen
+            ready = isinstance(chosen, NormalizationStatistics) and key in chosen
             prepared[key] = of if ready else _prepare(config, key, of)
-    _tell_largest(config, prepared, data)
-    return Prepared(prepared, raw)
+    _log_largest(config, prepared, data)
+    return NormalizationStatistics(prepared, raw)
 
 
 def read_statistics(checkpoint: str | Path, revision: str | None = None) -> Statistics:
@@ -123,7 +123,7 @@ def processor_statistics(folder: Path, pipeline: str, step_name: str) -> Statist
     """The statistics of a step of LeRobot's processors; None where there is no such step, or no state."""
     step = _processor_step(folder, pipeline, step_name)
     found = _nested(read_state(folder, step))
-    return Prepared(found) if found and step["config"].get("eps") == 0 else found or None
+    return NormalizationStatistics(found) if found and step["config"].get("eps") == 0 else found or None
 
 
 def unnormalizer_differences(folder: Path) -> list[str]:
@@ -203,7 +203,7 @@ def _check_kind(config: Pi0Config, checkpoint: str | Path, revision: str | None)
     saved = read_json(file) if file.is_file() else {}
     wanted = [action for action, _ in relative_joints(config)] if config.relative_actions else []
     if saved.get("type") == "lerobot_pi0":
-        same = wanted == (saved.get("anchor") or {"actions": []})["actions"]
+        same = wanted == (saved.get("reference_state") or saved.get("anchor") or {"actions": []})["actions"]
     elif saved:
         same = bool(wanted) == bool(saved.get("use_relative_actions"))
     else:
@@ -244,7 +244,7 @@ def _prepare(config: Pi0Config, key: str, of: dict[str, Any]) -> dict[str, np.nd
     return {name: value.astype(np.float32) for name, value in values.items()}
 
 
-def _tell_largest(config: Pi0Config, statistics: Statistics, data: Statistics) -> None:
+def _log_largest(config: Pi0Config, statistics: Statistics, data: Statistics) -> None:
     """Log where the data's ends, normalised, are farthest from zero: dimensions to look at in the data."""
     found = []
     for key, mode in normalization_modes(config).items():

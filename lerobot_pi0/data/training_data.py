@@ -8,15 +8,17 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0.configuration_pi0 import ActionLimits, Pi0Config, Statistics, TrainingData
 from lerobot_pi0.data.frames import data_files, episode_borders, read_columns
-from lerobot_pi0.data.normalization import Prepared, affine, dimension_name
-from lerobot_pi0.data.relative_actions import make_anchor
+from lerobot_pi0.data.normalization import NormalizationStatistics, affine, dimension_name
+from lerobot_pi0.data.relative_actions import make_reference_state
 from lerobot_pi0.data.statistics import prepare_statistics
 from lerobot_pi0.errors import UserError
 
 MOST_TASKS = 500  # instructions that a policy keeps of its data
 
 
-def check_first_batch(config: Pi0Config, statistics: Prepared, dataset: Any, batch: dict[str, Any]) -> None:
+def check_first_batch(
+    config: Pi0Config, statistics: NormalizationStatistics, dataset: Any, batch: dict[str, Any]
+) -> None:
     """Check that a processed batch is normalised by these statistics, against the dataset's raw frames.
 
     `dataset` is its metadata. Without data on disk (streaming), or without `batch["index"]`, nothing can be
@@ -61,23 +63,23 @@ def check_first_batch(config: Pi0Config, statistics: Prepared, dataset: Any, bat
 
 def describe_training(
     config: Pi0Config, dataset_stats: Statistics | None, dataset: Any, checkpoint: str | Path | None
-) -> Prepared | None:
+) -> NormalizationStatistics | None:
     """Write into the config what a run takes from its dataset, and into the dataset's metadata the statistics
     that the run normalises by, which are returned. The arguments are those of `prepare_statistics`.
 
     Without a dataset nothing trains, and nothing is written. Raises UserError for settings of the other case.
     """
     if dataset_stats is None and dataset is None:
-        if config.relative_actions != (config.anchor is not None):
+        if config.relative_actions != (config.reference_state is not None):
             raise UserError(
                 f"--policy.relative_actions={str(config.relative_actions).lower()}, but the policy was not "
                 "trained so: leave the flag out to run a checkpoint, or give a dataset to train"
             )
         return None
-    if config.int8:
-        raise UserError("--policy.int8 is for running a policy: train without it")
+    if config.backend == "int8":
+        raise UserError("--policy.backend=int8 is for running a policy: train without it")
     statistics = prepare_statistics(config, dataset_stats, dataset, checkpoint, config.pretrained_revision)
-    config.anchor = make_anchor(config, statistics)
+    config.reference_state = make_reference_state(config, statistics)
     config.action_limits = make_limits(config, statistics, dataset)
     config.training_data = describe_data(dataset)
     if dataset is not None:
@@ -85,7 +87,7 @@ def describe_training(
     return statistics
 
 
-def make_limits(config: Pi0Config, statistics: Prepared, dataset: Any) -> ActionLimits | None:
+def make_limits(config: Pi0Config, statistics: NormalizationStatistics, dataset: Any) -> ActionLimits | None:
     """What actions the dataset has, for the chunk guard: from its frames on disk, or else its statistics,
     which say nothing of steps. None where neither says.
     """

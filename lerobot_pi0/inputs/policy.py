@@ -12,7 +12,7 @@ from lerobot.utils.device_utils import is_torch_device_available
 from lerobot.utils.import_utils import require_package
 
 from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, find_checkpoint
-from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.configuration_pi0 import Backend, Pi0Config
 from lerobot_pi0.data.statistics import check_statistics
 from lerobot_pi0.errors import CheckpointError, UserError
 from lerobot_pi0.modeling_pi0 import Pi0Policy
@@ -38,9 +38,11 @@ class ControlPolicyFlags(PolicyFlags):
 
     # Euler steps from noise to actions. Default: as in the checkpoint.
     num_inference_steps: int | None = None
-    # On a CPU: multiply in 8-bit integers, a third faster.
+    # "auto", "int8" (CPU: a third faster) or "compile" (GPU: one graph, compiled at the start).
+    backend: Backend | None = None
+    # Retired, set --policy.backend to int8.
     int8: bool = False
-    # On a GPU: the whole of sampling as one graph, which is compiled at the start.
+    # Retired, set --policy.backend to compile.
     compile: bool = False
 
 

@@ -4,7 +4,7 @@ chunking, warm-up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,14 +53,20 @@ class PolicySampler:
         self._source, self._source_version = source, self._weights_version()
 
     @property
-    def backend(self) -> Form:
-        """The linear backend that the config asks for on this machine."""
-        on_cpu = self.config.device == "cpu"
-        if self.config.int8 and not on_cpu:
-            raise UserError(f"--policy.int8 is for CPUs, and this policy runs on '{self.config.device}'")
-        if not on_cpu or self.config.compile or not Packed.runs(self.network.dtype):
+    def linear_backend(self) -> Form:
+        """The linear backend for the config's `backend` on its device."""
+        wanted, on_cpu = self.config.backend, self.config.device == "cpu"
+        if wanted == "int8" and not on_cpu:
+            raise UserError(
+                f"--policy.backend=int8 is for CPUs, and this policy runs on '{self.config.device}'"
+            )
+        if not on_cpu or wanted == "compile" or not Packed.runs(self.network.dtype):
             return "fused"
-        return "int8" if self.config.int8 else "packed"
+        return "int8" if wanted == "int8" else "packed"
+
+    @property
+    def _compiles(self) -> bool:
+        return self.config.backend == "compile"
 
     def noise(self, batch_size: int) -> Float[Tensor, "b a e"]:
         """Random noise to start from, on the network's device."""
@@ -108,7 +114,7 @@ class PolicySampler:
         """A chunk that continues the remainder, if there is one, over `execution_horizon` steps (default: the
         config's). It begins with the committed actions of the remainder.
         """
-        if self.config.compile:  # one graph for all prompts
+        if self._compiles:  # one graph for all prompts
             observation = observation.padded(self.config.tokenizer_max_length)
         with torch.autocast(noise.device.type, enabled=False):
             sampler, steps = self.current(), self.config.num_inference_steps
@@ -141,45 +147,36 @@ class PolicySampler:
         if self._sampler is None or self._version != version:
             self._sampler = None  # before the next one takes its memory
             source = self._source if self._source_version == version else None
-            self._sampler = Sampler(self.network, self.backend, source, self.config.compile)
+            self._sampler = Sampler(self.network, self.linear_backend, source, self._compiles)
             self._version = self._weights_version()  # a backend may move the parameters into its own tensors
         return self._sampler
 
     @torch.no_grad()
-    def warm_up_rtc(self, action_size: int) -> None:
+    def warm_up_rtc(self, example: Callable[[], Observation], action_size: int) -> None:
         """Before real-time chunking: make the first chunk, and the first that continues another, once.
 
-        LeRobot takes the longest inference so far for the delay of all that follow, so the first one must
-        not take longer than they do.
+        `example` makes up an observation. LeRobot takes the longest inference so far for the delay of all
+        that follow, so the first one must not take longer than they do.
         """
-        if not self._rtc_is_on or self._is_warm:
+        rtc = self.config.rtc_config
+        if rtc is None or not rtc.enabled or self._is_warm:
             return
         if self.config.lerobot_warms_up:
-            # LeRobot waits for two slow chunks. After a fast one its queue is full, and it asks for no
-            # other. What its own warm-up leaves cold is for the next reset.
+            # LeRobot waits for two slow chunks. After a fast one its queue is full, and it asks for no other.
+            # What its own warm-up leaves cold is for the next reset.
             self.config.lerobot_warms_up = False
             return
         self._is_warm = True
-        config, device = self.config, self.network.action_out_proj.weight.device
-        size = config.vision.image_size
-        state = torch.zeros(1, config.max_state_dim, device=device)
-        tokens = torch.zeros(1, 8, dtype=torch.long, device=device)
-        images = torch.zeros(1, len(config.cameras), 3, size, size, device=device)
-        mask = torch.ones(images.shape[:2], dtype=torch.bool, device=device)
-        observation = Observation(images, mask, tokens, torch.ones_like(tokens, dtype=torch.bool), state)
-        noise = torch.zeros(1, config.chunk_size, config.max_action_dim, device=device)
+        observation, shape = example(), (1, self.config.chunk_size, self.config.max_action_dim)
+        noise = observation.state.new_zeros(shape)
         remainder = read_leftover(torch.ones_like(noise[0, :, :action_size]), 1, noise, None)
-        for _ in range(3 if config.compile else 1):  # a CUDA graph is recorded in the second call
+        for _ in range(3 if self._compiles else 1):  # a CUDA graph is recorded in the second call
             self.sample(observation, noise)
-            self.sample(observation, noise, remainder, config.chunk_size)
+            self.sample(observation, noise, remainder, self.config.chunk_size)
 
     @property
     def _rtc(self) -> RTCConfig:
         return self.config.rtc_config or RTCConfig()
-
-    @property
-    def _rtc_is_on(self) -> bool:
-        return self.config.rtc_config is not None and self.config.rtc_config.enabled
 
     def _weights_version(self) -> list[tuple[int, int]]:
         """Changes with the parameters, unless one writes to their `.data` or by a fused optimizer."""

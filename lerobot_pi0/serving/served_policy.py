@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from lerobot_pi0.errors import UserError
@@ -93,14 +91,9 @@ def _chunk(loaded: LoadedPolicy, batch: dict[str, Any]) -> Tensor:
 
 
 def _warm_up(loaded: LoadedPolicy) -> float:
-    """Predict a chunk from nothing; returns the seconds."""
-    config, started = loaded.config, time.perf_counter()
-    assert config.robot_state_feature is not None
-    batch: dict[str, Any] = {
-        name: torch.zeros(config.image_features[name].shape) for name in config.cameras.values()
-    }
-    batch[OBS_STATE] = torch.zeros(config.robot_state_feature.shape)
-    batch = loaded.preprocess(batch | {"task": ""})
+    """Predict a chunk for a made-up observation; returns the seconds."""
+    started = time.perf_counter()
+    batch = loaded.preprocess(loaded.config.example_observation() | {"task": ""})
     del batch["task"]  # nobody's instruction
     _chunk(loaded, batch)
     return time.perf_counter() - started

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lerobot.configs.default import PeftConfig
-from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -200,12 +199,17 @@ def _skeleton(config: Pi0Config, peft: PeftConfig | None) -> Pi0Policy:
 def _run_step(policy: Pi0Policy, batch_size: int, device: Device) -> AllocationTracker:
     """Forward and backward, the batch included; gradients stay, and are no part of what is held before."""
     ledger = AllocationTracker(policy.parameters())
+    example = policy.config.example_observation(prompt_length=policy.config.tokenizer_max_length)
     # What garbage collection frees at some moment would be in the line of one batch size alone.
     gc.collect()
     gc.disable()
     try:
         with _attention_of(device), ledger:
-            batch = _batch(policy.config, batch_size)  # which LeRobot's loop keeps during the step
+            # Which LeRobot's loop keeps during the step.
+            batch = {
+                key: _empty(batch_size, *x.shape[1:]).to(torch.float32 if x.dtype == torch.uint8 else x.dtype)
+                for key, x in example.items()
+            }
             _loss(policy, batch).backward()
     finally:
         gc.enable()
@@ -226,26 +230,8 @@ def _loss(policy: Pi0Policy, batch: dict[str, Tensor]) -> Tensor:
     return policy.model.loss(observation, actions, noise, noise[:, 0, 0], prefix).mean()
 
 
-def _batch(config: Pi0Config, batch_size: int) -> dict[str, Tensor]:
-    features = config.image_features
-    images = {key: _empty(batch_size, 3, *_size(features[key].shape)) for key in config.cameras.values()}
-    state = config.robot_state_feature
-    assert state is not None
-    prompt = (batch_size, config.tokenizer_max_length)
-    return images | {
-        OBS_STATE: _empty(batch_size, *state.shape),
-        OBS_LANGUAGE_TOKENS: _empty(*prompt).long(),
-        OBS_LANGUAGE_ATTENTION_MASK: _empty(*prompt).bool(),
-    }
-
-
 def _empty(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
-
-
-def _size(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Height and width of an image, wherever its channels stand."""
-    return shape[1:] if shape[0] == 3 else shape[:2]
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -79,10 +79,9 @@ def test_the_rate_is_that_of_the_training_data(tmp_path):
 def test_a_policy_is_measured_as_it_is_asked_to_run(checkpoint, monkeypatch, how):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda graph, **_: compiled.append(graph) or graph)
-    flags = ControlPolicyFlags(str(checkpoint), device="cpu")
-    setattr(flags, how, True)
+    flags = ControlPolicyFlags(str(checkpoint), device="cpu", backend=how)
     text = main(LatencyConfig(flags, repeats=1))
-    assert ("compiled" if how == "compile" else "8-bit integers") in text
+    assert ("compiled" if how == "compile" else ", int8") in text
     assert bool(compiled) == (how == "compile")
     assert ("\ndenoise " in text) == (how == "int8")  # of one graph there are no stages
     assert "\nguided " in text

@@ -21,8 +21,8 @@ from lerobot_pi0.checkpoints.golden_actions import write_golden_actions
 from lerobot_pi0.checkpoints.layouts import to_openpi
 from lerobot_pi0.conversion import convert, targets
 from lerobot_pi0.conversion.merge import merge
-from lerobot_pi0.data.normalization import Prepared
-from lerobot_pi0.data.relative_actions import make_anchor
+from lerobot_pi0.data.normalization import NormalizationStatistics
+from lerobot_pi0.data.relative_actions import make_reference_state
 from lerobot_pi0.data.statistics import read_statistics
 from lerobot_pi0.errors import CheckpointError, OutputExistsError, UserError
 from lerobot_pi0.model import SiglipConfig
@@ -46,7 +46,7 @@ BY_IN_TREE = (
     "action_feature_names",
     "relative_actions",
     "absolute_joints",
-    "anchor",
+    "reference_state",
     "input_features",
     "output_features",
 )
@@ -178,7 +178,9 @@ def make_relative(folder: Path, absolute_joints: list[str], **names: Any) -> Pat
     assert isinstance(config, Pi0Config)
     config.relative_actions, config.absolute_joints = True, absolute_joints
     config.state_feature_names = names.get("state", config.state_feature_names)
-    config.anchor = make_anchor(config, cast(Prepared, read_statistics(folder)))
+    config.reference_state = make_reference_state(
+        config, cast(NormalizationStatistics, read_statistics(folder))
+    )
     config._save_pretrained(folder)
     return folder
 

@@ -20,7 +20,7 @@ from lerobot_commands import checkpoint, run
 from tiny_policy import ACTION, CHUNK, FRONT, SIZES, STATE, noise, statistics, tiny_config, tiny_policy
 from torch import Tensor
 
-from lerobot_pi0.configuration_pi0 import Anchor, Pi0Config
+from lerobot_pi0.configuration_pi0 import Pi0Config, ReferenceState
 from lerobot_pi0.data import normalization, relative_actions
 from lerobot_pi0.data.relative_actions import relative_joints, relative_statistics
 from lerobot_pi0.data.statistics import prepare_statistics
@@ -194,7 +194,7 @@ def assert_relative(run: Run, dataset: LeRobotDataset) -> None:
 def assert_absolute(run: Run, dataset: LeRobotDataset) -> None:
     actions, states, _ = columns(dataset)
     assert_normalises(run, actions.mean(0), actions.std(0), states)
-    assert run[0].config.anchor is None
+    assert run[0].config.reference_state is None
 
 
 def assert_normalises(run: Run, mean: np.ndarray, std: np.ndarray, states: np.ndarray) -> None:
@@ -273,16 +273,21 @@ def test_streamed_dataset_is_refused_with_both_ways_out(dataset, tmp_path):
 def test_joints_are_matched_by_name(dataset):
     assert relative_joints(relative_config(**NAMES)) == JOINTS
     policy, *_ = start(relative_config(), dataset)
-    assert policy.config.anchor is not None
-    assert list(zip(policy.config.anchor.actions, policy.config.anchor.states, strict=True)) == JOINTS
+    assert policy.config.reference_state is not None
+    assert (
+        list(zip(policy.config.reference_state.actions, policy.config.reference_state.states, strict=True))
+        == JOINTS
+    )
 
 
 def test_permuted_state_gives_the_permuted_anchor():
     order = [4, 2, 0, 1, 3]
-    one = tiny_policy(relative_actions=True, anchor=Anchor([0, 1], [2, 4], [0.5, 2.0], [1.0, -1.0]))
+    one = tiny_policy(
+        relative_actions=True, reference_state=ReferenceState([0, 1], [2, 4], [0.5, 2.0], [1.0, -1.0])
+    )
     other = tiny_policy(
         relative_actions=True,
-        anchor=Anchor([0, 1], [order.index(2), order.index(4)], [0.5, 2.0], [1.0, -1.0]),
+        reference_state=ReferenceState([0, 1], [order.index(2), order.index(4)], [0.5, 2.0], [1.0, -1.0]),
     )
     state = torch.randn(3, STATE)
     found = one.action_space.reference(state)
@@ -383,14 +388,14 @@ def test_new_run_normalises_by_relative_statistics(dataset, tmp_path):
     assert_relative(run, dataset)
     saved = json.loads((save(run, tmp_path) / "config.json").read_text())
     assert saved["relative_actions"]
-    assert saved["anchor"]["actions"] == [0, 1, 3]
+    assert saved["reference_state"]["actions"] == [0, 1, 3]
 
 
 def test_checkpoint_runs_as_it_was_trained_without_a_dataset(dataset, tmp_path):
     run = start(relative_config(), dataset)
     folder = save(run, tmp_path)
     loaded = Pi0Policy.from_pretrained(folder)
-    assert loaded.config.anchor == run[0].config.anchor
+    assert loaded.config.reference_state == run[0].config.reference_state
     batch = run[1](frames(dataset, 7))
     wanted = run[0].eval().predict_action_chunk(batch, noise=noise(1))
     torch.testing.assert_close(loaded.predict_action_chunk(batch, noise=noise(1)), wanted)
@@ -401,10 +406,10 @@ def test_fine_tuning_goes_from_absolute_to_relative_and_back(dataset, tmp_path):
     assert_absolute(absolute, dataset)
     relative = start(again(save(absolute, tmp_path / "1"), "--relative_actions=true"), dataset)
     assert_relative(relative, dataset)
-    assert relative[0].config.anchor is not None
+    assert relative[0].config.reference_state is not None
     once_more = start(again(save(relative, tmp_path / "2")), dataset)
     assert_relative(once_more, dataset)
-    assert once_more[0].config.anchor == relative[0].config.anchor
+    assert once_more[0].config.reference_state == relative[0].config.reference_state
     assert_absolute(start(again(tmp_path / "2", "--relative_actions=false"), dataset), dataset)
 
 
@@ -422,7 +427,7 @@ def test_resumed_run_computes_what_is_saved(dataset, tmp_path, relative):
     new = start(tiny_config(relative_actions=relative), dataset)
     resumed = start(again(save(new, tmp_path)), dataset, resume=True)
     (assert_relative if relative else assert_absolute)(resumed, dataset)
-    assert resumed[0].config.anchor == new[0].config.anchor
+    assert resumed[0].config.reference_state == new[0].config.reference_state
     raw = frames(dataset, 1, 13, 24)
     batch = resumed[1](raw)
     assert torch.equal(batch["action"], new[1](raw)["action"])
@@ -435,13 +440,13 @@ def test_statistics_of_our_checkpoint_survive_lerobots_overwriting_on_request(da
     # Statistics unlike the dataset's.
     first[3].stats["action"]["mean"] += 3
     changed = (first[0], *make_pre_post_processors(first[0].config, dataset_stats=first[3].stats), first[3])
-    first[0].config.anchor = relative_actions.make_anchor(first[0].config, first[3].stats)
+    first[0].config.reference_state = relative_actions.make_reference_state(first[0].config, first[3].stats)
     folder = save(changed, tmp_path)
     taken = start(again(folder, "--statistics=checkpoint"), dataset)
     probe = torch.randn(3, ACTION)
     assert torch.equal(taken[2](probe), changed[2](probe))
     assert not torch.allclose(start(again(folder), dataset)[2](probe), changed[2](probe))
-    assert taken[0].config.anchor == first[0].config.anchor
+    assert taken[0].config.reference_state == first[0].config.reference_state
 
 
 def test_absolute_actions_are_not_measured_by_a_checkpoints_relative_statistics(dataset, tmp_path, caplog):
@@ -581,7 +586,7 @@ def test_lerobot_train_saves_relative_statistics(ran, dataset, name):
     config = PreTrainedConfig.from_pretrained(folder)
     pipelines = make_pre_post_processors(config, pretrained_path=str(folder))
     assert_relative((SimpleNamespace(config=config), *pipelines, None), dataset)
-    assert json.loads((folder / "config.json").read_text())["anchor"]["states"] == [2, 4, 1]
+    assert json.loads((folder / "config.json").read_text())["reference_state"]["states"] == [2, 4, 1]
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from lerobot.configs import NormalizationMode
 from lerobot.policies.factory import make_pre_post_processors
 from tiny_policy import ACTION, raw_batch, statistics, tiny_config
 
-from lerobot_pi0.data.normalization import FLOOR, NEARLY_CONSTANT, Prepared
+from lerobot_pi0.data.normalization import FLOOR, NEARLY_CONSTANT, NormalizationStatistics
 from lerobot_pi0.data.statistics import check_statistics, prepare_statistics, read_statistics
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
@@ -119,7 +119,7 @@ def test_preparing_twice_is_preparing_once():
 def test_prepared_statistics_reach_the_workers_of_a_data_loader():
     once = prepare_statistics(tiny_config(), statistics())
     again = pickle.loads(pickle.dumps(once))
-    assert isinstance(again, Prepared)
+    assert isinstance(again, NormalizationStatistics)
     assert again["action"]["std"].tolist() == once["action"]["std"].tolist()
     assert again.raw.keys() == once.raw.keys()
 
@@ -202,7 +202,7 @@ def test_statistics_of_our_checkpoints_are_prepared_and_taken_as_they_are(tmp_pa
     stats["action"]["std"][0] = 0
     save_pipelines(tmp_path, stats)
     found = read_statistics(tmp_path)
-    assert isinstance(found, Prepared)
+    assert isinstance(found, NormalizationStatistics)
     config, others = tiny_config(statistics="checkpoint"), statistics()
     others["action"]["mean"] += 7
     taken = prepare_statistics(config, others, None, tmp_path)
@@ -213,14 +213,14 @@ def test_statistics_of_our_checkpoints_are_prepared_and_taken_as_they_are(tmp_pa
 
 
 def test_statistics_of_our_checkpoints_from_before_they_were_prepared_get_what_they_lack(tmp_path):
-    save_pipelines(tmp_path, Prepared(statistics()))
+    save_pipelines(tmp_path, NormalizationStatistics(statistics()))
     file = tmp_path / "policy_preprocessor.json"
     saved = json.loads(file.read_text())
     for step in saved["steps"]:
         if step["registry_name"] == "normalizer_processor":
             step["config"]["eps"] = 1e-6
     file.write_text(json.dumps(saved))
-    assert not isinstance(read_statistics(tmp_path), Prepared)
+    assert not isinstance(read_statistics(tmp_path), NormalizationStatistics)
     taken = prepare_statistics(tiny_config(statistics="checkpoint"), statistics(), None, tmp_path)
     np.testing.assert_allclose(taken["action"]["std"], statistics()["action"]["std"] + 1e-6, rtol=1e-6)
 
@@ -228,7 +228,7 @@ def test_statistics_of_our_checkpoints_from_before_they_were_prepared_get_what_t
 def test_policy_leaves_its_statistics_where_lerobot_takes_them_from():
     dataset = SimpleNamespace(stats=statistics())
     Pi0Policy(tiny_config(), dataset.stats, dataset)
-    assert isinstance(dataset.stats, Prepared)
+    assert isinstance(dataset.stats, NormalizationStatistics)
     # A second policy for the same dataset starts from the dataset's own again.
     Pi0Policy(tiny_config(), dataset.stats, dataset)
     np.testing.assert_allclose(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import draccus
@@ -9,11 +10,12 @@ import pytest
 import torch
 import yaml
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from shipped_configs import CONFIGS, read_training_config
 from tiny_policy import EXPERT, VISION, VLM, tiny_config
 
 from lerobot_pi0 import Pi0Config
-from lerobot_pi0.configuration_pi0 import assign_cameras
+from lerobot_pi0.configuration_pi0 import ReferenceState, assign_cameras
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 from lerobot_pi0.training.schedule import CosineAfterWarmupConfig
 
@@ -206,3 +208,30 @@ def test_config_files_say_only_what_differs():
             key for key, value in given.items() if key in plain and plain[key] == value and key != "device"
         ]
         assert repeated == [], path.name
+
+
+def test_retired_names_of_saved_configs_and_flags_load_and_are_not_written(tmp_path):
+    reference = {"actions": [0], "states": [1], "gain": [2.0], "offset": [0.5]}
+    tiny_config()._save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    assert saved["type"] == "lerobot_pi0"
+    assert not {"int8", "compile", "cache_prefix", "anchor"} & saved.keys()
+    del saved["backend"], saved["reference_state"]
+    old = {"int8": False, "compile": False, "cache_prefix": True, "anchor": reference}
+    file.write_text(json.dumps(saved | old))
+    config = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=["--compile=true"])
+    assert isinstance(config, Pi0Config)
+    assert config.backend == "compile"
+    assert config.reference_state == ReferenceState(**reference)
+    assert replace(config, backend="auto").backend == "auto"
+
+
+def test_the_example_observation_fits_the_features():
+    config = tiny_config()
+    config.validate_features()
+    example = config.example_observation(2, prompt_length=5)
+    assert example["observation.images.front"].shape == (2, 3, 48, 64)
+    assert example["observation.state"].shape == (2, 5)
+    assert example[OBS_LANGUAGE_TOKENS].shape == example[OBS_LANGUAGE_ATTENTION_MASK].shape == (2, 5)
+    assert all(torch.equal(x[0], x[1]) for x in example.values())

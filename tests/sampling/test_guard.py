@@ -12,7 +12,7 @@ import torch
 from tiny_policy import ACTION, CHUNK, FRONT, batch, first, noise, statistics, tiny_config, tiny_policy
 
 from lerobot_pi0.configuration_pi0 import ActionLimits
-from lerobot_pi0.data.normalization import Prepared
+from lerobot_pi0.data.normalization import NormalizationStatistics
 from lerobot_pi0.data.training_data import make_limits
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.sampling.guard import ChunkGuard
@@ -187,7 +187,9 @@ def dataset(tmp_path, actions: np.ndarray, episodes: list[int]) -> SimpleNamespa
 def test_limits_are_the_datas_and_no_step_crosses_an_episode(tmp_path):
     actions = np.zeros((6, ACTION))
     actions[:3, 0], actions[3:, 0] = [0, 2, 3], [50, 49, 49.5]
-    found = make_limits(tiny_config(), Prepared(statistics()), dataset(tmp_path, actions, [0, 0, 0, 1, 1, 1]))
+    found = make_limits(
+        tiny_config(), NormalizationStatistics(statistics()), dataset(tmp_path, actions, [0, 0, 0, 1, 1, 1])
+    )
     assert found is not None
     assert found.step is not None
     assert (found.low[0], found.high[0], found.step[0]) == (0, 50, 2)
@@ -196,11 +198,11 @@ def test_limits_are_the_datas_and_no_step_crosses_an_episode(tmp_path):
 
 
 def test_without_frames_on_disk_the_range_is_that_of_the_statistics():
-    found = make_limits(tiny_config(), Prepared(statistics(), statistics()), None)
+    found = make_limits(tiny_config(), NormalizationStatistics(statistics(), statistics()), None)
     assert found is not None
     assert found.low == [-1, -2, -3, -4]
     assert found.step is None
-    assert make_limits(tiny_config(), Prepared(statistics()), None) is None
+    assert make_limits(tiny_config(), NormalizationStatistics(statistics()), None) is None
 
 
 def test_training_writes_the_limits_into_the_checkpoint(tmp_path):

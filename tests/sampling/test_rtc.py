@@ -11,7 +11,7 @@ from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
 from tiny_policy import ACTION, CHUNK, batch, first, noise, tiny_config, tiny_policy
 
-from lerobot_pi0.configuration_pi0 import Anchor
+from lerobot_pi0.configuration_pi0 import ReferenceState
 from lerobot_pi0.model.flow import integrate
 from lerobot_pi0.sampling.rtc import (
     Guidance,
@@ -199,7 +199,7 @@ def test_a_horizon_shorter_than_the_delay_is_told_once(max_delay, observation, c
 
 def test_relative_leftovers_are_taken_from_the_new_observation():
     """The leftover is absolute; what the network is held to is relative to the state at hand."""
-    anchor = Anchor([0, 2], [1, 0], [1.5, 0.5], [0.1, -0.2])
+    anchor = ReferenceState([0, 2], [1, 0], [1.5, 0.5], [0.1, -0.2])
     at = torch.randn(1, ACTION)
     left = leftover()
     found = read_leftover(left, 2, noise(1), at)
@@ -207,7 +207,7 @@ def test_relative_leftovers_are_taken_from_the_new_observation():
     assert torch.allclose(found.actions[0, :, :ACTION], left - at)
     assert not found.actions[..., ACTION:].any()
 
-    policy = with_rtc(tiny_policy(relative_actions=True, anchor=anchor))
+    policy = with_rtc(tiny_policy(relative_actions=True, reference_state=anchor))
     observation = first(batch())
     given = {"noise": noise(1), "inference_delay": CHUNK - 1}
     chunk = policy.predict_action_chunk(observation, prev_chunk_left_over=left, **given)

@@ -30,6 +30,7 @@ from tiny_policy import (
 from torch import Tensor
 
 from lerobot_pi0 import Pi0Policy
+from lerobot_pi0.errors import UserError
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 from lerobot_pi0.sampling import sampler as inference
@@ -344,7 +345,7 @@ def test_prompts_of_all_lengths_have_one_graph_which_the_warm_up_compiles(monkey
         return graph
 
     monkeypatch.setattr(torch, "compile", keep_shapes)
-    compiled, eager = tiny_policy(compile=True), tiny_policy()
+    compiled, eager = tiny_policy(backend="compile"), tiny_policy()
     for policy in (compiled, eager):
         policy.config.rtc_config = RTCConfig(execution_horizon=CHUNK)
         policy.init_rtc_processor()
@@ -409,7 +410,7 @@ def test_training_goes_on_after_an_evaluation_in_inference_mode(form, dtype, mon
 @pytest.mark.parametrize("compiled", [False, True])
 def test_training_gives_back_what_sampling_kept(compiled, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    policy = tiny_policy(compile=compiled)
+    policy = tiny_policy(backend="compile" if compiled else "auto")
     policy.predict_action_chunk(batch())
     policy.eval()
     sampler = weakref.ref(policy.sampler.current())
@@ -458,7 +459,7 @@ def test_a_prompt_longer_than_the_config_says_is_not_cut_by_compiling(monkeypatc
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     policy = tiny_policy(tokenizer_max_length=4)
     wanted = policy.predict_action_chunk(batch(), noise=noise())
-    policy.config.compile = True
+    policy.config.backend = "compile"
     policy.sampler.release()
     close(policy.predict_action_chunk(batch(), noise=noise()), wanted)
 
@@ -477,35 +478,33 @@ def test_adapters_are_part_of_the_weights():
     close(chunk, policy.model.sample(policy.observation(batch()), noise(), STEPS)[..., :4])
 
 
-def test_int8_and_compile_are_no_part_of_a_checkpoint(tmp_path):
-    policy = tiny_policy(int8=True, compile=True)
+def test_the_backend_is_no_part_of_a_checkpoint(tmp_path):
+    policy = tiny_policy(backend="int8")
     weights = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
-    policy.config.compile = False
     policy.predict_action_chunk(batch())
-    policy.config.compile = True
     policy.save_pretrained(tmp_path)
     again = Pi0Policy.from_pretrained(tmp_path)
-    assert not again.config.int8
-    assert not again.config.compile
+    assert again.config.backend == "auto"
     assert again.state_dict().keys() == weights.keys()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
 
 
-def test_int8_is_one_flag_when_a_policy_is_loaded(tmp_path):
+@pytest.mark.parametrize("flag", ["--backend=int8", "--int8=true"])
+def test_int8_is_one_flag_when_a_policy_is_loaded(tmp_path, flag):
     tiny_policy().save_pretrained(tmp_path)
     exact = Pi0Policy.from_pretrained(tmp_path).predict_action_chunk(batch(), noise=noise())
-    config = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=["--int8=true"])
+    config = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=[flag])
     rounded = Pi0Policy.from_pretrained(tmp_path, config=config).predict_action_chunk(batch(), noise=noise())
     assert not torch.allclose(rounded, exact, atol=1e-4)
     assert torch.cosine_similarity(rounded.flatten(), exact.flatten(), 0) > 0.999
 
 
 def test_int8_is_refused_for_training_and_away_from_cpus():
-    with pytest.raises(ValueError, match="int8 is for running a policy: train without it"):
-        Pi0Policy(tiny_config(int8=True), dataset_stats=statistics())
-    policy = tiny_policy(int8=True)
+    with pytest.raises(UserError, match="backend=int8 is for running a policy: train without it"):
+        Pi0Policy(tiny_config(backend="int8"), dataset_stats=statistics())
+    policy = tiny_policy(backend="int8")
     policy.config.device = "cuda"
-    with pytest.raises(ValueError, match="int8 is for CPUs, and this policy runs on 'cuda'"):
+    with pytest.raises(UserError, match="backend=int8 is for CPUs, and this policy runs on 'cuda'"):
         policy.predict_action_chunk(batch())
 
 

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from tiny_policy import tiny_config
 
 from lerobot_pi0 import cli
-from lerobot_pi0.configuration_pi0 import Anchor, Pi0Config
+from lerobot_pi0.configuration_pi0 import Pi0Config, ReferenceState
 from lerobot_pi0.inputs.dataset import DatasetFlags, fit_to
 from lerobot_pi0.inputs.policy import PolicyFlags
 from lerobot_pi0.modeling_pi0 import Pi0Policy
@@ -662,7 +662,7 @@ def test_relative_joints_need_no_names(healthy):
     config = replace(
         Pi0Config.from_pretrained(healthy.checkpoint),
         relative_actions=True,
-        anchor=Anchor([0, 1], [0, 1], [1.0, 1.0], [0.0, 0.0]),
+        reference_state=ReferenceState([0, 1], [0, 1], [1.0, 1.0], [0.0, 0.0]),
         action_feature_names=None,
         state_feature_names=None,
     )

@@ -43,7 +43,7 @@ def policy_fits(inputs: Inputs) -> Iterator[Finding]:
         yield error(
             f"the policy's weights do not fit into this {where}",
             f"{needs / GIGABYTE:.1f} GB in {config.dtype}, the {where} has {memory / GIGABYTE:.1f} GB",
-            "--policy.dtype=bfloat16 halves them, --policy.int8=true halves them again on a CPU; or a "
+            "--policy.dtype=bfloat16 halves them, --policy.backend=int8 halves them again on a CPU; or a "
             "larger machine",
         )
     else:
