@@ -1,3 +1,10 @@
-"""What LeRobot's plugin scan imports, by the distribution's name. The package registers the rest."""
+"""What LeRobot's plugin scan imports, by the distribution's name: it registers all that the package has.
 
-import lerobot_pi0 as lerobot_pi0
+A program of your own that uses LeRobot without its commands imports this module first.
+"""
+
+import lerobot_pi0.configuration_pi0  # the policy type `lerobot_pi0`
+import lerobot_pi0.demo.environment  # the environment type `metaworld_fast`
+import lerobot_pi0.processor_pi0  # the processor steps that saved checkpoints name
+import lerobot_pi0.simulated_robot.config_scripted_so101  # the teleoperator `scripted_so101`
+import lerobot_pi0.simulated_robot.config_simulated_so101  # the robot `simulated_so101`  # noqa: F401

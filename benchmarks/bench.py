@@ -15,45 +15,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from lerobot_pi0.errors import CommandError, UserError
 
+from .flags import BenchConfig
 from .inputs import write_checkpoint
 from .worker import Measurement, Setup, Worker, WorkerError
 
 logger = logging.getLogger("lerobot_pi0.bench")
 
-BenchSize = Literal["full", "tiny"]
 
 SAME_ACTIONS = (
     2e-4  # the two sides differ by one rounding of the time, which the fastest sinusoid turns into 1e-4
 )
-
-
-@dataclass
-class BenchConfig:
-    """Measure this π0 against LeRobot's in-tree one, on this machine."""
-
-    # Where to write the figures as JSON.
-    json: Path | None = None
-    # Where to write a picture of the ratios against their goals, as PNG.
-    plot: Path | None = None
-    # Rows to measure, separated by commas. Default: all.
-    rows: str = ""
-    # Measurements per row and side; each of ours is followed by one of theirs.
-    repetitions: int = 5
-    # Threads of each side. Default: what torch takes by itself.
-    threads: int | None = None
-    # For checkpoints of random values (7 GB, written once) and logs.
-    workdir: Path = Path("outputs/bench")
-    # Folder of `lerobot-pi0 demo`: its trained weights and frames tell how exact int8 is.
-    demo: Path = Path("outputs/demo")
-    # tiny: everything small, to try the command itself; goals are not judged.
-    size: BenchSize = "full"
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,21 @@
 
 A subcommand is a function from a dataclass to the text to print, or to text and exit code: the fields are its
 flags, the comments above them their help; a field without a default may also be given by its position. A
-function of a list of strings gets its arguments as they are: it stands before a command of LeRobot. A module
-is imported when it is called.
+function of a list of strings gets its arguments as they are: it stands before a command of LeRobot. Help
+imports the flags alone, and neither LeRobot nor torch, unless LeRobot's own flags are asked for (--help-all).
 """
 
+import contextlib
 import difflib
 import itertools
 import logging
 import re
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.lerobot_compat import silence_torchcodec_notice
@@ -24,31 +26,55 @@ PROGRAM = "lerobot-pi0"
 # Beside the package in a checkout, within it in a wheel.
 BENCHMARKS = "lerobot_pi0.benchmarks" if Path(__file__).with_name("benchmarks").is_dir() else "benchmarks"
 
-# Name: (module:function, what it does).
+
+@dataclass(frozen=True)
+class Subcommand:
+    """Where a subcommand is, so that it is imported when it runs."""
+
+    function: str  # module:function
+    flags: str  # module:name of its dataclass, or of its help as a text; imports neither LeRobot nor torch
+    summary: str
+
+
+def _tool(name: str, flags: str, summary: str) -> Subcommand:
+    return Subcommand(f"lerobot_pi0.tools.{name}:main", f"lerobot_pi0.tools.flags:{flags}", summary)
+
+
+def _in(folder: str, name: str, flags: str, summary: str) -> Subcommand:
+    return Subcommand(f"lerobot_pi0.{folder}.{name}:main", f"lerobot_pi0.{folder}.flags:{flags}", summary)
+
+
 SUBCOMMANDS = {
-    "attention": ("lerobot_pi0.tools.attention:main", "where the actions look: at which patches and words"),
-    "bench": (f"{BENCHMARKS}.bench:main", "measure this π0 beside LeRobot's in-tree one, on this machine"),
-    "convert": ("lerobot_pi0.conversion.convert:main", "openpi's, LeRobot's and transformers' π0 ↔ this one"),
-    "demo": ("lerobot_pi0.demo.demo:main", "record, train and evaluate a small π0 in Meta-World"),
-    "doctor": ("lerobot_pi0.tools.doctor.command:main", "what is wrong with a policy, its data, its robot"),
-    "language": ("lerobot_pi0.tools.language:main", "does a policy follow its instruction? Swap it and see"),
-    "latency": ("lerobot_pi0.control.latency:main", "how long a chunk takes, and how to drive with that"),
-    "merge": (
-        "lerobot_pi0.conversion.merge:main",
-        "one plain checkpoint of LoRA adapters and their base",
+    "attention": _tool("attention", "AttentionConfig", "where the actions look: at which patches and words"),
+    "bench": Subcommand(
+        f"{BENCHMARKS}.bench:main",
+        f"{BENCHMARKS}.flags:BenchConfig",
+        "measure this π0 beside LeRobot's in-tree one, on this machine",
     ),
-    "plan": ("lerobot_pi0.tools.plan:main", "which fine-tuning fits a GPU, how long it takes, which command"),
-    "record": ("lerobot_pi0.demo.record:main", "record scripted Meta-World experts as a LeRobotDataset"),
-    "report": (
-        "lerobot_pi0.tools.report.command:main",
-        "compare a policy with recorded actions and naive guesses: a page",
+    "convert": _in(
+        "conversion", "convert", "ConvertConfig", "openpi's, LeRobot's and transformers' π0 ↔ this one"
     ),
-    "rollout": (
-        "lerobot_pi0.control.rollout:main",
-        "lerobot-rollout with checks before it moves, and a trace",
+    "demo": _in("demo", "demo", "DemoConfig", "record, train and evaluate a small π0 in Meta-World"),
+    "doctor": _tool("doctor.command", "DoctorFlags", "what is wrong with a policy, its data, its robot"),
+    "language": _tool("language", "LanguageConfig", "does a policy follow its instruction? Swap it and see"),
+    "latency": _in(
+        "control", "latency", "LatencyConfig", "how long a chunk takes, and how to drive with that"
     ),
-    "serve": ("lerobot_pi0.serving.serve:main", "serve a policy to robots by LeRobot's async inference"),
-    "trace": ("lerobot_pi0.control.trace_report:main", "stalls, jumps and delays of a run, from its trace"),
+    "merge": _in(
+        "conversion", "merge", "MergeConfig", "one plain checkpoint of LoRA adapters and their base"
+    ),
+    "plan": _tool("plan", "PlanFlags", "which fine-tuning fits a GPU, how long it takes, which command"),
+    "record": _in("demo", "record", "RecordConfig", "record scripted Meta-World experts as a LeRobotDataset"),
+    "report": _tool(
+        "report.command", "ReportConfig", "compare a policy with recorded actions and naive guesses: a page"
+    ),
+    "rollout": _in(
+        "control", "rollout", "ROLLOUT_HELP", "lerobot-rollout with checks before it moves, and a trace"
+    ),
+    "serve": _in("serving", "serve", "ServeConfig", "serve a policy to robots by LeRobot's async inference"),
+    "trace": _in(
+        "control", "trace_report", "TraceReportConfig", "stalls, jumps and delays of a run, from its trace"
+    ),
 }
 
 # Commands of LeRobot that people look for here.
@@ -60,6 +86,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
+        return
+    if arguments[0] == "--version":
+        print(versions())
         return
     name, *flags = arguments
     if name not in SUBCOMMANDS:
@@ -79,22 +108,29 @@ def main() -> None:
         fail(f"\n{PROGRAM} {name}: interrupted.", 130)
     except UserError as error:
         fail(f"{PROGRAM} {name}: error: {error}", 1)
+    except ImportError as error:
+        if "pip install" not in str(error):  # as LeRobot's `require_package` and ours say it
+            raise
+        fail(f"{PROGRAM} {name}: error: {error}", 1)
 
 
 def run(name: str, flags: list[str]) -> None:
     """Parse the flags of a subcommand and call it."""
     import draccus
 
-    module, function_name = SUBCOMMANDS[name][0].split(":")
-    function = getattr(import_module(module), function_name)
+    if {"-h", "--help"} & set(flags):
+        print_help(name, _imported(SUBCOMMANDS[name].flags))
+        return
+    function = _imported(SUBCOMMANDS[name].function)
     (config_class,) = (hint for key, hint in get_type_hints(function).items() if key != "return")
+    if "--help-all" in flags and config_class != list[str]:
+        print_help(name, config_class)
+        return
     if config_class == list[str]:
         if (text := function(flags)) is not None:
             print(text)
         return
-    required = [
-        field.name for field in fields(config_class) if field.default is field.default_factory is MISSING
-    ]
+    required = required_flags(config_class)
     positional = list(itertools.takewhile(lambda flag: not flag.startswith("-"), flags))
     if len(positional) > len(required):
         known = f"takes {' '.join(map(str.upper, required))}" if required else "takes flags alone"
@@ -122,20 +158,51 @@ def run(name: str, flags: list[str]) -> None:
         raise SystemExit(code)
 
 
+def required_flags(config_class: type) -> list[str]:
+    """Names of the fields without a default, in their order."""
+    given: Any = config_class
+    return [field.name for field in fields(given) if field.default is field.default_factory is MISSING]
+
+
+def print_help(name: str, flags: Any) -> None:
+    """Print the help of a subcommand: of its dataclass, or the text that it has."""
+    import draccus
+
+    if isinstance(flags, str):
+        print(flags)
+        return
+    positional = [field.upper() for field in required_flags(flags)]
+    usage = " ".join([PROGRAM, name, *positional])
+    with contextlib.suppress(SystemExit):
+        draccus.parse(flags, args=["--help"], prog=usage, preferred_help="above")
+
+
+def versions() -> str:
+    """What is installed, as a report of a fault needs it."""
+    names = ("lerobot_policy_pi0", "lerobot", "torch", "transformers")
+    return "\n".join(f"{name} {version(name)}" for name in names)
+
+
 def usage() -> str:
     """The list of subcommands."""
     width = max(map(len, SUBCOMMANDS))
-    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in SUBCOMMANDS.items()]
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in SUBCOMMANDS.items()]
     return "\n".join(
         [
             f"usage: {PROGRAM} <subcommand> [--flag=value ...]",
             "",
             *lines,
             "",
-            f"`{PROGRAM} <subcommand> --help` explains the flags. Training, evaluation and robots are",
-            "LeRobot's own commands, with --policy.type=lerobot_pi0: lerobot-train, lerobot-eval, ...",
+            f"`{PROGRAM} <subcommand> --help` explains the flags, `--help-all` also those of LeRobot;",
+            f"`{PROGRAM} --version` says what is installed. Training, evaluation and robots are LeRobot's",
+            "own commands, with --policy.type=lerobot_pi0: lerobot-train, lerobot-eval, ...",
         ]
     )
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -1,11 +1,11 @@
-"""Errors that a user caused and can mend: the command line prints their message, without a traceback.
+"""Errors that a user caused and can correct: the command line prints their message, without a traceback.
 
 Every other exception is a fault of the program and keeps its traceback.
 """
 
 
 class UserError(ValueError):
-    """An input, a flag or a file is wrong. The message names the value, and what mends it."""
+    """An input, a flag or a file is wrong. The message names the value, and what corrects it."""
 
 
 class CheckpointError(UserError):
@@ -26,3 +26,19 @@ class UnavailableError(UserError, OSError):
 
 class CommandError(UserError, RuntimeError):
     """A command could not do what it was asked to. The message says what stopped it."""
+
+
+def printable(text: str, limit: int = 2000) -> str:
+    """A text from elsewhere, for a log or a terminal: cut to `limit` characters, control characters escaped.
+
+    Lines after the first are indented, so that none of them looks like a message of its own.
+    """
+    cut = text if len(text) <= limit else f"{text[:limit]}… ({len(text):,} characters)"
+    lines = cut.split("\n")
+    escaped = (
+        "".join(
+            letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in line
+        )
+        for line in lines
+    )
+    return "\n    ".join(escaped)

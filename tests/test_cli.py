@@ -2,15 +2,17 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 from importlib import import_module
-from typing import get_type_hints
+from importlib.metadata import version
 
 import pytest
 from lerobot.utils.import_utils import require_package
 
 from lerobot_pi0 import cli
 from lerobot_pi0.demo import record
-from lerobot_pi0.inputs import policy
+from lerobot_pi0.inputs import flags as shared_flags
 from lerobot_pi0.simulated_robot import simulation
 
 
@@ -27,16 +29,16 @@ def call(monkeypatch, *arguments: str) -> int:
 def test_help_lists_every_subcommand_with_a_line(monkeypatch, capsys):
     assert call(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
-    for name, (_, summary) in cli.SUBCOMMANDS.items():
-        assert re.search(rf"^  {name} +{re.escape(summary)}$", text, re.MULTILINE)
+    for name, command in cli.SUBCOMMANDS.items():
+        assert re.search(rf"^  {name} +{re.escape(command.summary)}$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", cli.SUBCOMMANDS)
 def test_every_flag_of_a_subcommand_is_explained(monkeypatch, capsys, name):
     assert call(monkeypatch, name, "--help") == 0
     text = capsys.readouterr().out
-    module, function = cli.SUBCOMMANDS[name][0].split(":")
-    config_class = next(iter(get_type_hints(getattr(import_module(module), function)).values()))
+    module, attribute = cli.SUBCOMMANDS[name].flags.split(":")
+    config_class = getattr(import_module(module), attribute)
     for flag in flags(config_class) if dataclasses.is_dataclass(config_class) else []:
         assert re.search(rf"^  --{re.escape(flag)} \S+\s+(?!\(default)\w", text, re.MULTILINE), flag
 
@@ -44,10 +46,48 @@ def test_every_flag_of_a_subcommand_is_explained(monkeypatch, capsys, name):
 def flags(config_class) -> list[str]:
     names = []
     for field in dataclasses.fields(config_class):
-        ours = getattr(field.type, "__module__", "") == policy.__name__
+        ours = getattr(field.type, "__module__", "") == shared_flags.__name__
         nested = flags(field.type) if ours else [""]
         names += [f"{field.name}.{name}".removesuffix(".") for name in nested]
     return names
+
+
+HELP_OF_ALL = """
+import json, sys, time
+from lerobot_pi0 import cli
+for name in cli.SUBCOMMANDS:
+    sys.argv = ["lerobot-pi0", name, "--help"]
+    cli.main()
+print(json.dumps(sorted({"torch", "lerobot", "numpy", "transformers"} & set(sys.modules))))
+"""
+
+
+def test_help_imports_neither_lerobot_nor_torch():
+    printed = subprocess.run([sys.executable, "-c", HELP_OF_ALL], capture_output=True, text=True, check=True)
+    assert printed.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(("name", "positional"), [("convert", "SOURCE TARGET"), ("trace", "RUN")])
+def test_usage_shows_what_may_be_given_by_position(monkeypatch, capsys, name, positional):
+    assert call(monkeypatch, name, "--help") == 0
+    assert capsys.readouterr().out.startswith(f"usage: lerobot-pi0 {name} {positional} ")
+
+
+def test_flags_of_lerobot_are_shown_on_request(monkeypatch, capsys):
+    assert call(monkeypatch, "plan", "--help") == 0
+    own = capsys.readouterr().out
+    assert call(monkeypatch, "plan", "--help-all") == 0
+    everything = capsys.readouterr().out
+    assert "--gpu_memory" in own
+    assert "--policy.chunk_size" not in own
+    assert "--policy.chunk_size" in everything
+
+
+def test_versions_are_those_that_are_installed(monkeypatch, capsys):
+    assert call(monkeypatch, "--version") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["lerobot_policy_pi0", "lerobot", "torch", "transformers"]
+    assert lines[2] == f"torch {version('torch')}"
 
 
 def test_what_is_required_may_be_given_by_its_position(monkeypatch, capsys, tmp_path):

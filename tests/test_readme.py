@@ -92,7 +92,7 @@ def parse_ours(monkeypatch, name: str, flags: list[str]) -> None:
     if name == "rollout":
         monkeypatch.setattr(lerobot_pi0.control.rollout, "rollout", lambda *given: calls.append(given))
     else:
-        module, function = cli.SUBCOMMANDS[name][0].split(":")
+        module, function = cli.SUBCOMMANDS[name].function.split(":")
         hints = get_type_hints(getattr(import_module(module), function))
         (config_class,) = (hint for key, hint in hints.items() if key != "return")
 

@@ -1,6 +1,6 @@
 """`lerobot-pi0 latency`: how long this machine takes for a chunk, stage by stage, and how to run with that.
 
-Measured on an observation made up from the checkpoint's own features: no robot, no dataset.
+Measured on an example observation of the checkpoint's own features: no robot, no dataset.
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -19,6 +19,7 @@ from lerobot.policies.utils import prepare_observation_for_inference
 from lerobot.utils.constants import OBS_STATE
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.control.flags import LatencyConfig
 from lerobot_pi0.control.timing import (
     RtcTiming,
     Suggestion,
@@ -28,7 +29,7 @@ from lerobot_pi0.control.timing import (
     suggest,
 )
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.inputs.policy import ControlPolicyFlags, LoadedPolicy, load_policy
+from lerobot_pi0.inputs.policy import LoadedPolicy, load_policy
 
 Frame = dict[str, np.ndarray]
 
@@ -40,20 +41,6 @@ STAGES = {
     "chunk": "all of it, from the robot's observation to its actions",
     "guided": "the same in real-time chunking",
 }
-
-
-@dataclass
-class LatencyConfig:
-    """How long a chunk of actions takes on this machine, and how to drive a robot with that."""
-
-    policy: ControlPolicyFlags = field(default_factory=ControlPolicyFlags)
-    # Actions per second that the robot is to get; without it the training data's, or 30 where the checkpoint
-    # does not know it.
-    fps: float | None = None
-    # Chunks to measure, after the first.
-    repeats: int = 20
-    # Print JSON instead of text.
-    json: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +84,7 @@ def measure(
     actions and `rtc_config` are as before.
     """
     policy, config = loaded.policy, loaded.config
-    device, frame = next(policy.parameters()).device, made_up_frame(config)
+    device, frame = next(policy.parameters()).device, example_frame(config)
     known = config.training_data.tasks if config.training_data is not None else []
     task = known[0] if known else "pick up the red block"
     seconds: dict[str, list[float]] = {}
@@ -114,8 +101,8 @@ def measure(
         given = prepare_observation_for_inference(cast(Any, dict(frame)), device, task)
         return loaded.preprocess(cast(Any, given))
 
-    def chunk(**leftover: Any) -> torch.Tensor:
-        actions = policy.predict_action_chunk(prepare(), **leftover)
+    def chunk(**remainder: Any) -> torch.Tensor:
+        actions = policy.predict_action_chunk(prepare(), **remainder)
         loaded.postprocess(actions)
         return actions
 
@@ -176,7 +163,7 @@ def suggestion_for(
     return suggest(fps, config.chunk_size, config.n_action_steps, whole, latencies.worst("guided"), rule)
 
 
-def made_up_frame(config: Pi0Config) -> Frame:
+def example_frame(config: Pi0Config) -> Frame:
     """An observation as LeRobot takes it from a robot: uint8 pictures (h, w, 3), a float32 state (d,)."""
     example = config.example_observation()
     pictures = {camera: example[camera][0].permute(1, 2, 0).numpy() for camera in config.cameras.values()}

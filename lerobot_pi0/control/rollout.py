@@ -28,6 +28,7 @@ from lerobot.utils.utils import init_logging
 from lerobot.utils.visualization_utils import init_visualization, shutdown_visualization
 
 from lerobot_pi0.checkpoints.files import find_checkpoint
+from lerobot_pi0.checkpoints.processors import check_processors
 from lerobot_pi0.configuration_pi0 import Pi0Config, TrainingData
 from lerobot_pi0.control.instrumentation import Instrumentation, timing
 from lerobot_pi0.control.latency import Latencies, beside_the_loop, measure, quantile, suggestion_for
@@ -49,21 +50,11 @@ from lerobot_pi0.modeling_pi0 import Pi0Policy
 logger = logging.getLogger(__name__)
 
 WARM_CHUNKS = 3  # measured before the run
-HELP = """usage: lerobot-pi0 rollout [--trace=FOLDER] FLAGS OF lerobot-rollout
-
-lerobot-rollout for this policy, with checks: the robot's joints and cameras against the checkpoint's, the
-time that a chunk takes against what the chunks hide, and an error when no action was sent.
-
-  --trace=FOLDER  keep what happens, for `lerobot-pi0 trace FOLDER`; the folder has no trace yet
-
-All other flags are LeRobot's: `lerobot-rollout --help`, with --robot.type=... for those of a robot."""
 
 
 def main(arguments: list[str]) -> str:
     """Run `lerobot-pi0 rollout`. Raises OSError, RuntimeError or ValueError that says what is wrong."""
     folder, arguments = _own_flags(arguments)
-    if {"-h", "--help"} & set(arguments):
-        return HELP
     return rollout(parse(arguments), folder)
 
 
@@ -99,6 +90,9 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
             f"'{config.pretrained_path}' is a policy of type '{config.type}': lerobot-rollout runs it"
         )
     check_flags(cfg)
+    if config.pretrained_path is not None:
+        path, revision = str(config.pretrained_path), config.pretrained_revision
+        check_processors(find_checkpoint(path, revision=revision, ignore_patterns="*.safetensors"))
     check_robot(cfg, config)
     check_rate(cfg.fps, config.training_data)
     # LeRobot's flag is ours. Its warm-up, which throws chunks away, has nothing to do after our measurement.

@@ -82,7 +82,7 @@ class RtcTiming(Protocol):
 
 
 def rtc_timing(latency: float, fps: float, chunk_size: int, queue_threshold: int) -> Timing:
-    """The loop with the policy beside it, in real-time chunking as `lerobot-pi0 rollout` mends it."""
+    """The loop with the policy beside it, in real-time chunking as `lerobot-pi0 rollout` corrects it."""
     delay = math.ceil(latency * fps)
     # When the policy begins. Of more than half, what is left alternates around half: as much as is sent of
     # one chunk is missing from the next.

@@ -14,7 +14,9 @@ that connects again appends to its file. Events:
     stop         why
 """
 
+import contextlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -23,11 +25,17 @@ from typing import Any
 
 from lerobot_pi0.errors import MissingFileError, OutputExistsError
 
+logger = logging.getLogger(__name__)
+
 POLICY_FILE = "policy.jsonl"
 
 
 class Trace:
-    """Appends events to a file, from any thread. What a killed process wrote before is there."""
+    """Appends events to a file, from any thread. What a killed process wrote before is there.
+
+    A trace that cannot be written any more, for example on a full disk, ends with a logged error: it raises
+    nothing, because the robot that it is of is moving.
+    """
 
     def __init__(self, file: Path):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -40,12 +48,21 @@ class Trace:
             fields["opened"] = self._opened
         line = json.dumps({"event": event, "t": time.monotonic() if t is None else t, **fields})
         with self._lock:
-            if not self._file.closed:
+            if self._file.closed:
+                return
+            try:
                 self._file.write(line + "\n")
+            except OSError as error:
+                logger.error("the trace ends here, %s cannot be written: %s", self._file.name, error)
+                self._close()
 
     def close(self) -> None:
         """No more is written."""
         with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):  # what is still in its buffer
             self._file.close()
 
 

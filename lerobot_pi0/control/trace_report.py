@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lerobot_pi0.control.flags import TraceReportConfig
 from lerobot_pi0.control.loop_timing import LoopTiming, loop_timing, spread
 from lerobot_pi0.control.trace import read_trace
 from lerobot_pi0.errors import CommandError
@@ -17,20 +18,10 @@ Event = dict[str, Any]
 
 ABOUT_EVENT = ("event", "t", "file", "writer", "opened")  # not about the run
 DELAYS = {
-    "given": "that the policy was told",
+    "given": "the delay that the policy was given",
     "dropped": "that were left out of the new chunk",
     "consumed": "that were sent meanwhile",
 }
-
-
-@dataclass
-class TraceReportConfig:
-    """How a run went, from the trace that it left, and a plot of it in RUN/trace.png."""
-
-    # Folder that `lerobot-pi0 rollout --trace`, the policy server or the simulated robot wrote into.
-    run: Path
-    # Print JSON instead of text.
-    json: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ class Jump:
 
 @dataclass(frozen=True)
 class Report:
-    """Times are in seconds, delays in control steps. What the trace does not tell is empty or None."""
+    """Times are in seconds, delays in control steps. What is not known from the trace is empty or None."""
 
     start: Event
     loop_timing: LoopTiming
@@ -97,7 +88,7 @@ def main(config: TraceReportConfig) -> str:
 
 
 def read_run(folder: Path) -> Run:
-    """The trace in a folder. Where two processes tell of the same actions, the policy's side is taken; where
+    """The trace in a folder. Where two processes recorded the same actions, the policy's side is taken; where
     one after the other sent some, the last one.
 
     Raises FileNotFoundError when there is none, RuntimeError when no action was sent.
@@ -264,9 +255,9 @@ def _as_text(run: Run, report: Report) -> str:
     if report.first_action is not None:
         lines.append(f"The first action came {report.first_action:.2f} s after the first observation.")
     if periods:
-        told = ", ".join(f"{name} {1000 * value:.1f}" for name, value in periods.items())
+        listed = ", ".join(f"{name} {1000 * value:.1f}" for name, value in periods.items())
         lines.append(
-            f"Period in ms: {told}; {100 * report.loop_timing.overruns:.1f} % are over 1.5 control steps."
+            f"Period in ms: {listed}; {100 * report.loop_timing.overruns:.1f} % are over 1.5 control steps."
         )
     if report.loop_timing.stalls and report.empty_ticks is not None:
         lines.append(
@@ -274,14 +265,14 @@ def _as_text(run: Run, report: Report) -> str:
             f"{report.blocked_ticks} times the loop itself waited."
         )
     if report.latency or report.first_latency is not None:
-        told = ", ".join(f"{name} {1000 * value:.0f}" for name, value in report.latency.items())
+        listed = ", ".join(f"{name} {1000 * value:.0f}" for name, value in report.latency.items())
         lines.append(
-            f"{report.chunks} chunks. Latency in ms: {told or 'no second chunk'}; the first "
+            f"{report.chunks} chunks. Latency in ms: {listed or 'no second chunk'}; the first "
             f"{1000 * (report.first_latency or 0):.0f}."
         )
     if report.age:
-        told = ", ".join(f"{name} {1000 * value:.0f}" for name, value in report.age.items())
-        lines.append(f"An action's observation was this old when it was sent, in ms: {told}.")
+        listed = ", ".join(f"{name} {1000 * value:.0f}" for name, value in report.age.items())
+        lines.append(f"An action's observation was this old when it was sent, in ms: {listed}.")
     if report.used is not None:
         lines.append(f"{100 * report.used:.0f} % of the generated actions were sent.")
     if report.delays:

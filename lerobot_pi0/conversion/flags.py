@@ -1,11 +1,10 @@
-"""The flags of `lerobot-pi0 convert`."""
+"""The flags of `lerobot-pi0 convert` and `lerobot-pi0 merge`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lerobot_pi0.configuration_pi0 import Dtype
-
+Dtype = Literal["bfloat16", "float32"]
 Layout = Literal["lerobot_pi0", "lerobot", "openpi-pytorch"]
 
 
@@ -50,3 +49,13 @@ class ConvertConfig:
     # Where one side is LeRobot's own π0: run it and ours, and compare. Needs 30 GB of memory at full size.
     # Default: small policies only.
     compare: bool | None = None
+
+
+@dataclass
+class MergeConfig:
+    """Make one plain checkpoint of LoRA adapters and their base, and show that it acts the same."""
+
+    # Where lerobot-train --peft left the adapters: a folder, or a repository on the hub.
+    adapter: str
+    # Folder to write, which must not exist.
+    output: Path

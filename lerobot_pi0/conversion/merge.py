@@ -3,7 +3,7 @@
 Nothing else then needs PEFT, and sampling on a GPU no longer holds the folded weights beside the base's.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, WEIGHTS_FILE, find_checkpoint, load_weights
 from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.conversion.flags import MergeConfig
 from lerobot_pi0.conversion.output import copy_processors, unfinished_folder
 from lerobot_pi0.errors import CheckpointError, CommandError, UserError
 from lerobot_pi0.modeling_pi0 import Pi0Policy
@@ -21,16 +22,6 @@ from lerobot_pi0.training.lora import fold, trains_in_full
 
 # Beyond this difference of normalised actions something is wrong, and not rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-
-
-@dataclass
-class MergeConfig:
-    """Make one plain checkpoint of LoRA adapters and their base, and show that it acts the same."""
-
-    # Where lerobot-train --peft left the adapters: a folder, or a repository on the hub.
-    adapter: str
-    # Folder to write, which must not exist.
-    output: Path
 
 
 def main(config: MergeConfig) -> str:

@@ -11,14 +11,13 @@ import shutil
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from lerobot_pi0.demo.command import Command, Job, run
+from lerobot_pi0.demo.flags import DemoConfig, RecordConfig
 from lerobot_pi0.demo.metaworld import OPPOSITES, parse_tasks, task_instructions
-from lerobot_pi0.demo.record import SETTINGS_FILE, RecordConfig, is_recorded
-from lerobot_pi0.errors import MissingFileError, OutputExistsError, UserError
+from lerobot_pi0.demo.record import SETTINGS_FILE, is_recorded
+from lerobot_pi0.errors import MissingFileError, OutputExistsError
 
 logger = logging.getLogger(__name__)
 
@@ -29,37 +28,6 @@ QUICK_TASKS = "faucet-open-v3,faucet-close-v3"
 TRAINING_ENVIRONMENT = (("HF_HUB_OFFLINE", "1"), ("OMP_WAIT_POLICY", "PASSIVE"))
 QUICK_TRAINING = ("--steps=30", "--batch_size=8", "--log_freq=5", "--save_freq=15")
 QUICK_EPISODE_LENGTH = 40
-
-# With a name, because draccus finds no help for a field whose type holds quotation marks.
-WandbMode = Literal["online", "offline"]
-
-
-@dataclass
-class DemoConfig:
-    """Record demonstrations in Meta-World, train a small π0 on them, evaluate it. A second start goes on."""
-
-    # Where everything goes. Default: outputs/demo, with --quick outputs/demo_quick.
-    output_dir: Path | None = None
-    # Two tasks, a few episodes, 30 training steps: shows that all parts work, not that the policy learns.
-    quick: bool = False
-    # Log the training to Weights & Biases, through LeRobot.
-    wandb: bool = False
-    # How: offline needs no account and no network, and `wandb sync` uploads it later.
-    wandb_mode: WandbMode = "offline"
-    # Settings of lerobot-train. Default: the package's configs/demo.yaml.
-    train_config: Path | None = None
-    # Demonstrations of each task. Default: 40, with --quick 3.
-    episodes_per_task: int | None = None
-    # Episodes in which each task is evaluated. Default: 40, with --quick 2.
-    eval_episodes: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("episodes_per_task", "eval_episodes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} must be at least 1, not {value}.")
-        if self.train_config is not None and not self.train_config.is_file():
-            raise UserError(f"--train_config={self.train_config}: there is no such file.")
 
 
 class Demo:

@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 from tqdm import tqdm
 
+from lerobot_pi0.demo.flags import RecordConfig
 from lerobot_pi0.demo.metaworld import (
     ACTION_NAMES,
     FPS,
@@ -26,7 +26,7 @@ from lerobot_pi0.demo.metaworld import (
     parse_tasks,
     task_instructions,
 )
-from lerobot_pi0.errors import CommandError, OutputExistsError, UserError
+from lerobot_pi0.errors import CommandError, OutputExistsError
 
 logger = logging.getLogger(__name__)
 
@@ -36,53 +36,6 @@ Frame = dict[str, Any]
 SETTINGS_FILE = Path("meta", "recording.json")
 # An expert that fails this often is not worth waiting for.
 MAX_TRIES_PER_EPISODE = 5
-
-
-@dataclass
-class RecordConfig:
-    """Record scripted Meta-World experts as a LeRobotDataset."""
-
-    # Folder of the dataset. A finished recording with the same settings is reused.
-    root: Path
-    # Meta-World tasks, separated by commas.
-    tasks: str = "faucet-open-v3,faucet-close-v3,door-unlock-v3,plate-slide-v3"
-    # Successful demonstrations of each task.
-    episodes_per_task: int = 40
-    # Name of the dataset, as in --dataset.repo_id. Nothing is uploaded.
-    repo_id: str = "local/metaworld_demo"
-    # Seed of the first episode. lerobot-eval starts at 1000, so that it meets other scenes.
-    seed: int = 100_000
-    # Width and height of the camera image in pixels.
-    image_size: int = 128
-    # Standard deviation of the disturbance of the executed hand movement; actions lie in [-1, 1].
-    noise: float = 0.2
-    # Steps within which the expert has to succeed.
-    episode_length: int = 200
-    # Steps that the expert goes on after success. A chunk is not learnt beyond the end of its episode: where
-    # its last actions are executed too, as under delay, give them something to learn from.
-    after_success: int = 0
-    # Draw the dots that mark the goal. reach, push and pick-place cannot be solved without them.
-    show_goal: bool = False
-    # Write down where the hand is sent, in metres, instead of its displacement in centimetres. Evaluate with
-    # --env.position_actions=true.
-    position_actions: bool = False
-
-    def __post_init__(self) -> None:
-        parse_tasks(self.tasks)
-        for name, least in (
-            ("episodes_per_task", 1),
-            ("episode_length", 1),
-            ("image_size", 32),  # the AV1 encoder brings the process down below
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} must be at least {least}, not {getattr(self, name)}.")
-        for name in ("noise", "after_success"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative, but is {getattr(self, name)}.")
-
-    def settings(self) -> dict[str, Any]:
-        """What determines the recorded frames: everything but the folder."""
-        return {name: value for name, value in asdict(self).items() if name != "root"}
 
 
 def record(config: RecordConfig) -> Path:

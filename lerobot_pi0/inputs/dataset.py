@@ -1,8 +1,5 @@
 """The dataset that a command reads: flags, metadata, episodes, frames."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
 from huggingface_hub.errors import HFValidationError
 from lerobot.configs import FeatureType
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
@@ -11,18 +8,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import MissingFileError, UserError
-
-
-@dataclass
-class DatasetSource:
-    """Where the dataset is, with LeRobot's flags."""
-
-    # Name of the dataset, on the hub or in LeRobot's folder for local ones.
-    repo_id: str
-    # Its folder, if it lies elsewhere.
-    root: Path | None = None
-    # Branch, tag or commit on the hub.
-    revision: str | None = None
+from lerobot_pi0.inputs.flags import DatasetFlags, DatasetSource
 
 
 def read_dataset(source: DatasetSource) -> LeRobotDatasetMetadata:
@@ -54,20 +40,6 @@ def fit_to(policy: Pi0Config, dataset: LeRobotDatasetMetadata) -> None:
     policy.output_features = {key: f for key, f in features.items() if f.type is FeatureType.ACTION}
     policy.input_features = {key: f for key, f in features.items() if f.type is not FeatureType.ACTION}
     policy.validate_features()
-
-
-@dataclass
-class DatasetFlags:
-    """`--dataset.*` of a tool, as lerobot-train has them."""
-
-    # Name of the dataset, on the hub or in --dataset.root.
-    repo_id: str = ""
-    # Folder of the dataset. Default: LeRobot's own place for it.
-    root: Path | None = None
-    # Branch, tag or commit on the hub.
-    revision: str | None = None
-    # Which episodes, for example '[0, 7]'. Default: the tool's choice.
-    episodes: list[int] | None = None
 
 
 def dataset_metadata(flags: DatasetFlags) -> LeRobotDatasetMetadata:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 def check_joints(config: Pi0Config, state_names: Sequence[str], action_names: Sequence[str]) -> None:
     """Compare a robot's names of state and action with a checkpoint's, in their order.
 
-    Raises ValueError that shows both and says what differs and how to mend it. A checkpoint that knows no
+    Raises UserError that shows both, what differs and how to correct it. A checkpoint that knows no
     names is checked for the number of joints alone, with a warning.
     """
     faults = []

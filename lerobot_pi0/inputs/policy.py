@@ -12,38 +12,12 @@ from lerobot.utils.device_utils import is_torch_device_available
 from lerobot.utils.import_utils import require_package
 
 from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, find_checkpoint
-from lerobot_pi0.configuration_pi0 import Backend, Pi0Config
+from lerobot_pi0.checkpoints.processors import PIPELINES, check_processors
+from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.data.statistics import check_statistics
 from lerobot_pi0.errors import CheckpointError, UserError
+from lerobot_pi0.inputs.flags import PolicyFlags
 from lerobot_pi0.modeling_pi0 import Pi0Policy
-
-PIPELINES = ("policy_preprocessor.json", "policy_postprocessor.json")
-
-
-@dataclass
-class PolicyFlags:
-    """`--policy.*` of a tool."""
-
-    # Checkpoint of this policy: a folder or a repository on the hub; adapters are loaded over their base.
-    path: str = ""
-    # Branch, tag or commit on the hub.
-    revision: str | None = None
-    # Where the policy runs. Default: where its checkpoint says, or what this machine has.
-    device: str | None = None
-
-
-@dataclass
-class ControlPolicyFlags(PolicyFlags):
-    """`--policy.*` of a tool that drives a robot."""
-
-    # Euler steps from noise to actions. Default: as in the checkpoint.
-    num_inference_steps: int | None = None
-    # "auto", "int8" (CPU: a third faster) or "compile" (GPU: one graph, compiled at the start).
-    backend: Backend | None = None
-    # Retired, set --policy.backend to int8.
-    int8: bool = False
-    # Retired, set --policy.backend to compile.
-    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +77,7 @@ def load_policy(flags: PolicyFlags) -> LoadedPolicy:
                 f"'{flags.path}' has no {name}, with which the policy was trained: copy or download the "
                 "whole folder again"
             )
+    check_processors(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         try:
             require_package("peft", extra="peft")

@@ -23,7 +23,7 @@ from lerobot_pi0.errors import UserError
 
 MAX_BYTES = 128 * 2**20  # of one observation: four cameras of ten megapixels
 # Opcodes of one message: a few for a number, ten times as many for an array. Tuples within tuples are hashed
-# by recursion that nobody counts, and as many as this fit on the stack.
+# by recursion without a limit, and as many as this fit on the stack.
 MAX_PARTS = 20_000
 
 

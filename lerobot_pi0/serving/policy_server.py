@@ -1,7 +1,7 @@
 """LeRobot's protocol of async inference, served: its robot client drives a robot with this policy unmodified.
 
-LeRobot's own server takes no plugin, unpickles whatever it is sent, and answers every error with nothing, so
-that a robot waits and nobody knows why. This one speaks the same protocol:
+LeRobot's own server takes no plugin, unpickles whatever it is sent, and answers every error with nothing: the
+robot waits, without a reason. This one speaks the same protocol:
 
     Ready, SendPolicyInstructions   the handshake: a robot describes itself, and names a checkpoint
     SendObservations                at each control step while it is short of actions; the newest one counts
@@ -13,6 +13,7 @@ server's log; the server goes on. One robot is served at a time.
 
 import functools
 import logging
+import math
 import pickle
 import threading
 import time
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.control.trace import Trace
-from lerobot_pi0.errors import UserError
+from lerobot_pi0.errors import UserError, printable
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.serving.messages import read_instructions, read_observation
 from lerobot_pi0.serving.remote_robot import RemoteRobot, check_robot
@@ -41,7 +42,9 @@ wire: Any = services_pb2  # its classes are made when it is imported, where no t
 
 WAIT = 2.0  # seconds until GetActions answers that there is no observation, as in LeRobot's server
 SILENCE = 5.0  # seconds after which a client that does not call is gone; the stock one calls all the time
-LATELY = 200  # observations that tell how a robot's clock goes
+LATELY = 200  # observations that a robot's clock is estimated from
+RECEIVE_TIMEOUT = 10.0  # seconds after which an observation that is not complete is given up
+MAX_STREAMS = 3  # observations that may be arriving at once; five of the eight threads are left for answers
 PAUSE = 1.0  # seconds before an error answers GetActions: the stock client asks again at once
 
 
@@ -63,6 +66,11 @@ class Observed:
     must_go: bool
     batch: dict[str, Any]
 
+    @property
+    def age(self) -> tuple[int, float]:
+        """The larger, the newer: of two observations of one robot."""
+        return self.timestep, self.timestamp
+
 
 @dataclass
 class Session:
@@ -71,7 +79,7 @@ class Session:
     peer: str
     robot: RemoteRobot | None = None  # from the handshake's second half on
     newest: Observed | None = None
-    answered: int = -1  # the last timestep
+    answered: tuple[int, float] = (-1, -math.inf)  # the newest timestep, and when it was observed
     num_chunks: int = 0
     calls: int = 0  # in progress
     last_call: float = field(default_factory=time.monotonic)
@@ -93,8 +101,8 @@ class Session:
         return timestamp + min(self.ahead)
 
 
-def _tells_errors(method: Callable[..., Any]) -> Callable[..., Any]:
-    """An error is told to the client, as gRPC's status, and to the log."""
+def _reports_errors(method: Callable[..., Any]) -> Callable[..., Any]:
+    """An error is sent to the client, as gRPC's status, and logged."""
 
     @functools.wraps(method)
     def answer(self: "PolicyServer", request: Any, context: grpc.ServicerContext) -> Any:
@@ -109,6 +117,8 @@ def _tells_errors(method: Callable[..., Any]) -> Callable[..., Any]:
         except RuntimeError as error:
             code, message = grpc.StatusCode.INTERNAL, str(error)
         except grpc.RpcError:  # the client went while it was sending
+            return wire.Empty()
+        if not context.is_active():  # the call was given up
             return wire.Empty()
         self._log_error(context.peer(), message)
         if method.__name__ == "GetActions":
@@ -128,8 +138,9 @@ class PolicyServer:
         self._changed = threading.Condition()  # guards all sessions
         self._stopped = threading.Event()
         self._last_error: tuple[str, float] = ("", 0.0)
+        self._streams = 0  # observations that are arriving
 
-    @_tells_errors
+    @_reports_errors
     def Ready(self, request: Any, context: grpc.ServicerContext) -> Any:
         """A client begins: what was left of the one before is forgotten."""
         with self._changed:
@@ -139,7 +150,7 @@ class PolicyServer:
             self._changed.notify_all()
         return wire.Empty()
 
-    @_tells_errors
+    @_reports_errors
     def SendPolicyInstructions(self, request: Any, context: grpc.ServicerContext) -> Any:
         """The robot, and the checkpoint that it wants: loaded, unless it is, and checked against it."""
         with self._call(context) as session:
@@ -155,23 +166,24 @@ class PolicyServer:
                     "the policy runs on '%s', where the server has it; the client's --policy_device=%s has "
                     "no effect",
                     loaded.config.device,
-                    instructions.device,
+                    printable(instructions.device),
                 )
             session.robot = check_robot(instructions, loaded)
             logger.info("%s: a robot with the joints %s", session.peer, list(session.robot.joints))
             self._trace_start(session.robot, loaded.config)
         return wire.Empty()
 
-    @_tells_errors
+    @_reports_errors
     def SendObservations(self, request_iterator: Any, context: grpc.ServicerContext) -> Any:
-        """Keep an observation for GetActions, in place of one that still waits.
+        """Keep an observation for GetActions, in place of an older one that still waits.
 
         LeRobot's server drops those whose joints moved by less than 1, all together, in whatever unit they
         have: a robot in radians then stops at the end of every chunk. Only what was answered is dropped here.
         """
         with self._call(context) as session:
             robot = _greeted(session)
-            message = read_observation(request_iterator, self._stopped)
+            with self._receiving(session, context):
+                message = read_observation(request_iterator, self._stopped)
             with self._changed:
                 taken = session.taken(message.timestamp)
             observed = Observed(
@@ -182,12 +194,17 @@ class PolicyServer:
                 robot.observation(message.observation),
             )
             with self._changed:
-                if observed.must_go or observed.timestep > session.answered:
+                waiting = session.newest
+                is_new = observed.timestep > session.answered[0] or (
+                    observed.must_go and observed.age > session.answered
+                )
+                # One that was sent later may be complete earlier.
+                if is_new and (waiting is None or observed.age >= waiting.age):
                     session.newest = observed
                     self._changed.notify_all()
         return wire.Empty()
 
-    @_tells_errors
+    @_reports_errors
     def GetActions(self, request: Any, context: grpc.ServicerContext) -> Any:
         """A chunk for the newest observation, or nothing if none comes."""
         with self._call(context) as session:
@@ -201,12 +218,12 @@ class PolicyServer:
             actions = self._policy.predict(observed.batch, robot.actions_per_chunk)
             ended = time.monotonic()
             with self._changed:
-                session.answered = max(session.answered, observed.timestep)
+                session.answered = max(session.answered, observed.age)
                 waiting = session.newest
-                if waiting and not waiting.must_go and waiting.timestep <= session.answered:
+                if waiting and not waiting.must_go and waiting.timestep <= session.answered[0]:
                     session.newest = None  # the robot stood still while it waited for these actions
                 session.num_chunks += 1
-            self._tell(session, observed, actions, began, ended)
+            self._record(session, observed, actions, began, ended)
             return wire.Actions(data=pickle.dumps(self._timed(observed, actions)))
 
     def close(self) -> None:
@@ -254,6 +271,37 @@ class PolicyServer:
                 session.calls -= 1
                 session.last_call = time.monotonic()
 
+    @contextmanager
+    def _receiving(self, session: Session, context: grpc.ServicerContext) -> Iterator[None]:
+        """While an observation arrives. Few may at once, and each has a time limit: each holds a thread."""
+        with self._changed:
+            if self._streams >= MAX_STREAMS:
+                raise RefusedError(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    f"{MAX_STREAMS} observations are arriving already: send the next one after them",
+                )
+            self._streams += 1
+        call: Any = context  # `cancel` is not declared
+
+        def give_up() -> None:
+            self._log_error(
+                session.peer,
+                f"an observation was not complete after {RECEIVE_TIMEOUT:g} s: the connection is too slow, "
+                "or cut",
+            )
+            self._lose(session)
+            call.cancel()
+
+        timer = threading.Timer(RECEIVE_TIMEOUT, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            with self._changed:
+                self._streams -= 1
+
     def _lose(self, session: Session) -> None:
         with self._changed:
             if session is self._session and not session.lost:
@@ -274,7 +322,7 @@ class PolicyServer:
             for i, action in enumerate(actions)
         ]
 
-    def _tell(
+    def _record(
         self, session: Session, observed: Observed, actions: Tensor, began: float, ended: float
     ) -> None:
         logger.debug("chunk for step %d: %.0f ms", observed.timestep, 1000 * (ended - began))
@@ -314,7 +362,7 @@ class PolicyServer:
         last, when = self._last_error
         if message != last or time.monotonic() - when >= SILENCE:
             self._last_error = (message, time.monotonic())
-            logger.error("%s: %s", peer, message)
+            logger.error("%s: %s", peer, printable(message))
 
 
 def _host(peer: str) -> str:

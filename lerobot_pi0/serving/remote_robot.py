@@ -25,6 +25,8 @@ from lerobot_pi0.inputs.policy import LoadedPolicy
 logger = logging.getLogger(__name__)
 
 _LARGEST = float(np.finfo(np.float32).max)
+# Characters. Far more than a policy reads of an instruction, and few enough to tokenize at once.
+MAX_INSTRUCTION = 1000
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class RemoteRobot:
             raise UserError(f"the observation has no {missing}, which the handshake announced")
         if not isinstance(raw["task"], str):
             raise UserError(f"the instruction is a {type(raw['task']).__name__}, not a text: --task='…'")
+        if (length := len(raw["task"])) > MAX_INSTRUCTION:
+            raise UserError(
+                f"the instruction has {length:,} characters, more than {MAX_INSTRUCTION:,}: --task='…'"
+            )
         state = [_number(joint, raw[joint]) for joint in self.joints]
         pictures = {key: _picture(camera, raw[camera.name]) for key, camera in self.cameras.items()}
         return {OBS_STATE: torch.tensor(state), **pictures, "task": raw["task"]}
@@ -130,7 +136,7 @@ def _camera(config: Pi0Config, name: str, key: str, feature: Mapping[str, Any]) 
     _, trained_height, trained_width = config.image_features[name].shape
     if abs(width * trained_height - height * trained_width) > 0.02 * height * trained_width:
         logger.warning(
-            "the robot's '%s' is %d×%d, the policy was trained on %d×%d: other proportions show the scene "
+            "the robot's %r is %d×%d, the policy was trained on %d×%d: other proportions show the scene "
             "from elsewhere. Set the camera to those of the training",
             key,
             width,

@@ -9,42 +9,22 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 
 from lerobot_pi0.control.trace import Trace, new_policy_trace
-from lerobot_pi0.errors import CommandError, UnavailableError, UserError
-from lerobot_pi0.inputs.policy import ControlPolicyFlags
+from lerobot_pi0.errors import CommandError, UnavailableError
+from lerobot_pi0.serving.flags import ServeConfig
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class ServeConfig:
-    """Serve a policy to LeRobot's async robot client, until Ctrl-C.
-
-    At the robot: python -m lerobot.async_inference.robot_client --policy_type=lerobot_pi0
-    --server_address=HOST:PORT --pretrained_name_or_path=CHECKPOINT --actions_per_chunk=50 --robot.type=…
-    CHECKPOINT is the server's --policy.path; without that, one that the server finds, on the client's
-    --policy_device.
-    """
-
-    policy: ControlPolicyFlags = field(default_factory=ControlPolicyFlags)
-    # Address to listen on. There is no password: leave it at this machine, and come from another one through
-    # `ssh -L 8080:127.0.0.1:8080`.
-    host: str = "127.0.0.1"
-    # Port to listen on; 0 is any that is free.
-    port: int = 8080
-    # Actions per second of the robot, as its client has it.
-    fps: int = 30
-    # Folder for policy.jsonl: each answered observation, for `lerobot-pi0 trace`. It has none yet.
-    trace: Path | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise UserError(f"--port must be between 0 and 65535, got {self.port}")
-        if self.fps < 1:
-            raise UserError(f"--fps must be at least 1, got {self.fps}")
+OPTIONS = {
+    # Otherwise a second server may share the port, and each gets some of the calls.
+    "grpc.so_reuseport": 0,
+    # A connection that was cut without a word is noticed within 10 s, and not after gRPC's two hours.
+    "grpc.keepalive_time_ms": 5000,
+    "grpc.keepalive_timeout_ms": 5000,
+    "grpc.keepalive_permit_without_calls": 1,
+    "grpc.http2.max_pings_without_data": 0,
+}
 
 
 def main(config: ServeConfig) -> str:
@@ -84,8 +64,7 @@ def serving(config: ServeConfig) -> Iterator[int]:
         ) from error
     file = None if config.trace is None else new_policy_trace(config.trace)
     address = f"[{config.host}]" if ":" in config.host else config.host
-    # Without the option a second server may share the port, and each gets some of the calls.
-    server = grpc.server(ThreadPoolExecutor(8, thread_name_prefix="grpc"), options=[("grpc.so_reuseport", 0)])
+    server = grpc.server(ThreadPoolExecutor(8, thread_name_prefix="grpc"), options=list(OPTIONS.items()))
     try:
         port = server.add_insecure_port(f"{address}:{config.port}")
     except RuntimeError as error:
@@ -103,12 +82,19 @@ def serving(config: ServeConfig) -> Iterator[int]:
         server.start()
         if not _is_loopback(config.host):
             logger.warning(
-                "!!! WHOEVER REACHES %s:%d CAN SEND IT WHAT HE LIKES: there is no password. Use it in a "
-                "network that you trust, or leave --host at 127.0.0.1 and come through "
+                "!!! WHOEVER REACHES %s:%d CAN SEND OBSERVATIONS: there is no password. Use it in a network "
+                "that you trust, or leave --host at 127.0.0.1 and come through "
                 "`ssh -L %d:127.0.0.1:%d`",
                 address,
                 port,
                 port,
+                port,
+            )
+        if config.any_policy:
+            logger.warning(
+                "--any_policy: whoever reaches %s:%d names the checkpoint, and has this machine load any "
+                "folder or repository. --policy.path=... serves one",
+                address,
                 port,
             )
         logger.info("serving on %s:%d (Ctrl-C ends it)", address, port)

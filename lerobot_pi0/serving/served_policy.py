@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lerobot_pi0.errors import UserError
-from lerobot_pi0.inputs.policy import ControlPolicyFlags, LoadedPolicy, load_policy, read_config
+from lerobot_pi0.errors import UserError, printable
+from lerobot_pi0.inputs.flags import ControlPolicyFlags
+from lerobot_pi0.inputs.policy import LoadedPolicy, load_policy, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class ServedPolicy:
             first, _, later = (_warm_up(loaded) for _ in range(3))  # a CUDA graph is recorded in the second
             logger.info(
                 "%s on %s: loaded in %.1f s, the first chunk took %.1f s, the next one %.2f s",
-                flags.path,
+                printable(flags.path),
                 loaded.config.device,
                 seconds,
                 first,
@@ -91,9 +92,9 @@ def _chunk(loaded: LoadedPolicy, batch: dict[str, Any]) -> Tensor:
 
 
 def _warm_up(loaded: LoadedPolicy) -> float:
-    """Predict a chunk for a made-up observation; returns the seconds."""
+    """Predict a chunk for the example observation; returns the seconds."""
     started = time.perf_counter()
     batch = loaded.preprocess(loaded.config.example_observation() | {"task": ""})
-    del batch["task"]  # nobody's instruction
+    del batch["task"]  # not an instruction to warn about
     _chunk(loaded, batch)
     return time.perf_counter() - started

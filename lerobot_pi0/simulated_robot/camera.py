@@ -106,7 +106,7 @@ class _Running:
         self._log.close()
 
     def _take_pictures(self) -> None:
-        """Runs in the thread, until told to stop or until the process has ended."""
+        """Runs in the thread, until it is stopped or the process has ended."""
         source: Any = self.process.stdout
         sink: Any = self.process.stdin
         try:

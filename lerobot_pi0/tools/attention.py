@@ -7,8 +7,7 @@ what matters for the actions; `lerobot-pi0 language` tests that for words.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -17,33 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.inputs.dataset import DatasetFlags, dataset_metadata, open_dataset
-from lerobot_pi0.inputs.policy import LoadedPolicy, PolicyFlags, load_policy, read_config
+from lerobot_pi0.inputs.dataset import dataset_metadata, open_dataset
+from lerobot_pi0.inputs.policy import LoadedPolicy, load_policy, read_config
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.model.flow import step_times
 from lerobot_pi0.model.gemma import Cache, DecoderLayer, rotate, rotation
 from lerobot_pi0.processor_pi0 import Pi0TokenizerStep
+from lerobot_pi0.tools.flags import AttentionConfig
 from lerobot_pi0.tools.open_loop import draw_noise, observations, prepare, read_recording, select_episodes
 
 NUM_SAMPLES = 4  # of noise, that attention is averaged over
 COLOUR, WIDTH, DPI = "#1f5fbf", 3.0, 120
-
-
-@dataclass
-class AttentionConfig:
-    """Show where the actions look in a frame of a dataset: a picture, and shares in words."""
-
-    policy: PolicyFlags = field(default_factory=PolicyFlags)
-    # The first of --dataset.episodes is looked at.
-    dataset: DatasetFlags = field(default_factory=DatasetFlags)
-    # Frame of the episode. Default: the one in its middle.
-    frame: int | None = None
-    # Layer of the expert, from 0. Default: the mean of all.
-    layer: int | None = None
-    # Head of attention, from 0. Default: the mean of all.
-    head: int | None = None
-    # The picture to write.
-    output: Path = Path("outputs/attention.png")
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ a low loss and ignore its instruction, where a scene tells what is to be done in
 """
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.inputs.dataset import DatasetFlags, dataset_metadata, open_dataset
-from lerobot_pi0.inputs.policy import PolicyFlags, load_policy, read_config
+from lerobot_pi0.inputs.dataset import dataset_metadata, open_dataset
+from lerobot_pi0.inputs.policy import load_policy, read_config
+from lerobot_pi0.tools.flags import LanguageConfig
 from lerobot_pi0.tools.open_loop import (
     Recording,
     draw_noise,
@@ -39,31 +40,6 @@ NOTHING_TO_TELL = (
     "this disk. A policy of one task has nothing to follow"
 )
 FOLLOWS, IGNORES, UNCLEAR, SAME = "follows", "ignores", "unclear", "done alike"
-
-
-@dataclass
-class LanguageConfig:
-    """Tell a policy other instructions over the same pictures: do its actions follow?"""
-
-    policy: PolicyFlags = field(default_factory=PolicyFlags)
-    dataset: DatasetFlags = field(default_factory=DatasetFlags)
-    # Which instructions of the dataset to compare, by their number (task_index). Default: the first six.
-    tasks: list[int] | None = None
-    # Episodes of each task to look at, unless --dataset.episodes names them; held-out ones if there are any.
-    episodes_per_task: int = 4
-    # Frames of each episode, evenly spread.
-    frames_per_episode: int = 4
-    # Chunks sampled at each frame, from the same noise for all instructions.
-    num_samples: int = 4
-    # Print the numbers as JSON.
-    json: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("episodes_per_task", 1), ("frames_per_episode", 1), ("num_samples", 2)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} must be at least {least}, got {getattr(self, name)}")
-        if self.tasks is not None and len(set(self.tasks)) < 2:
-            raise UserError(f"--tasks={self.tasks}: name two instructions or more, to compare them")
 
 
 @dataclass(frozen=True)

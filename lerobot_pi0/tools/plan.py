@@ -11,7 +11,7 @@ import shlex
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import draccus
 from lerobot.configs.train import TrainPipelineConfig
@@ -19,7 +19,8 @@ from lerobot.datasets import LeRobotDatasetMetadata
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import MissingFileError, UserError
-from lerobot_pi0.inputs.dataset import DatasetSource, fit_to, read_dataset
+from lerobot_pi0.inputs.dataset import fit_to, read_dataset
+from lerobot_pi0.tools.flags import PlanFlags, Recipe
 from lerobot_pi0.tools.memory import MemoryEstimate, estimate_memory
 
 GIGABYTE = 10**9  # cards sold as 24 GB have from 23.6e9 (with error correction) to 25.8e9 bytes
@@ -55,25 +56,13 @@ GPUS = {
 # checkpointing, some 19 TFLOP each: 24 %.
 UTILISATION = 0.25
 
-Recipe = Literal["full", "lora", "expert"]
-
 
 @dataclass
-class PlanConfig:
+class PlanConfig(PlanFlags):
     """Flags of `lerobot-pi0 plan`."""
 
-    # The dataset to train on; only its metadata is read.
-    dataset: DatasetSource
-    # Memory of the GPU in GB, for example 24.
-    gpu_memory: float
-    # Plan for this one; without it, for the first of full, lora and expert that fits with a good batch size.
-    recipe: Recipe | None = None
     # Settings of the policy that differ from the recipes', for example --policy.cameras='{"base": "front"}'.
     policy: Pi0Config = field(default_factory=lambda: Pi0Config(device="cpu"))
-
-    def __post_init__(self) -> None:
-        if self.gpu_memory <= 0:
-            raise UserError(f"--gpu_memory is in GB and above 0, got {self.gpu_memory}")
 
 
 @dataclass(frozen=True)

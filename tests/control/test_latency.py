@@ -11,7 +11,7 @@ from tiny_robot import save_checkpoint
 from lerobot_pi0.configuration_pi0 import TrainingData
 from lerobot_pi0.control import latency
 from lerobot_pi0.control.latency import Latencies, LatencyConfig, main
-from lerobot_pi0.inputs.policy import ControlPolicyFlags
+from lerobot_pi0.inputs.flags import ControlPolicyFlags
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 

@@ -7,17 +7,17 @@ import pytest
 from lerobot_pi0.control.timing import lerobot_rtc_timing, rtc_timing, suggest, sync_timing
 
 
-def play_rtc(latency: float, chunk_size: int, threshold: int, watched: bool) -> float:
+def play_rtc(latency: float, chunk_size: int, threshold: int, corrected: bool) -> float:
     """Actions per second of real-time chunking at 30 fps, played in ticks of a hundredth of a step.
 
-    Of a chunk LeRobot drops what its latency says; a watched rollout what was sent while it was made.
+    Of a chunk LeRobot drops what its latency says; `lerobot-pi0 rollout` what was sent while it was made.
     """
     fps, seconds, fine = 30, 200, 100
     queue, busy, sent, before, stalls = 0, None, 0, 0, 0
     delay = math.ceil(latency * fps)
     for tick in range(int(seconds * fps * fine)):
         if busy is not None and tick >= busy:
-            queue, busy = max(chunk_size - (sent - before if watched else delay), 0), None
+            queue, busy = max(chunk_size - (sent - before if corrected else delay), 0), None
         if busy is None and queue <= threshold:
             busy, before = tick + round(latency * fps * fine), sent
         if tick % fine == 0:
@@ -33,7 +33,7 @@ def play_rtc(latency: float, chunk_size: int, threshold: int, watched: bool) -> 
 @pytest.mark.parametrize("rule", [lerobot_rtc_timing, rtc_timing])
 def test_rate_of_rtc_is_that_of_the_loop_played_step_by_step(latency, threshold, rule):
     timing = rule(latency, 30, 50, threshold)
-    played = play_rtc(latency, 50, threshold, watched=rule is rtc_timing)
+    played = play_rtc(latency, 50, threshold, corrected=rule is rtc_timing)
     assert timing.rate == pytest.approx(played, rel=0.06, abs=0.1)
     assert (timing.stall == 0) == (timing.delay <= threshold and timing.delay <= 25)
 

@@ -237,3 +237,13 @@ def test_report_is_json_on_request_and_comes_with_a_picture(tmp_path):
     assert report["loop_timing"]["stalls"] == 1
     with Image.open(tmp_path / "trace.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_trace_on_a_full_disk_ends_and_raises_nothing(caplog):
+    trace = Trace(Path("/dev/full"))
+    trace.write("action", values={})
+    trace.write("action", values={})
+    trace.close()
+    (message,) = caplog.messages
+    assert "the trace ends here, /dev/full cannot be written: " in message

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import socket
 import threading
@@ -26,7 +27,8 @@ from tiny_policy import STATE, statistics, tiny_policy
 
 from lerobot_pi0 import cli
 from lerobot_pi0.control.trace import read_trace
-from lerobot_pi0.inputs.policy import ControlPolicyFlags
+from lerobot_pi0.errors import UserError
+from lerobot_pi0.inputs.flags import ControlPolicyFlags
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 from lerobot_pi0.serving import messages, policy_server, served_policy
 from lerobot_pi0.serving.serve import ServeConfig, main, serving
@@ -207,6 +209,7 @@ BAD_OBSERVATIONS = {
     "objects": (observed(0, {"front": np.full(PICTURE, None)}), "an array of 'O8': only arrays of numbers"),
     "a picture that is none": (observed(0, {"front": [[0]]}), "gives a list"),
     "no instruction": (observed(0, {"task": LEFT_OUT}), "no ['task']"),
+    "an instruction without end": (observed(0, {"task": "go " * 1000}), "has 3,000 characters, more than"),
     "an instruction that is no text": (observed(0, {"task": 3}), "is a int, not a text: --task"),
     "no observation": (TimedObservation(time.time(), 0, None), "a NoneType for its observation"),  # pyrefly: ignore[bad-argument-type]
     "no step": (TimedObservation(time.time(), "one", {}), "a str for its timestep"),  # pyrefly: ignore[bad-argument-type]
@@ -322,7 +325,7 @@ def test_what_a_robot_sends_while_it_waits_for_actions_is_not_answered_again(rob
 
 
 def test_calls_before_the_handshake_are_refused(checkpoint):
-    with serving(ServeConfig(port=0)) as port:
+    with serving(ServeConfig(any_policy=True, port=0)) as port:
         client = Client(port)
         for call, argument in (
             (client.send, observed()),
@@ -416,6 +419,94 @@ def test_a_client_that_dies_while_it_sends_makes_room_for_the_next(port, checkpo
     assert eventually(lambda: Client(port).greet(checkpoint)).is_answered(0)
 
 
+def unfinished_observation(client: Client, step: int = 0) -> Any:
+    """A call that has sent one part of an observation, and the event on which it sends the rest."""
+    data = pickle.dumps(observed(step, {"padding": bytes(3 * 2**20)}))
+    first, *rest = send_bytes_in_chunks(data, wire.Observation)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def parts() -> Iterator[Any]:
+        yield first
+        begun.set()
+        go_on.wait(60)
+        yield from rest
+
+    call = client.stub.SendObservations.future(parts())
+    assert begun.wait(60)
+    return call, go_on
+
+
+def test_an_observation_that_is_never_complete_is_given_up_and_the_robot_makes_room(
+    port, checkpoint, monkeypatch, caplog
+):
+    cut_off = Client(port).greet(checkpoint)
+    monkeypatch.setattr(policy_server, "SILENCE", 1000.0)
+    monkeypatch.setattr(policy_server, "RECEIVE_TIMEOUT", 0.3)
+    call, go_on = unfinished_observation(cut_off)
+    assert call.code() == grpc.StatusCode.CANCELLED
+    assert "was not complete after 0.3 s" in caplog.text
+    restarted = Client(port)
+    assert eventually(lambda: restarted.greet(checkpoint)).is_answered(0)
+    go_on.set()
+    restarted.close()
+    cut_off.close()
+
+
+def test_unfinished_observations_leave_room_for_answers(robot):
+    unfinished = [unfinished_observation(robot) for _ in range(policy_server.MAX_STREAMS)]
+    code, details = status(robot.send, observed(1))
+    assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "are arriving already" in details
+    assert robot.actions() == []
+    for call, go_on in unfinished:
+        go_on.set()
+        call.result()
+    assert robot.is_answered(1)
+
+
+def test_an_older_observation_that_is_complete_later_does_not_replace_a_newer_one(robot):
+    call, go_on = unfinished_observation(robot, step=3)
+    robot.send(observed(8))
+    go_on.set()
+    call.result()
+    assert robot.actions()[0].timestep == 8
+    robot.send(observed(3, must_go=True))  # older than what was answered
+    assert robot.actions() == []
+
+
+def test_a_checkpoint_does_not_run_code(checkpoint, tmp_path):
+    harmful = shutil.copytree(checkpoint, tmp_path / "harmful")
+    file = harmful / "policy_preprocessor.json"
+    described = json.loads(file.read_text())
+    described["steps"].insert(0, {"class": "pathlib.Path.touch", "config": {"self": str(tmp_path / "ran")}})
+    file.write_text(json.dumps(described))
+    with serving(ServeConfig(any_policy=True, port=0)) as port:
+        client = Client(port)
+        code, details = status(lambda: client.greet(harmful))
+        client.close()
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "names the step 'pathlib.Path.touch', which is not loaded" in details
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_server_without_a_policy_is_asked_for_by_name(checkpoint, caplog):
+    with pytest.raises(UserError, match="--any_policy=true"):
+        ServeConfig(port=0)
+    with pytest.raises(UserError, match="in place of"):
+        ServeConfig(ControlPolicyFlags(path=str(checkpoint)), any_policy=True)
+    with serving(ServeConfig(any_policy=True, port=0)):
+        assert "names the checkpoint, and has this machine load any folder" in caplog.text
+
+
+def test_what_a_client_writes_reaches_the_log_without_control_characters(client, checkpoint, caplog):
+    policy_type = "act\x1b[2J\nfake line" + "x" * 100_000
+    code, _ = status(lambda: client.greet(checkpoint, policy_type=policy_type))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert "act\\x1b[2J\n    fake line" in caplog.text
+    assert "\x1b" not in caplog.text
+    assert len(caplog.text) < 5000
+
+
 def test_one_robot_at_a_time(robot, port, checkpoint, monkeypatch):
     monkeypatch.setattr(policy_server, "SILENCE", 1000.0)
     second = Client(port)
@@ -479,7 +570,7 @@ def loads(monkeypatch) -> list[str]:
 
 
 def test_the_client_names_the_checkpoint_where_the_server_does_not(checkpoint, tmp_path, loads):
-    with serving(ServeConfig(port=0)) as port:
+    with serving(ServeConfig(any_policy=True, port=0)) as port:
         client = Client(port)
         for name, reason in (
             (tmp_path / "nowhere", "there is no folder"),
@@ -500,7 +591,7 @@ def test_the_client_names_the_checkpoint_where_the_server_does_not(checkpoint, t
 
 def test_the_servers_flags_come_before_what_the_client_asks_for(checkpoint):
     flags = ControlPolicyFlags(device="cpu", num_inference_steps=3)
-    with serving(ServeConfig(flags, port=0)) as port:
+    with serving(ServeConfig(flags, any_policy=True, port=0)) as port:
         client = Client(port).greet(checkpoint, device="cuda")
         assert client.is_answered(0)
         client.close()
@@ -554,7 +645,7 @@ def test_the_first_chunk_of_a_robot_is_not_the_first_of_the_policy(checkpoint, m
 
 
 def test_the_port_of_another_server_is_an_error_with_a_way_out(port, checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "serve", f"--port={port}"])
+    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "serve", "--any_policy", f"--port={port}"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 1
@@ -583,7 +674,10 @@ def test_a_signal_ends_the_server_and_frees_its_port(checkpoint, number):
 
     thread = threading.Thread(target=stop_when_it_answers)
     thread.start()
-    assert main(ServeConfig(port=port)) == f"{signal.Signals(number).name}: the server has stopped"
+    assert (
+        main(ServeConfig(any_policy=True, port=port))
+        == f"{signal.Signals(number).name}: the server has stopped"
+    )
     thread.join()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))
@@ -591,14 +685,14 @@ def test_a_signal_ends_the_server_and_frees_its_port(checkpoint, number):
 
 @pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
 def test_an_address_that_others_reach_is_warned_about(caplog, host, warns):
-    with serving(ServeConfig(host=host, port=0)):
+    with serving(ServeConfig(any_policy=True, host=host, port=0)):
         assert ("there is no password" in caplog.text) == warns
 
 
 def test_without_grpc_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "grpc", None)
     what = r"pip install 'lerobot-policy-pi0\[async\]'"
-    with pytest.raises(RuntimeError, match=what), serving(ServeConfig(port=0)):
+    with pytest.raises(RuntimeError, match=what), serving(ServeConfig(any_policy=True, port=0)):
         pass
 
 
@@ -620,7 +714,9 @@ def test_a_package_that_the_policy_needs_and_is_missing_is_told(robot, checkpoin
 
 def test_the_trace_of_another_server_is_not_written_over(tmp_path, monkeypatch, capsys):
     (tmp_path / "policy.jsonl").write_text("{}\n")
-    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "serve", "--port=0", f"--trace={tmp_path}"])
+    monkeypatch.setattr(
+        "sys.argv", ["lerobot-pi0", "serve", "--any_policy", "--port=0", f"--trace={tmp_path}"]
+    )
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 1

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, Checkpoint
+from lerobot_pi0.checkpoints.processors import PIPELINES
 from lerobot_pi0.data.normalization import NEEDED
 from lerobot_pi0.data.statistics import read_statistics
-from lerobot_pi0.inputs.policy import PIPELINES
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
 from lerobot_pi0.tools.doctor.inputs import Inputs
 

@@ -1,43 +1,32 @@
 """The flags of `lerobot-pi0 doctor`, and its exit code."""
 
 import logging
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from lerobot.robots import Robot, RobotConfig, make_robot_from_config
 
 # Registers the robots and cameras that LeRobot has.
 from lerobot.scripts import lerobot_rollout  # noqa: F401
+from lerobot.utils.import_utils import register_third_party_plugins
 
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.inputs.dataset import DatasetFlags, check_episodes
-from lerobot_pi0.inputs.policy import PolicyFlags
+from lerobot_pi0.inputs.dataset import check_episodes
 from lerobot_pi0.tools.doctor.cameras import contact_sheet
 from lerobot_pi0.tools.doctor.checks import UNREADABLE, examine
 from lerobot_pi0.tools.doctor.finding import Severity
 from lerobot_pi0.tools.doctor.inputs import Inputs
 from lerobot_pi0.tools.doctor.page import as_json, page
+from lerobot_pi0.tools.flags import DoctorFlags
+
+register_third_party_plugins()  # before flags are parsed: --robot.type may be one of theirs, or ours
 
 
 @dataclass
-class DoctorConfig:
-    """Say what is wrong with a policy, a dataset and a robot, worst first, and how to mend it.
+class DoctorConfig(DoctorFlags):
+    """Flags of `lerobot-pi0 doctor`."""
 
-    Exit code 1 if there are errors; warnings and notes do not change it.
-    """
-
-    # The checkpoint; left out, the dataset is examined as one for a new policy.
-    policy: PolicyFlags = field(default_factory=PolicyFlags)
-    # The dataset that it was trained on, or is to be.
-    dataset: DatasetFlags = field(default_factory=DatasetFlags)
     # The robot that it is to drive, as lerobot-rollout takes it (--robot.type=…); it is not connected to.
     robot: RobotConfig | None = None
-    # Camera of dataset or robot → camera of the policy, as lerobot-rollout takes it.
-    rename_map: dict[str, str] = field(default_factory=dict)
-    # Folder for cameras.png, which shows what the policy sees, and page.txt.
-    output: Path | None = None
-    # Print JSON instead of a page.
-    json: bool = False
 
 
 def main(config: DoctorConfig) -> tuple[str, int]:

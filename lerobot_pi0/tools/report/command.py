@@ -1,15 +1,14 @@
 """`lerobot-pi0 report`: its flags, and what it prints."""
 
 import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from lerobot_pi0.errors import UserError
-from lerobot_pi0.inputs.dataset import DatasetFlags, dataset_metadata, open_dataset
-from lerobot_pi0.inputs.policy import PolicyFlags, load_policy, read_config
+from lerobot_pi0.inputs.dataset import dataset_metadata, open_dataset
+from lerobot_pi0.inputs.policy import load_policy, read_config
+from lerobot_pi0.tools.flags import ReportConfig
 from lerobot_pi0.tools.open_loop import (
     Recording,
     Selection,
@@ -23,30 +22,6 @@ from lerobot_pi0.tools.open_loop import (
 from lerobot_pi0.tools.report.evaluation import evaluate
 
 MOST_CHUNKS = 50  # of an episode, unless --stride says otherwise
-
-
-@dataclass
-class ReportConfig:
-    """Compare the chunks of a policy with recorded actions and with guesses: a page, pictures and numbers."""
-
-    policy: PolicyFlags = field(default_factory=PolicyFlags)
-    dataset: DatasetFlags = field(default_factory=DatasetFlags)
-    # Folder for report.html, report.json and the pictures of the page.
-    output: Path = Path("outputs/report")
-    # Episodes to look at, unless --dataset.episodes names them: the first of each task, then the second, …,
-    # of those that the policy was not trained on, if the checkpoint says so and there are any.
-    max_episodes: int = 8
-    # Frames from one chunk to the next. Default: the actions that the policy executes of each
-    # (n_action_steps), or a multiple of it that gives at most 50 chunks per episode.
-    stride: int | None = None
-    # Chunks sampled at each frame, from different noise.
-    num_samples: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("max_episodes", "stride", "num_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} must be at least 1, got {value}")
 
 
 def main(config: ReportConfig) -> str:

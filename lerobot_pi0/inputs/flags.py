@@ -1,0 +1,60 @@
+"""The flags that several commands share: which policy, which dataset. Imports neither LeRobot nor torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+# As `configuration_pi0` has them, which imports LeRobot.
+Backend = Literal["auto", "int8", "compile"]
+
+
+@dataclass
+class PolicyFlags:
+    """`--policy.*` of a tool."""
+
+    # Checkpoint of this policy: a folder or a repository on the hub; adapters are loaded over their base.
+    path: str = ""
+    # Branch, tag or commit on the hub.
+    revision: str | None = None
+    # Where the policy runs. Default: where its checkpoint says, or what this machine has.
+    device: str | None = None
+
+
+@dataclass
+class ControlPolicyFlags(PolicyFlags):
+    """`--policy.*` of a tool that drives a robot."""
+
+    # Euler steps from noise to actions. Default: as in the checkpoint.
+    num_inference_steps: int | None = None
+    # "auto", "int8" (CPU: a third faster) or "compile" (GPU: one graph, compiled at the start).
+    backend: Backend | None = None
+    # Retired, set --policy.backend to int8.
+    int8: bool = False
+    # Retired, set --policy.backend to compile.
+    compile: bool = False
+
+
+@dataclass
+class DatasetSource:
+    """Where the dataset is, with LeRobot's flags."""
+
+    # Name of the dataset, on the hub or in LeRobot's folder for local ones.
+    repo_id: str
+    # Its folder, if it lies elsewhere.
+    root: Path | None = None
+    # Branch, tag or commit on the hub.
+    revision: str | None = None
+
+
+@dataclass
+class DatasetFlags:
+    """`--dataset.*` of a tool, as lerobot-train has them."""
+
+    # Name of the dataset, on the hub or in --dataset.root.
+    repo_id: str = ""
+    # Folder of the dataset. Default: LeRobot's own place for it.
+    root: Path | None = None
+    # Branch, tag or commit on the hub.
+    revision: str | None = None
+    # Which episodes, for example '[0, 7]'. Default: the tool's choice.
+    episodes: list[int] | None = None
