@@ -17,8 +17,8 @@ setup: .venv/ready  ## make the environment in .venv
 demo: .venv/ready  ## record demonstrations in Meta-World, train a small π0, evaluate it (ARGS=--quick: a small run)
 	$(RUN) lerobot-pi0 demo $(ARGS)
 
-test: .venv/ready  ## the tests
-	$(RUN) pytest $(ARGS)
+test: .venv/ready  ## the tests, in two processes (ARGS=-n0: in one)
+	$(RUN) pytest -n 2 $(ARGS)
 
 lint: .venv/ready  ## ruff: rules and format
 	$(RUN) ruff check

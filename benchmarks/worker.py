@@ -22,6 +22,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+# A new interpreter for each worker: its memory and its threads are its own.
+CONTEXT = multiprocessing.get_context("spawn")
+
 # "tiny" is for tests; "narrow" has the published depths at a small width, for counting operations.
 Size = Literal["full", "narrow", "tiny"]
 
@@ -90,10 +93,9 @@ class Worker:
     _connection: Connection = field(init=False, repr=False)
 
     def __enter__(self) -> Self:
-        context = multiprocessing.get_context("spawn")
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.task, self.setup, self.log))
+        self._connection, theirs = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=_serve, args=(theirs, self.task, self.setup, self.log))
         self._process.start()
         theirs.close()  # or its death would not close the pipe
         try:

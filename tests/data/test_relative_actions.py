@@ -17,6 +17,7 @@ from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import make_policy, make_pre_post_processors
 from lerobot_commands import checkpoint, run
+from tiny_dataset import write_dataset
 from tiny_policy import ACTION, CHUNK, FRONT, SIZES, STATE, noise, statistics, tiny_config, tiny_policy
 from torch import Tensor
 
@@ -46,29 +47,13 @@ def mapping(mode: str) -> dict[str, NormalizationMode]:
 def dataset(tmp_path_factory) -> LeRobotDataset:
     """Actions a little ahead of a state that wanders far."""
     root = tmp_path_factory.mktemp("data") / "arm"
-    features = {
-        FRONT: {"dtype": "image", "shape": (48, 64, 3), "names": ["height", "width", "channels"]},
-        "observation.state": {"dtype": "float32", "shape": (STATE,), "names": STATES},
-        "action": {"dtype": "float32", "shape": (ACTION,), "names": ACTIONS},
-    }
-    dataset = LeRobotDataset.create("local/arm", fps=20, features=features, root=root, use_videos=False)
-    generator = np.random.default_rng(0)
+    generator, episodes = np.random.default_rng(0), []
     for length in LENGTHS:
-        state = 100 * generator.standard_normal(STATE)
-        for _ in range(length):
-            state = state + generator.standard_normal(STATE)
-            action = generator.standard_normal(ACTION) / 10
-            action += state[[STATES.index(name) for name in ACTIONS]] + 1
-            dataset.add_frame(
-                {
-                    FRONT: generator.integers(0, 256, (48, 64, 3), dtype=np.uint8),
-                    "observation.state": state.astype(np.float32),
-                    "action": action.astype(np.float32),
-                    "task": "reach",
-                }
-            )
-        dataset.save_episode()
-    dataset.finalize()
+        steps = generator.standard_normal((length, STATE)).cumsum(0)
+        states = 100 * generator.standard_normal(STATE) + steps
+        ahead = 1 + generator.standard_normal((length, ACTION)) / 10
+        episodes.append(("reach", states, states[:, [STATES.index(name) for name in ACTIONS]] + ahead))
+    write_dataset(root, episodes, STATES, ACTIONS, repo_id="local/arm")
     return LeRobotDataset(
         "local/arm",
         root=root,
@@ -231,15 +216,33 @@ def test_statistics_are_those_of_every_relative_action_one_by_one(dataset):
         np.testing.assert_allclose(prepared["action"][name][2], own, atol=2e-6)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 50])
-def test_statistics_do_not_depend_on_how_many_frames_are_taken_at_once(monkeypatch, chunk):
+def all_relative(actions: np.ndarray, states: np.ndarray, borders: np.ndarray, chunk: int) -> np.ndarray:
+    """All relative actions (dims, any) of all chunks."""
+    frames = np.arange(actions.shape[1])
+    episode = np.searchsorted(borders, frames, side="right")
+    pairs = [(frames[: len(frames) - step], frames[step:]) for step in range(chunk)]
+    pairs = [(now[(same := episode[now] == episode[then])], then[same]) for now, then in pairs]
+    return np.concatenate([actions[:, then].astype(float) - states[:, now] for now, then in pairs], 1)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 20])
+def test_statistics_of_many_frames_are_those_of_all_their_chunks(chunk):
+    """More frames than are taken at once, and an episode that goes on where that ends."""
     generator = np.random.default_rng(1)
-    actions, states = generator.standard_normal((2, 3, 400)).astype(np.float32)
-    borders = np.array([0, 1, 60, 200, 203])
-    whole = relative_statistics(actions, states, borders, chunk)
-    monkeypatch.setattr(relative_actions, "_BLOCK", 37)
-    for name, value in relative_statistics(actions, states, borders, chunk).items():
-        np.testing.assert_allclose(value, whole[name], rtol=1e-12, atol=1e-12)
+    actions, states = generator.standard_normal((2, 2, 20_000)).astype(np.float32)
+    borders = np.array([0, 1, 60, 8000, 8190, 16_300])
+    found = relative_statistics(actions, states, borders, chunk)
+    wanted = all_relative(actions, states, borders, chunk)
+    assert wanted.shape[1] < 2**19, "quantiles are of all of them"
+    for name, value in {
+        "mean": wanted.mean(1),
+        "std": wanted.std(1),
+        "min": wanted.min(1),
+        "max": wanted.max(1),
+        "q01": np.quantile(wanted, 0.01, axis=1),
+        "q99": np.quantile(wanted, 0.99, axis=1),
+    }.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-9)
 
 
 def test_statistics_lose_no_digits_far_from_zero():
@@ -248,17 +251,17 @@ def test_statistics_lose_no_digits_far_from_zero():
     np.testing.assert_allclose(found["std"], actions.std(1), rtol=1e-9)
 
 
-def test_quantiles_of_a_large_dataset_are_those_of_evenly_spread_actions(monkeypatch):
+def test_quantiles_of_a_large_dataset_are_those_of_evenly_spread_actions():
     generator = np.random.default_rng(3)
-    actions, states = generator.standard_normal((2, 2, 20_000))
-    exact = relative_statistics(actions, states, np.array([0, 7_000]), 8)
-    monkeypatch.setattr(relative_actions, "_SAMPLES", 20_000)
-    found = relative_statistics(actions, states, np.array([0, 7_000]), 8)
-    for name in ("q01", "q10", "q50", "q90", "q99"):
-        np.testing.assert_allclose(found[name], exact[name], atol=0.1)
-        assert (found[name] != exact[name]).any()
-    for name in ("mean", "std", "min", "max"):
-        assert (found[name] == exact[name]).all()
+    borders = np.array([0, 7_000])
+    actions, states = generator.standard_normal((2, 1, 40_000))
+    actions += np.linspace(0, 5, 40_000)
+    found = relative_statistics(actions, states, borders, 16)
+    exact = all_relative(actions, states, borders, 16)
+    assert exact.shape[1] > 2**19, "more than quantiles are taken from"
+    for name, share in {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}.items():
+        np.testing.assert_allclose(found[name], np.quantile(exact, share, axis=1), atol=0.05)
+    np.testing.assert_allclose(found["max"], exact.max(1))
 
 
 def test_streamed_dataset_is_refused_with_both_ways_out(dataset, tmp_path):
@@ -500,9 +503,13 @@ def test_flag_that_contradicts_a_checkpoint_is_refused_when_it_runs(dataset, tmp
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_first_batch_of_a_run_passes(dataset, mode):
+def test_first_batch_of_a_run_passes_and_another_does_not(dataset, mode):
     policy, preprocess, _, meta = start(relative_config(normalization_mapping=mapping(mode)), dataset)
-    check_first_batch(policy.config, meta.stats, meta, preprocess(frames(dataset, 24, 0, 11)))
+    batch = preprocess(frames(dataset, 24, 0, 11))
+    check_first_batch(policy.config, meta.stats, meta, batch)
+    batch["action"][2, 0, 1] *= 1.01
+    with pytest.raises(ValueError, match=r"frame 11 has .* in 'lift' of 'action'"):
+        check_first_batch(policy.config, meta.stats, meta, batch)
 
 
 def test_first_batch_normalised_by_other_statistics_is_refused_by_name(dataset):
@@ -574,8 +581,7 @@ def ran(dataset, tmp_path_factory) -> Path:
         train("adapters", from_run("new"), "--peft.method_type=LORA", "--peft.r=4", "--steps=1"),
         resume("adapters", "--steps=2"),
     ]
-    done = run(folder, commands)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    run(folder, commands).succeed()
     return folder
 
 
@@ -614,5 +620,5 @@ def test_run_resumed_on_another_dataset_is_refused(ran, dataset, tmp_path):
     resume = [f"--config_path={config}", "--resume=true", "--steps=2", f"--dataset.root={changed}"]
     done = run(tmp_path, [["lerobot-train", *resume]])
     assert done.returncode != 0
-    assert "in 'gripper' of 'observation.state'; by this run's statistics it is" in done.stderr
-    assert "A resumed run needs the dataset and the settings that it began with" in done.stderr
+    assert "in 'gripper' of 'observation.state'; by this run's statistics it is" in done.output
+    assert "A resumed run needs the dataset and the settings that it began with" in done.output

@@ -2,10 +2,11 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,14 @@ from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, Sigli
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+
+@pytest.fixture(autouse=True)
+def shapes_are_checked() -> Iterator[None]:
+    """Those in the signatures of the network, at each call."""
+    jaxtyping.config.update("jaxtyping_disable", False)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", True)
 
 
 @functools.cache

@@ -1,13 +1,12 @@
 """What the architecture is, said without the code that implements it: sizes, order, masks, dependencies."""
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import Program, script
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
@@ -536,10 +535,9 @@ assert torch.equal(compiled(observation, noise, 3), model.sample(observation, no
 
 
 @pytest.mark.slow
-def test_sampling_compiles_to_one_graph():
+def test_sampling_compiles_to_one_graph(tmp_path):
     # In a process of its own: in this one every function is wrapped in a check of its shapes.
-    result = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
+    Program(tmp_path / "log.txt", script, COMPILED).succeed()
 
 
 def test_shapes_in_signatures_are_checked_in_tests(model, observation):

@@ -414,4 +414,7 @@ def test_slot_without_a_camera_costs_nothing(monkeypatch):
 
 
 def test_keywords_of_lerobots_factory_are_accepted():
-    Pi0Policy(tiny_config(), dataset_stats=None, dataset_meta=None, something_new=1)
+    config = tiny_config()
+    policy = Pi0Policy(config, dataset_stats=None, dataset_meta=None, something_new=1)
+    assert policy.config is config
+    assert policy.state_dict().keys() == tiny_policy().state_dict().keys()

@@ -1,17 +1,14 @@
 """The sampler against the network's own `sample`: each saving leaves the actions where they are."""
 
 import gc
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import Program, script
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from peft import LoraConfig, get_peft_model
@@ -296,13 +293,9 @@ assert not [name for name in operations if any(f".{wait}." in f".{name}." for wa
 
 
 @pytest.mark.slow
-def test_sampling_is_one_graph_for_all_prompts_of_a_length_and_it_never_waits_for_the_host():
+def test_sampling_is_one_graph_for_all_prompts_of_a_length_and_it_never_waits_for_the_host(tmp_path):
     # In a process of its own: in this one every function of the network is wrapped in a check of its shapes.
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    result = subprocess.run(
-        [sys.executable, "-c", STATIC], env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    Program(tmp_path / "log.txt", script, STATIC).succeed()
 
 
 def test_actions_of_a_graph_do_not_change_with_the_next_ones(model, observation, monkeypatch):

@@ -4,14 +4,13 @@ import json
 import os
 import pickle
 import resource
-import subprocess
-import sys
 import threading
 import time
 from typing import Any
 
 import numpy as np
 import pytest
+from forked import Program
 from harmful_pickles import HARMFUL
 from lerobot.async_inference.helpers import RemotePolicyConfig, TimedObservation
 from lerobot.transport import services_pb2
@@ -103,15 +102,16 @@ def read_in_a_child(data: bytes) -> dict[str, Any]:
     return {"code": code, **(json.loads(text) if text else {})}
 
 
+def read_all_in_children() -> None:
+    print(json.dumps({name: read_in_a_child(data) for name, (data, _) in HARMFUL.items()}))
+
+
 @pytest.fixture(scope="module")
-def ends() -> dict[str, Any]:
+def ends(tmp_path_factory) -> dict[str, Any]:
     """How each harmful pickle ended."""
-    command = [sys.executable, __file__]
-    path = {"PYTHONPATH": os.pathsep.join(sys.path)}  # pytest's own settings of it are not inherited
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=True, env=os.environ | path
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    # The children are not this process's: pytest's has threads, and memory of other tests to grow into.
+    log = tmp_path_factory.mktemp("pickles") / "log.txt"
+    return json.loads(Program(log, read_all_in_children).succeed().output.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", HARMFUL)
@@ -119,7 +119,3 @@ def test_a_harmful_pickle_ends_in_an_error_and_not_in_a_signal(ends, name):
     assert ends[name]["code"] == 0
     assert HARMFUL[name][1] in ends[name]["told"]
     assert ends[name]["grown"] < 50_000  # kB
-
-
-if __name__ == "__main__":
-    print(json.dumps({name: read_in_a_child(data) for name, (data, _) in HARMFUL.items()}))

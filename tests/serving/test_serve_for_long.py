@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from async_control import remote_client, sent, server, wait_until
+from async_control import remote_client, sent, server
 from lerobot.configs import FeatureType, PolicyFeature
 from tiny_policy import FRONT, tiny_policy
 
@@ -61,16 +61,16 @@ def test_the_server_stands_still_while_clients_come_and_go(checkpoint, tmp_path)
         for number in range(CLIENTS):
             run = tmp_path / f"client_{number}"
             with remote_client(address, checkpoint, run, FPS) as client:
-                wait_until(lambda run=run: sent(run), client)
+                client.wait_until(lambda run=run: sent(run))
                 began.append(time.monotonic())
                 time.sleep(SECONDS / CLIENTS)
-                assert process.poll() is None
-                assert client.poll() is None
+                assert process.returncode is None
+                assert client.returncode is None
                 client.send_signal(signal.SIGKILL if number < CLIENTS - 1 else signal.SIGINT)
                 client.wait(60)
         ended = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        process.succeed(60)
     log = (tmp_path / "server.txt").read_text()
     chunks = [event for event in read_trace(tmp_path / "policy") if event["event"] == "inference"]
     latency = np.array([event["ended"] - event["began"] for event in chunks])

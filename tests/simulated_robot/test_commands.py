@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from async_control import remote_client, sent, server, wait_until
+from async_control import remote_client, sent, server
 from lerobot.datasets import LeRobotDataset
 from lerobot_commands import checkpoint, run
 from tiny_policy import SIZES
@@ -93,14 +93,13 @@ def ran(tmp_path_factory) -> Path:
         ),
         ["lerobot-replay", *robot("replay"), *dataset("record"), "--dataset.episode=0"],
     ]
-    done = run(folder, commands)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    run(folder, commands).succeed()
     policy = checkpoint(folder, "training")
     with (
         server(policy, folder, 30) as (_, address),
         remote_client(address, policy, folder / "async", 30) as client,
     ):
-        wait_until(lambda: len(sent(folder / "async")) > 60, client)  # more than one chunk
+        client.wait_until(lambda: len(sent(folder / "async")) > 60)  # more than one chunk
         client.send_signal(signal.SIGINT)
         client.wait(60)
     return folder

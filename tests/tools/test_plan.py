@@ -12,8 +12,8 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.configs.default import PeftConfig
-from lerobot.datasets import LeRobotDataset
 from shipped_configs import read_training_config
+from tiny_dataset import noise_episodes, write_dataset
 from tiny_policy import SIZES, batch, tiny_config
 from torch import Tensor
 
@@ -187,28 +187,9 @@ def test_rows_of_the_vocabulary_that_nobody_reads_are_not_in_a_cpus_memory():
 def dataset(tmp_path_factory) -> Path:
     """Two cameras, five joints, thirty frames."""
     root = tmp_path_factory.mktemp("data") / "pick"
-    image = {"dtype": "image", "shape": (48, 64, 3), "names": ["height", "width", "channels"]}
-    features = {
-        "observation.images.front": image,
-        "observation.images.wrist": image,
-        "observation.state": {"dtype": "float32", "shape": (5,), "names": list("abcde")},
-        "action": {"dtype": "float32", "shape": (4,), "names": list("abcd")},
-    }
-    made = LeRobotDataset.create("me/pick", fps=30, features=features, root=root, use_videos=False)
-    for _ in range(2):
-        for _ in range(15):
-            frame = np.zeros((48, 64, 3), dtype=np.uint8)
-            made.add_frame(
-                {
-                    "observation.images.front": frame,
-                    "observation.images.wrist": frame,
-                    "observation.state": np.zeros(5, dtype=np.float32),
-                    "action": np.zeros(4, dtype=np.float32),
-                    "task": "pick",
-                }
-            )
-        made.save_episode()
-    made.finalize()
+    cameras = ["observation.images.front", "observation.images.wrist"]
+    episodes = noise_episodes(["pick", "pick"], 15, 5, 4)
+    write_dataset(root, episodes, list("abcde"), list("abcd"), repo_id="me/pick", fps=30, cameras=cameras)
     return root
 
 

@@ -4,21 +4,19 @@ accelerate runs FSDP on accelerators alone (on a CPU it silently takes DDP), so 
 itself, and the policy is wrapped, saved and restored as LeRobot would.
 """
 
-import os
-import subprocess
-import sys
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from forked import Program, commands
 from lerobot.common.train_utils import load_fsdp_optimizer_state, save_training_state
-from lerobot.datasets import LeRobotDataset
 from safetensors.torch import load_file
+from tiny_dataset import noise_episodes, write_dataset
 from tiny_policy import ACTION, SIZES, STATE, batch, tiny_policy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -231,7 +229,7 @@ def work(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> tuple[dict[str, Any], Path]:
     folder = tmp_path_factory.mktemp("fsdp")
-    torch.multiprocessing.spawn(work, (folder,), nprocs=PROCESSES)
+    finish([Program(folder / f"rank{rank}.txt", work, rank, folder) for rank in range(PROCESSES)])
     return torch.load(folder / "results.pt", weights_only=False), folder
 
 
@@ -275,31 +273,35 @@ def test_what_needs_whole_weights_is_refused_under_fsdp(sharded, fsdp):
     assert "--policy.ema_decay=0" in sharded[0][f"refused {fsdp}"]
 
 
-def start(folder: Path, run: str, num_processes: int, *arguments: str) -> subprocess.Popen[str]:
-    """LeRobot's training command; what it prints goes to a file."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
-    command = [*(launcher if num_processes > 1 else []), "-m", "lerobot.scripts.lerobot_train"]
-    with (folder / f"{run}.log").open("w") as log:
-        return subprocess.Popen(
-            [sys.executable, *command, f"--output_dir={folder / run}", *arguments],
-            cwd=folder,  # not the repository: the package must be found because it is installed
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_LEROBOT_HOME": str(folder / "home")},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            text=True,
+def train(folder: Path, run: str, processes: int, *arguments: str) -> list[Program]:
+    """LeRobot's training command, in as many processes as torchrun would start with the same variables."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    world = address | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    line = ["lerobot-train", f"--output_dir={folder / run}", *arguments]
+    return [
+        Program(
+            folder / f"{run}{rank}.txt",
+            commands,
+            [line],
+            **(world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}),
         )
+        for rank in range(processes)
+    ]
 
 
-def finish(folder: Path, **runs: subprocess.Popen[str]) -> None:
-    for run, process in runs.items():
-        assert process.wait() == 0, (folder / f"{run}.log").read_text()[-4000:]
+def finish(programs: list[Program]) -> None:
+    for program in programs:
+        program.succeed()
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """Four steps on four frames each, by one process and by two."""
     folder = tmp_path_factory.mktemp("ddp")
-    dataset = make_dataset(folder / "data")
+    episodes = noise_episodes(("open the door", "close the drawer"), 10, STATE, ACTION)
+    dataset = write_dataset(folder / "data", episodes, list("abcde"), list("abcd"))
     arguments = [
         f"--dataset.repo_id={dataset.repo_id}",
         f"--dataset.root={dataset.root}",
@@ -319,8 +321,8 @@ def trained(tmp_path_factory) -> Path:
         "--save_freq=2",
         "--env_eval_freq=0",
     ]
-    one = start(folder, "one", 1, *arguments, f"--batch_size={2 * PROCESSES}")
-    finish(folder, one=one, two=start(folder, "two", PROCESSES, *arguments, "--batch_size=2"))
+    one = train(folder, "one", 1, *arguments, f"--batch_size={2 * PROCESSES}")
+    finish(one + train(folder, "two", PROCESSES, *arguments, "--batch_size=2"))
     return folder
 
 
@@ -328,37 +330,8 @@ def trained(tmp_path_factory) -> Path:
 def resumed(trained) -> Path:
     """The last two steps of the two processes, by two new ones."""
     config = trained / "two" / "checkpoints" / "000002" / "pretrained_model" / "train_config.json"
-    run = start(trained, "resumed", PROCESSES, f"--config_path={config}", "--resume=true")
-    finish(trained, resumed=run)
+    finish(train(trained, "resumed", PROCESSES, f"--config_path={config}", "--resume=true"))
     return trained
-
-
-def make_dataset(root: Path) -> LeRobotDataset:
-    """Two episodes for the tiny policy."""
-    features = {
-        "observation.image": {
-            "dtype": "image",
-            "shape": (48, 64, 3),
-            "names": ["height", "width", "channels"],
-        },
-        "observation.state": {"dtype": "float32", "shape": (STATE,), "names": list("abcde")},
-        "action": {"dtype": "float32", "shape": (ACTION,), "names": list("abcd")},
-    }
-    dataset = LeRobotDataset.create("local/noise", fps=20, features=features, root=root, use_videos=False)
-    generator = np.random.default_rng(0)
-    for task in ("open the door", "close the drawer"):
-        for _ in range(10):
-            dataset.add_frame(
-                {
-                    "observation.image": generator.integers(0, 256, (48, 64, 3), dtype=np.uint8),
-                    "observation.state": generator.standard_normal(STATE, dtype=np.float32),
-                    "action": generator.standard_normal(ACTION, dtype=np.float32),
-                    "task": task,
-                }
-            )
-        dataset.save_episode()
-    dataset.finalize()
-    return dataset
 
 
 def saved(folder: Path, run: str, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -2,13 +2,27 @@
 
 import torch
 
-from lerobot_pi0.training.randomness import _mix, normal, sample_keys, uniform
+from lerobot_pi0.training.randomness import normal, sample_keys, uniform
 
 
-def test_the_finaliser_is_that_of_splitmix64():
-    # The first output for seed 0 in the authors' reference.
-    golden = torch.tensor([0x9E3779B97F4A7C15 - (1 << 64)])
-    assert _mix(golden).item() % (1 << 64) == 0xE220A8397B1DCDAF
+def splitmix64(state: int) -> int:
+    """The output of the authors' reference for a state, in whole numbers."""
+    z = (state + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+    return z ^ (z >> 31)
+
+
+def finalise(number: int) -> int:
+    return splitmix64(number - 0x9E3779B97F4A7C15)
+
+
+def test_keys_are_those_of_splitmix64():
+    assert splitmix64(0) == 0xE220A8397B1DCDAF  # the first output of seed 0, as published
+    for seed, step, index, draw in ((0, 0, 0, 0), (1000, 7, 900_000_000_000, 1), (-3, 2**40, 5, 2)):
+        sample = finalise(finalise(index + splitmix64(seed)) + splitmix64(step))
+        found = sample_keys(seed, step, torch.tensor([index]), draws=3)[draw].item()
+        assert found % 2**64 == finalise(sample + finalise(draw))
 
 
 def test_a_sample_gets_the_same_numbers_in_any_batch():

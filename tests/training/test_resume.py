@@ -4,17 +4,12 @@ All of it within the first epoch: from the second on LeRobot 0.6.1 resumes with 
 because accelerate sets its sampler's epoch back to 0 (`DataLoaderShard.__iter__`).
 """
 
-import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from lerobot_commands import DRIVER, dataset, run, train_command
+from forked import Program, commands
+from lerobot_commands import dataset, run, train_command
 from safetensors.torch import load_file
 from tiny_policy import SIZES
 
@@ -51,16 +46,14 @@ def runs(dataset, tmp_path_factory) -> Path:
             *fast,
         ),
     ]
-    done = run(folder, first)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    run(folder, first).succeed()
     for name in ("full", "adapters"):
         shutil.copytree(folder / name, folder / f"{name}_resumed", symlinks=True)
         checkpoints = folder / f"{name}_resumed" / "checkpoints"
         shutil.rmtree(checkpoints / "000008")
         (checkpoints / "last").unlink()
         (checkpoints / "last").symlink_to("000004")
-    done = run(folder, [resume(folder, f"{name}_resumed") for name in ("full", "adapters")])
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    run(folder, [resume(folder, f"{name}_resumed") for name in ("full", "adapters")]).succeed()
     return folder
 
 
@@ -94,30 +87,16 @@ def test_saved_weights_are_the_average_and_the_optimizer_has_its_own(runs):
 
 def test_a_killed_run_loses_nothing_but_the_steps_since_its_last_checkpoint(dataset, tmp_path):
     command = train(dataset, tmp_path, "killed", *NEW, "--steps=100000", "--save_freq=1")
-    (tmp_path / "commands.json").write_text(json.dumps([command]))
-    process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(tmp_path / "commands.json")],
-        cwd=tmp_path,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
     checkpoints = tmp_path / "killed" / "checkpoints"
-    deadline = time.monotonic() + 300
-    while not (checkpoints / "000003").is_dir():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with Program(tmp_path / "killed.txt", commands, [command]) as program:
+        program.wait_until((checkpoints / "000003").is_dir)
     step = int((checkpoints / "last").resolve().name)
     # Whatever the kill cut off, the checkpoint that `last` names is whole, and no half-written file of ours
     # has the name of a whole one.
     for folder in checkpoints.glob("0*/pretrained_model"):
         for file in folder.glob("*.safetensors"):
             load_file(file)
-    done = run(tmp_path, [[*resume(tmp_path, "killed"), f"--steps={step + 2}"]])
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    run(tmp_path, [[*resume(tmp_path, "killed"), f"--steps={step + 2}"]]).succeed()
     assert int((checkpoints / "last").resolve().name) == step + 2
 
 
@@ -126,4 +105,4 @@ def test_a_folder_without_training_state_is_not_resumed(runs, tmp_path):
     shutil.rmtree(tmp_path / "full" / "checkpoints" / "000008" / "training_state")
     done = run(tmp_path, [resume(tmp_path, "full", "000008")])
     assert done.returncode != 0
-    assert "training_state" in done.stderr.splitlines()[-1]
+    assert "training_state" in done.output.splitlines()[-1]
