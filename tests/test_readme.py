@@ -21,8 +21,10 @@ from tiny_policy import tiny_config
 
 import lerobot_pi0.control.rollout
 from lerobot_pi0 import Pi0Config, Pi0Policy, cli
+from lerobot_pi0.configuration_pi0 import RETIRED
 from lerobot_pi0.lerobot_compat import parse_flags
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
+from lerobot_pi0.tools.doctor.checks import CHECKS
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -218,8 +220,8 @@ def test_every_test_that_a_page_names_exists(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_policy_setting_that_a_page_names_exists(page):
-    known = {field.name for config in (Pi0Config, PI0Config) for field in fields(config)} | {"path", "type"}
-    known |= {"compile_model"}
+    ours = {field.name for field in fields(Pi0Config)} - RETIRED
+    known = ours | {field.name for field in fields(PI0Config)} | {"path", "type"}
     assert set(re.findall(r"--policy\.(\w+)", PAGES[page])) - known == set()
 
 
@@ -249,3 +251,11 @@ def test_files_and_functions_of_the_architecture_page_exist():
         (file,) = [place for place in places if place.exists()]
         for name in re.findall(r"\w+", functions):
             assert re.search(rf"\b(def|class) {name}\b", file.read_text(encoding="utf-8")), f"{path}: {name}"
+
+
+def test_every_check_of_the_doctor_that_a_page_names_exists():
+    areas = {check.area for check in CHECKS}
+    pattern = rf"`((?:{'|'.join(areas)})\.\w+)`"
+    names = {name for page in PAGES.values() for name in re.findall(pattern, page)}
+    assert names
+    assert names - {check.name for check in CHECKS} == set()
