@@ -33,6 +33,7 @@ PAGES = {
     for path in (
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
+        ROOT / "SECURITY.md",
         ROOT / "benchmarks" / "README.md",
         *sorted((ROOT / "docs").glob("*.md")),
     )
@@ -221,7 +222,7 @@ def test_every_test_that_a_page_names_exists(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_policy_setting_that_a_page_names_exists(page):
     ours = {field.name for field in fields(Pi0Config)} - RETIRED
-    known = ours | {field.name for field in fields(PI0Config)} | {"path", "type"}
+    known = ours | {field.name for field in fields(PI0Config)} | {"path", "type", "discover_packages_path"}
     assert set(re.findall(r"--policy\.(\w+)", PAGES[page])) - known == set()
 
 
@@ -250,12 +251,14 @@ def test_files_and_functions_of_the_architecture_page_exist():
         places = [ROOT / path, *(ROOT / "lerobot_pi0").rglob(path.rstrip("/"))]
         (file,) = [place for place in places if place.exists()]
         for name in re.findall(r"\w+", functions):
-            assert re.search(rf"\b(def|class) {name}\b", file.read_text(encoding="utf-8")), f"{path}: {name}"
+            defined = rf"\b(def|class) {name}\b|^{name} = "
+            text = file.read_text(encoding="utf-8")
+            assert re.search(defined, text, flags=re.MULTILINE), f"{path}: {name}"
 
 
 def test_every_check_of_the_doctor_that_a_page_names_exists():
     areas = {check.area for check in CHECKS}
-    pattern = rf"`((?:{'|'.join(areas)})\.\w+)`"
+    pattern = rf"`((?:{'|'.join(areas)})\.\w+_\w+)`"
     names = {name for page in PAGES.values() for name in re.findall(pattern, page)}
     assert names
     assert names - {check.name for check in CHECKS} == set()
