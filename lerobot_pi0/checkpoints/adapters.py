@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, Checkpoint, find_checkpoint
+from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, WHOLE, Checkpoint, find_checkpoint
 from lerobot_pi0.checkpoints.layouts import PROJECTIONS
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import CheckpointError, MissingFileError, UserError
@@ -82,6 +82,8 @@ def check_settings(peft_config: Any) -> None:
     if peft_config.peft_type != "LORA" or peft_config.use_dora:
         kind = "DoRA" if peft_config.peft_type == "LORA" else peft_config.peft_type.value
         raise UserError(f"this policy has plain LoRA adapters only, not {kind}")
+    if peft_config.lora_bias:
+        raise UserError("this policy has LoRA adapters without a bias of their own only: set lora_bias=False")
     if peft_config.init_lora_weights not in _INITS:
         raise UserError(
             f"--peft.init_type={peft_config.init_lora_weights} would change the base's weights, which are "
@@ -113,8 +115,11 @@ def loads_adapters(config: Pi0Config) -> bool:
 
 def check_base(config: Pi0Config, base: Base) -> None:
     """Raises CheckpointError when the config's adapters were trained over other weights than the base's."""
-    found = base.checkpoint.fingerprint()
-    if config.base_fingerprint not in (None, found):
+    if config.base_fingerprint is None:
+        return
+    is_whole = config.base_fingerprint.startswith(WHOLE)
+    found = base.checkpoint.fingerprint() if is_whole else base.checkpoint.fingerprint_of_heads()
+    if config.base_fingerprint != found:
         raise CheckpointError(
             f"the adapters in '{config.pretrained_path}' were trained over other weights than "
             f"'{base.name}' holds now (fingerprint {config.base_fingerprint}, found {found}). Bring those "

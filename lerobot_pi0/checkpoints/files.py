@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections import defaultdict
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import snapshot_download
@@ -30,6 +30,9 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside adapters that stand alone
+
+
+WHOLE = "whole:"  # begins a fingerprint of whole tensors; those of earlier versions have no beginning
 
 
 # What a checkpoint of any layout is made of. A repository may hold training states too, many times larger.
@@ -72,11 +75,17 @@ def check_fit(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> No
     Raises CheckpointError with counts and first names when anything is missing, left over or mis-shaped.
     """
     missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    found = {name: tensors[name].shape for name in wanted if name in tensors}
+    found = {name: tensors[name] for name in wanted if name in tensors}
+    for name, tensor in found.items():
+        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise CheckpointError(
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}: quantized or complex weights cannot "
+                "be loaded. Convert the checkpoint back to bfloat16 or float32 first"
+            )
     misshaped = [
-        f"{name} is {tuple(shape)}, the config says {tuple(wanted[name].shape)}"
-        for name, shape in sorted(found.items())
-        if shape != wanted[name].shape
+        f"{name} is {tuple(tensor.shape)}, the config says {tuple(wanted[name].shape)}"
+        for name, tensor in sorted(found.items())
+        if tensor.shape != wanted[name].shape
     ]
     problems = [
         f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
@@ -130,19 +139,21 @@ def find_checkpoint(name: str | Path, also: Sequence[str] = (), **download: Any)
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a checkpoint folder by our names: one `model.safetensors`, or shards with an index.
 
+    The files are held open: the tensors stay those of now when the folder is saved over, moved or deleted.
     Each access maps its tensor into memory anew: what was read of it is given back when it is dropped.
-    Raises FileNotFoundError when there is none, CheckpointError for a damaged file, a missing shard,
-    adapters without a base or another family of models.
+    Raises FileNotFoundError when there is none, CheckpointError for a damaged file, a missing shard, a
+    tensor that stands twice, adapters without a base or another family of models.
     """
 
     def __init__(self, folder: Path):
-        index = folder / WEIGHTS_INDEX
+        index, shard_of = folder / WEIGHTS_INDEX, {}
         if (folder / WEIGHTS_FILE).is_file():
             names: Iterable[str] = (WEIGHTS_FILE,)
         elif index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError) as error:
+                shard_of = dict(json.loads(index.read_text())["weight_map"])
+                names = sorted(set(shard_of.values()))
+            except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(f"{index} is damaged ({error!r}): copy or download it again") from error
         elif (folder / ADAPTER_CONFIG).is_file():
             base = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
@@ -157,25 +168,32 @@ class Checkpoint(Mapping[str, Tensor]):
                 "checkpoint was saved in (lerobot-train: outputs/…/checkpoints/last/pretrained_model), or at "
                 "a repository on the hub."
             )
+        self._open: dict[Path, BinaryIO] = {}
         places: dict[str, tuple[Path, str]] = {}
-        for file in (folder / name for name in names):
+        for file in (inside(folder, name, index) for name in names):
             if not file.is_file():
                 raise CheckpointError(
                     f"{index} names the shard {file.name}, which is missing: copy or download it again"
                 )
+            self._open[file] = file.open("rb")
             try:
-                with safe_open(file, framework="pt") as opened:
-                    places |= {name: (file, name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+                with self._reader(file) as opened:
+                    names_here = list(opened.keys())
             except SafetensorError as error:
                 raise CheckpointError(
                     f"{file} is damaged or cut off ({error}): copy or download it again"
                 ) from error
+            held = [name for name in names_here if shard_of.get(name, file.name) == file.name]
+            if twice := sorted(places.keys() & set(held)):
+                other = places[twice[0]][0]
+                raise CheckpointError(f"{twice[0]} stands in {other} and in {file}: keep one of them")
+            places |= {name: (file, name) for name in held}
         self.is_ours = "model.token_embedding.weight" in places
         self._places = from_published(places)
 
     def __getitem__(self, name: str) -> Tensor:
         file, theirs = self._places[name]
-        with safe_open(file, framework="pt") as opened:
+        with self._reader(file) as opened:
             return opened.get_tensor(theirs)
 
     def __iter__(self) -> Iterator[str]:
@@ -184,19 +202,46 @@ class Checkpoint(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def __deepcopy__(self, _: Any) -> "Checkpoint":
+        return self  # nothing of it changes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_open": {}}
+
     def fingerprint(self) -> str:
-        """What tells these weights from others: names, shapes, dtypes and the first 4 KB of every tensor."""
-        by_file: dict[Path, list[tuple[str, str]]] = defaultdict(list)
-        for name, (file, theirs) in self._places.items():
-            by_file[file].append((name, theirs))
-        entries = {}
-        for file, names in by_file.items():
-            with safe_open(file, framework="pt") as opened:
-                for name, theirs in names:
-                    tensor = opened.get_tensor(theirs)
-                    head = tensor.flatten()[: 4096 // tensor.itemsize].view(torch.uint8).numpy().tobytes()
-                    entries[name] = f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode() + head
+        """What tells these weights from others: a digest of names, shapes, dtypes and all values."""
         digest = hashlib.blake2b(digest_size=16)
-        for name in sorted(entries):
-            digest.update(entries[name])
+        for name in sorted(self):
+            tensor = self[name]
+            digest.update(_heading(name, tensor))
+            digest.update(tensor.flatten().view(torch.uint8).numpy())
+        return WHOLE + digest.hexdigest()
+
+    def fingerprint_of_heads(self) -> str:
+        """The fingerprint of earlier versions, of the first 4 KB of every tensor."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in sorted(self):
+            tensor = self[name]
+            head = tensor.flatten()[: 4096 // tensor.itemsize].view(torch.uint8).numpy()
+            digest.update(_heading(name, tensor) + head.tobytes())
         return digest.hexdigest()
+
+    def _reader(self, file: Path) -> Any:
+        """safetensors' reader of a file as it was when it was opened."""
+        if file not in self._open:
+            raise CheckpointError(f"a copy of a policy from another process cannot read {file}: load it anew")
+        # By its descriptor, because its path may lead elsewhere by now. Windows keeps open files where they
+        # are.
+        path = f"/dev/fd/{self._open[file].fileno()}" if os.name == "posix" else file
+        return safe_open(path, framework="pt")
+
+
+def inside(folder: Path, name: str, source: Path) -> Path:
+    """The file of this name in a folder. Raises CheckpointError if `source` names one that lies elsewhere."""
+    if not isinstance(name, str) or Path(name).name != name:
+        raise CheckpointError(f"{source} names the file {name!r}, which is not in its folder: it is damaged")
+    return folder / name
+
+
+def _heading(name: str, tensor: Tensor) -> bytes:
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode()

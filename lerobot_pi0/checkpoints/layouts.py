@@ -6,7 +6,7 @@ another shape is an error with names.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from lerobot_pi0.errors import CheckpointError
 
@@ -86,11 +86,12 @@ def from_published[T](state_dict: Mapping[str, T]) -> dict[str, T]:
     another family.
     """
     refuse_other_families(state_dict)
-    named = {_to_openpi(name): tensor for name, tensor in state_dict.items()}
+    named = _renamed(state_dict, _to_openpi)
     head = named.pop(_VLM_HEAD, None)
     if head is not None:
         named.setdefault(_LANGUAGE + "embed_tokens.weight", head)
-    return {_ours(name): tensor for name, tensor in named.items() if not _UNUSED.search(name)}
+    used = {name: tensor for name, tensor in named.items() if not _UNUSED.search(name)}
+    return _renamed(used, _ours)
 
 
 def to_openpi[T](state_dict: Mapping[str, T]) -> dict[str, T]:
@@ -102,6 +103,15 @@ def to_openpi[T](state_dict: Mapping[str, T]) -> dict[str, T]:
     }
     named[_VLM_HEAD] = named.pop(_LANGUAGE + "embed_tokens.weight")
     return named
+
+
+def _renamed[T](tensors: Mapping[str, T], rename: Callable[[str], str]) -> dict[str, T]:
+    """Raises CheckpointError when two names become one."""
+    theirs: dict[str, str] = {}
+    for name in tensors:
+        if (other := theirs.setdefault(rename(name), name)) != name:
+            raise CheckpointError(f"'{other}' and '{name}' are the same tensor of π0: delete one of them")
+    return {new: tensors[name] for new, name in theirs.items()}
 
 
 def _to_openpi(name: str) -> str:

@@ -46,7 +46,8 @@ def merge(adapter: str, output: Path) -> tuple[float, float]:
     with unfinished_folder(output, "--output") as unfinished:
         folder = find_checkpoint(adapter)
         policy, device = _load(adapter, folder)
-        wanted = _chunk(policy)
+        wanted = _chunk(policy)  # which refuses adapters that cannot be folded
+        policy.sampler.release()
         policy.train()  # frees the sampler's copies of the weights
         config = replace(
             policy.config,

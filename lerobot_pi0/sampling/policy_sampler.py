@@ -4,7 +4,7 @@ chunking, warm-up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.sampling.linear import Form, Packed
 from lerobot_pi0.sampling.rtc import Leftover, decided, guidance, read_leftover, tell_of_horizon
 from lerobot_pi0.sampling.sampler import Context, Sampler
+from lerobot_pi0.training.lora import adapter_state
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -178,6 +179,17 @@ class PolicySampler:
     def _rtc(self) -> RTCConfig:
         return self.config.rtc_config or RTCConfig()
 
-    def _weights_version(self) -> list[tuple[int, int]]:
-        """Changes with the parameters, unless one writes to their `.data` or by a fused optimizer."""
-        return [(parameter.data_ptr(), parameter._version) for parameter in self.network.parameters()]
+    def _weights_version(self) -> list[Any]:
+        """Changes with the parameters, with the adapters that act, and with edits of whole tensors that torch
+        does not count (to `.data`, through numpy, by a fused optimizer).
+        """
+        parameters = list(self.network.parameters())
+        version: list[Any] = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        return [*version, *numbers_of(parameters), *adapter_state(self.network)]
+
+
+def numbers_of(parameters: Sequence[Tensor]) -> list[int]:
+    """The bits of one number of each parameter; on a GPU, which has to be waited for, of every 16th."""
+    looked_at = parameters if parameters[0].device.type == "cpu" else parameters[::16]
+    numbers = [parameter.detach().flatten()[parameter.numel() // 2].float() for parameter in looked_at]
+    return torch.stack(numbers).view(torch.int32).tolist()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lerobot_pi0.errors import UserError
 from lerobot_pi0.model import Pi0
 from lerobot_pi0.model.layers import Linear
 
@@ -33,10 +34,37 @@ def fold(model: Pi0, name: str, tensors: Mapping[str, Tensor] | None = None) -> 
     tensor = getattr(module, leaf)  # of a module that trains in full, the trained copy's
     if tensors is not None and not trains_in_full(model, name):
         tensor = tensors[name]
-    if leaf == "weight" and hasattr(module, "get_delta_weight") and not module.merged:
-        for adapter in module.active_adapters:
-            tensor = module.get_delta_weight(adapter).float().add_(tensor)
+    if leaf != "weight" or not hasattr(module, "get_delta_weight"):
+        return tensor
+    if module.disable_adapters:
+        if module.merged:
+            raise UserError(f"the adapters of '{module_name}' are merged and disabled: unmerge them first")
+        return tensor
+    for adapter in () if module.merged else module.active_adapters:
+        if adapter not in module.lora_A:
+            continue
+        if adapter in module.lora_variant or module.lora_bias[adapter]:
+            kind = "a bias (lora_bias)" if module.lora_bias[adapter] else "a variant of LoRA (as DoRA)"
+            raise UserError(
+                f"the adapter '{adapter}' has {kind} in '{module_name}', which cannot be folded into the "
+                "weights: train plain LoRA adapters"
+            )
+        tensor = module.get_delta_weight(adapter).float().add_(tensor)
     return tensor
+
+
+def adapter_state(model: nn.Module) -> list[Any]:
+    """What decides how adapters act, besides their parameters: which are active, merged, how scaled."""
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "active_adapters")]
+    return [
+        (
+            tuple(layer.active_adapters),
+            layer.disable_adapters,
+            tuple(layer.merged_adapters),
+            tuple(getattr(layer, "scaling", {}).items()),
+        )
+        for layer in layers
+    ]
 
 
 def trains_in_full(model: Pi0, name: str) -> bool:

@@ -158,7 +158,9 @@ def policy_loads(inputs: Inputs) -> Iterator[Finding]:
     total = sum(parameter.numel() for parameter in policy.parameters())
     adapters = (inputs.folder / ADAPTER_CONFIG).is_file()
     print_of = (
-        "adapters over a base" if adapters else f"fingerprint {Checkpoint(inputs.folder).fingerprint()[:12]}"
+        "adapters over a base"
+        if adapters
+        else f"fingerprint {Checkpoint(inputs.folder).fingerprint_of_heads()[:12]}"
     )
     yield fine(f"{total:,} parameters, all of them from the checkpoint; {print_of}")
 
