@@ -72,7 +72,7 @@ def timed(function: Callable[[], Tensor]) -> Measurement:
 
 def time_pops(policy: Any, given: dict[str, Any], count: int) -> Measurement:
     """Median microseconds of `select_action` while the queue holds actions."""
-    policy._action_queue.extend(torch.zeros(count, 1, 1))
+    policy.action_queue.extend(torch.zeros(count, 1, 1))
     seconds = []
     for _ in range(count):
         start = time.perf_counter()

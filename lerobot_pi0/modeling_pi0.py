@@ -1,7 +1,6 @@
 """LeRobot's contract (queue, loss, loading) over the network: the only place that knows LeRobot's keys."""
 
 import logging
-from collections import deque
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.model.layers import Layer
 from lerobot_pi0.model.observation import letterbox
 from lerobot_pi0.processor_pi0 import InstructionCheck, load_tokenizer
+from lerobot_pi0.sampling.action_queue import ActionQueue
 from lerobot_pi0.sampling.guard import check_observation
 from lerobot_pi0.sampling.policy_sampler import PolicySampler
 from lerobot_pi0.sampling.sampler import Context
@@ -51,10 +51,11 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
     - `trained`, which parameters train, their EMA and random keys
     - `sampler`, the network over the backend that is fastest here, warm-up and real-time chunking
     - `action_space`, padding, relative actions and action limits
+    - `action_queue`, the actions that were not executed yet, and the last one
     - `base`, the checkpoint that the weights came from, if any
 
-    Besides these it has state of its own: the queue of actions that were not executed yet, the last action,
-    and what it checks or warns of once. `Pi0Policy(config)` has random weights; `from_pretrained` never has.
+    Besides these it keeps what it has checked or warned of once. `Pi0Policy(config)` has random weights;
+    `from_pretrained` never has.
     No action that is NaN or infinite leaves the policy.
     """
 
@@ -101,6 +102,7 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
         self.action_space = ActionSpace(config)
         self.base: adapters.Base | None = None
         self._check_instructions = InstructionCheck(config)
+        self.action_queue = ActionQueue()
         self.reset()
 
     @classmethod
@@ -279,18 +281,16 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
         self, batch: Batch, *, noise: Tensor | None = None
     ) -> Tensor:
         """The next action (B, action size), normalised; after `n_action_steps` a new chunk is predicted."""
-        if not self._action_queue:
+        if not self.action_queue:
             chunk = self.predict_action_chunk(batch, noise=noise)
-            if self._last_action is not None:
-                chunk = self.action_space.held(chunk, self._last_action)
-            self._action_queue.extend(chunk[:, : self.config.n_action_steps].unbind(1))
-        self._last_action = self._action_queue.popleft()
-        return self._last_action
+            if self.action_queue.last is not None:
+                chunk = self.action_space.held(chunk, self.action_queue.last)
+            self.action_queue.extend(chunk[:, : self.config.n_action_steps].unbind(1))
+        return self.action_queue.popleft()
 
     def reset(self) -> None:
-        """Forget the actions that were not executed yet. Before real-time chunking, warm up."""
-        self._action_queue: deque[Tensor] = deque()
-        self._last_action: Tensor | None = None
+        """Forget this thread's actions that were not executed yet. Before real-time chunking, warm up."""
+        self.action_queue.clear()
         self.sampler.warm_up_rtc(self._example, self.action_space.size)
 
     def supports_rtc(self) -> bool:

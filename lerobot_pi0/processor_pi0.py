@@ -33,6 +33,10 @@ from lerobot_pi0.errors import UnavailableError, UserError
 
 logger = logging.getLogger(__name__)
 
+MAX_PROMPT = 10_000  # characters: what is beyond is not tokenized, since far fewer tokens are kept
+SHOWN = 500  # characters of a prompt in a message
+MAX_REMEMBERED = 100  # prompts that were warned about
+
 
 @ProcessorStepRegistry.register("lerobot_pi0_tokenizer")
 @dataclass
@@ -75,7 +79,7 @@ class Pi0TokenizerStep(ProcessorStep):
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.tokenizer)
         encode = self._tokenizer.encode
-        text = encode(clean_prompt(prompt), add_special_tokens=False).ids
+        text = encode(clean_prompt(prompt[:MAX_PROMPT]), add_special_tokens=False).ids
         beginning = self._tokenizer.token_to_id("<bos>")
         if beginning is None:
             raise UserError(
@@ -85,17 +89,16 @@ class Pi0TokenizerStep(ProcessorStep):
         ids = [beginning, *text, *encode("\n", add_special_tokens=False).ids]
         if max(ids) >= self.vocab_size:
             raise UserError(
-                f"the tokenizer '{self.tokenizer}' gives id {max(ids)} for {prompt!r}, but the model's "
+                f"the tokenizer '{self.tokenizer}' gives id {max(ids)} for {shown(prompt)}, but the model's "
                 f"vocabulary has {self.vocab_size} entries: raise --policy.vlm.vocab_size (training from "
                 "scratch), or name the tokenizer that belongs to the weights with --policy.tokenizer"
             )
-        if len(ids) > self.max_length and prompt not in self._warned_of:
-            self._warned_of.add(prompt)
+        if len(ids) > self.max_length and first_time(prompt, self._warned_of):
             logger.warning(
-                "the prompt has %d tokens and is cut to %d (--policy.tokenizer_max_length): %r",
+                "the prompt has %d tokens and is cut to %d (--policy.tokenizer_max_length): %s",
                 len(ids),
                 self.max_length,
-                prompt,
+                shown(prompt),
             )
         return ids[: self.max_length]
 
@@ -163,10 +166,25 @@ class InstructionCheck:
         tasks = [task] if isinstance(task, str) else task or ()
         if self.config.prompt_dropout:  # it was trained without one as well
             tasks = [task for task in tasks if task]
-        for task in set(tasks) - self._seen:
-            self._seen.add(task)
-            if message := unknown_instruction(task, data):
+        for prompt in set(tasks):
+            if first_time(prompt, self._seen) and (message := unknown_instruction(prompt, data)):
                 logger.warning(message)
+
+
+def first_time(prompt: str, seen: set[str]) -> bool:
+    """Is a prompt not among those that were seen? It is from now on. The set stays small."""
+    prompt = prompt[:MAX_PROMPT]
+    if prompt in seen:
+        return False
+    if len(seen) >= MAX_REMEMBERED:
+        seen.clear()
+    seen.add(prompt)
+    return True
+
+
+def shown(prompt: str) -> str:
+    """A prompt in quotes, for a message: control characters are escaped, and a long one is cut."""
+    return repr(prompt) if len(prompt) <= SHOWN else f"{prompt[:SHOWN]!r}… ({len(prompt):,} characters)"
 
 
 def unknown_instruction(prompt: str, data: TrainingData) -> str | None:
@@ -176,10 +194,10 @@ def unknown_instruction(prompt: str, data: TrainingData) -> str | None:
         return None
     if not prompt.strip():
         return "there is no instruction, and the policy was not trained without one"
-    near = get_close_matches(clean_prompt(prompt), known, n=3, cutoff=0.0)
+    near = get_close_matches(clean_prompt(prompt[:SHOWN]), known, n=3, cutoff=0.0)
     others = f", and {len(known) - len(near)} others" if len(known) > len(near) else ""
     return (
-        f"the instruction {prompt!r} is none of the training data's: "
+        f"the instruction {shown(prompt)} is none of the training data's: "
         f"{', '.join(repr(known[task]) for task in near)}{others}. The policy may not know what is meant"
     )
 

@@ -58,6 +58,7 @@ DISCOVERED = {
     "lerobot_pi0.demo",
     "lerobot_pi0.demo.environment",
     "lerobot_pi0.demo.metaworld",
+    "lerobot_pi0.lerobot_compat",
     "lerobot_pi0.model",
     "lerobot_pi0.model.flow",
     "lerobot_pi0.model.gemma",

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from lerobot_pi0.checkpoints import adapters
 from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, Checkpoint, load_weights
 from lerobot_pi0.checkpoints.golden_actions import GOLDEN_ACTIONS_FILE
+from lerobot_pi0.checkpoints.processors import check_processors
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import CheckpointError
+from lerobot_pi0.lerobot_compat import build_new_processors
 from lerobot_pi0.model import Pi0
 
 logger = logging.getLogger(__name__)
@@ -81,14 +83,13 @@ def open_source(
     source = Source(folder, config, adapters.Base.of(name, revision, folder, Checkpoint(folder)))
     if source.is_below_adapters:
         adapters.check_base(config, source.base)
+    if source.is_ours or source.is_below_adapters:
+        check_processors(Path(source.statistics or folder))  # LeRobot's commands load them next
     if not source.is_ours:
         config.base_checkpoint, config.base_revision = str(name), source.base.revision
     if not source.is_ours and not source.is_below_adapters:
-        # LeRobot builds processors after the policy, from the folder in `pretrained_path` if there is one
-        # (that of adapters has ours). Those of another policy are not ours (another prompt, a gated
-        # tokenizer): without the path it asks our own factory, and a --rename_map of its finds no step to go
-        # to.
-        config.pretrained_path = config.pretrained_revision = None
+        # An adapter's folder has our processors. For new ones a --rename_map finds no step to go to.
+        build_new_processors(config)
         logger.info("weights of another layout: the processors are new, and --rename_map has no effect")
     return source
 

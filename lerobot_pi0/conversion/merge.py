@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from lerobot.configs import PreTrainedConfig
-from lerobot.utils.import_utils import require_package
 from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, WEIGHTS_FILE, find_checkpoint, load_weights
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.conversion.flags import MergeConfig
 from lerobot_pi0.conversion.output import copy_processors, unfinished_folder
-from lerobot_pi0.errors import CheckpointError, CommandError, UserError
+from lerobot_pi0.errors import CheckpointError, CommandError
+from lerobot_pi0.inputs.policy import load_adapters
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.training.lora import fold, trains_in_full
 
@@ -75,12 +75,6 @@ def merge(adapter: str, output: Path) -> tuple[float, float]:
 
 def _load(adapter: str, folder: Path) -> tuple[Pi0Policy, str | None]:
     """The base with the adapters in it, on the CPU; and the device that the config names."""
-    try:
-        require_package("peft", extra="peft")
-    except ImportError as error:
-        raise UserError(f"'{adapter}' holds adapters: {error}") from error
-    from peft import PeftConfig, PeftModel
-
     if not (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
             f"'{adapter}' holds no adapters (no {ADAPTER_CONFIG}). lerobot-train --peft.method_type=LORA "
@@ -95,13 +89,7 @@ def _load(adapter: str, folder: Path) -> tuple[Pi0Policy, str | None]:
             "(lerobot-pi0 convert)"
         )
     device, config.device, config.backend = config.device, "cpu", "auto"
-    config.pretrained_path = folder
-    settings: Any = PeftConfig.from_pretrained(str(folder))
-    base = Pi0Policy.from_pretrained(
-        settings.base_model_name_or_path, config=config, revision=settings.revision
-    )
-    PeftModel.from_pretrained(base, str(folder), config=settings)  # puts them into the base
-    return base.eval(), device
+    return load_adapters(adapter, folder, config), device
 
 
 def _folded(policy: Pi0Policy, config: Pi0Config) -> Pi0Policy:

@@ -12,6 +12,7 @@ from lerobot_pi0.data.normalization import NormalizationStatistics, affine, dime
 from lerobot_pi0.data.relative_actions import make_reference_state
 from lerobot_pi0.data.statistics import prepare_statistics
 from lerobot_pi0.errors import UserError
+from lerobot_pi0.lerobot_compat import normalize_by
 
 MOST_TASKS = 500  # instructions that a policy keeps of its data
 
@@ -83,7 +84,7 @@ def describe_training(
     config.action_limits = make_limits(config, statistics, dataset)
     config.training_data = describe_data(dataset)
     if dataset is not None:
-        dataset.stats = statistics
+        normalize_by(dataset, statistics)
     return statistics
 
 

@@ -26,7 +26,8 @@ class ControlPolicyFlags(PolicyFlags):
 
     # Euler steps from noise to actions. Default: as in the checkpoint.
     num_inference_steps: int | None = None
-    # "auto", "int8" (CPU: a third faster) or "compile" (GPU: one graph, compiled at the start).
+    # How chunks are computed: auto, int8 (CPU: a third faster) or compile (GPU: one graph, compiled at the
+    # start). Default: as in the checkpoint.
     backend: Backend | None = None
     # Retired, set --policy.backend to int8.
     int8: bool = False

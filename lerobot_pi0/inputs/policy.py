@@ -79,18 +79,7 @@ def load_policy(flags: PolicyFlags) -> LoadedPolicy:
             )
     check_processors(folder)
     if (folder / ADAPTER_CONFIG).is_file():
-        try:
-            require_package("peft", extra="peft")
-        except ImportError as error:
-            raise CheckpointError(f"'{flags.path}' holds adapters: {error}") from error
-        from peft import PeftConfig, PeftModel
-
-        settings: Any = PeftConfig.from_pretrained(str(folder))
-        policy = Pi0Policy.from_pretrained(
-            settings.base_model_name_or_path, config=config, revision=settings.revision
-        )
-        PeftModel.from_pretrained(policy, str(folder), config=settings)  # puts them into the policy
-        policy.eval()
+        policy = load_adapters(flags.path, folder, config)
     else:
         policy = Pi0Policy.from_pretrained(folder, config=config)
     preprocess, postprocess = make_pre_post_processors(
@@ -106,6 +95,26 @@ def load_policy(flags: PolicyFlags) -> LoadedPolicy:
                 except ValueError as error:
                     raise CheckpointError(f"{error}, or the checkpoint's own") from error
     return LoadedPolicy(policy, cast(Any, preprocess), cast(Any, postprocess))
+
+
+def load_adapters(name: str, folder: Path, config: Pi0Config) -> Pi0Policy:
+    """The base with the adapters of `folder` in it, in eval mode. `name` is what the user called them.
+
+    Raises CheckpointError without PEFT, and what loading the base raises.
+    """
+    try:
+        require_package("peft", extra="peft")
+    except ImportError as error:
+        raise CheckpointError(f"'{name}' holds adapters: {error}") from error
+    from peft import PeftConfig, PeftModel
+
+    config.pretrained_path = folder
+    settings: Any = PeftConfig.from_pretrained(str(folder))
+    policy = Pi0Policy.from_pretrained(
+        settings.base_model_name_or_path, config=config, revision=settings.revision
+    )
+    PeftModel.from_pretrained(policy, str(folder), config=settings)  # puts them into the policy
+    return policy.eval()
 
 
 def _check_device(name: str) -> None:

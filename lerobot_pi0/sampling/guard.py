@@ -21,6 +21,8 @@ LEAST = 1e-2  # of such a margin, in robot units: for dimensions that hardly mov
 # only opens between them) has no largest step to speak of.
 SMALL_STEP = 0.02
 
+MAX_LEVEL = 2.0  # of a float image, with room for what resizing overshoots: 0 to 255 was meant
+
 
 def not_finite(values: Tensor, names: Sequence[str] | None) -> list[str]:
     """Names (or numbers) of the last dimension where some of the values (…, d) are NaN or infinite."""
@@ -32,12 +34,20 @@ def not_finite(values: Tensor, names: Sequence[str] | None) -> list[str]:
 
 
 def check_observation(batch: Mapping[str, Tensor], features: Mapping[str, Sequence[str] | None]) -> None:
-    """Raises UserError for NaN or Inf in these features of a batch, by the names of their last dimension."""
+    """Check these features of a batch, whose last dimension has names.
+
+    Raises UserError for NaN or Inf, and for float images (b, 3, h, w) that are not in [0, 1].
+    """
     for key, names in features.items():
         if bad := not_finite(batch[key], names):
             raise UserError(
                 f"'{key}' of the observation is NaN or infinite in {bad}; no action was sent. Look at the "
                 "robot's sensor or camera, and at the statistics that normalise it"
+            )
+        if batch[key].ndim == 4 and batch[key].is_floating_point() and batch[key].max() > MAX_LEVEL:
+            raise UserError(
+                f"'{key}' has values up to {float(batch[key].max()):g}, but float images are in [0, 1]; no "
+                "action was sent. Divide by 255, or give uint8"
             )
 
 

@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from lerobot_pi0.configuration_pi0 import TrainingData
-from lerobot_pi0.data import statistics as statistics_of_runs
+from lerobot_pi0.data import training_data
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.processor_pi0 import Pi0TokenizerStep, clean_prompt, load_tokenizer, unknown_instruction
 
@@ -299,7 +299,7 @@ def test_of_unknown_training_data_no_instruction_is_unknown():
 
 
 def test_what_a_policy_was_trained_on_is_saved_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(statistics_of_runs, "read_columns", lambda *_: {})
+    monkeypatch.setattr(training_data, "read_columns", lambda *_: {})
     meta: Any = SimpleNamespace(stats=statistics(), fps=15, tasks=pd.DataFrame(index=["push", "pull"]))
     policy = Pi0Policy(tiny_config(), statistics(), meta)
     policy.save_pretrained(tmp_path)
@@ -311,3 +311,17 @@ def test_a_tokenizer_that_cannot_be_had_is_told_before_the_weights_are_looked_fo
     meta: Any = SimpleNamespace(stats=statistics())
     with pytest.raises(OSError, match=r"tokenizer 'google/paligemma-3b-pt-224'"):
         Pi0Policy.from_pretrained(tmp_path, config=config, dataset_stats=statistics(), dataset_meta=meta)
+
+
+def test_an_instruction_without_end_is_cut_in_the_text_too_and_shown_in_part(caplog):
+    policy = tiny_policy(training_data=TrainingData(30.0, ["push"]))
+    preprocess, _ = make_pre_post_processors(policy.config)
+    raw = {key: value for key, value in raw_batch(1).items() if key in (FRONT, "observation.state")}
+    long = "\x1b[2J" + "word " * 400_000
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        policy.predict_action_chunk(preprocess(raw | {"task": [long]}))
+    assert "is cut to 48" in caplog.text
+    assert "is none of the training data's" in caplog.text
+    assert "\x1b" not in caplog.text
+    assert len(caplog.text) < 2000

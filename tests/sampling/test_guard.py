@@ -158,7 +158,7 @@ def test_an_observation_that_is_no_number_is_refused_by_name(key, named, bad):
     for act in (policy.predict_action_chunk, policy.select_action, policy.encode):
         with pytest.raises(ValueError, match=f"'{key}' of the observation is NaN or infinite in .*{named}"):
             act(observation)
-    assert not policy._action_queue
+    assert not policy.action_queue
 
 
 def test_actions_that_are_no_numbers_are_not_sent(monkeypatch):
@@ -213,3 +213,12 @@ def test_training_writes_the_limits_into_the_checkpoint(tmp_path):
     loaded = Pi0Policy.from_pretrained(tmp_path)
     assert loaded.action_space.guard is not None
     assert loaded.config.action_limits == policy.config.action_limits
+
+
+def test_float_images_of_0_to_255_are_refused():
+    observation = first(batch())
+    policy = tiny_policy()
+    levels = (255 * observation[FRONT]).round()
+    with pytest.raises(ValueError, match=rf"'{FRONT}' has values up to 25\d, but float images are"):
+        policy.select_action(observation | {FRONT: levels})
+    policy.select_action(observation | {FRONT: levels.to(torch.uint8)})
