@@ -184,7 +184,7 @@ def test_lerobots_flag_to_compile_compiles_and_the_robot_moves(flags, arms, monk
             # LeRobot's own, around the policy, where it changes nothing. Not compiled: torch 2.11 crashes
             # in the next compilation of a process in which the thread that compiled first has ended.
             return function
-        waits = iter([1.4])  # more than a chunk takes
+        waits = iter([2.6])  # more than a chunk takes
 
         def graph(*args):
             calls.append(function)
@@ -194,8 +194,7 @@ def test_lerobots_flag_to_compile_compiles_and_the_robot_moves(flags, arms, monk
         return graph
 
     monkeypatch.setattr(torch, "compile", slow_at_first)
-    quick = ["--fps=40", "--duration=6", "--inference.type=rtc"]
-    cfg = rollout.parse([*flags, "--use_torch_compile=true", *quick])
+    cfg = rollout.parse([*flags, "--use_torch_compile=true", "--duration=12", "--inference.type=rtc"])
     if ours:
         rollout.rollout(cfg)
     else:
