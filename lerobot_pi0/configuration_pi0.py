@@ -35,6 +35,11 @@ Dtype = Literal["bfloat16", "float32"]
 Frozen = Literal["nothing", "vision", "vlm"]
 Backend = Literal["auto", "int8", "compile"]
 
+DEFAULT_NORMALIZATION = {
+    "VISUAL": NormalizationMode.IDENTITY,
+    "STATE": NormalizationMode.MEAN_STD,
+    "ACTION": NormalizationMode.MEAN_STD,
+}
 RETIRED = {"int8", "compile", "cache_prefix", "anchor"}
 SMALL_TOKENIZER = "small"  # ships with the package
 ABSOLUTE_JOINTS = ("gripper",)  # openpi's π0 learns all others relative to the state
@@ -110,12 +115,9 @@ class Pi0Config(PreTrainedConfig):
     # Prompt tokens, from beginning of sequence to closing newline; a longer prompt is cut, with a warning.
     tokenizer_max_length: int = 48
 
+    # Kinds of features that it does not name have the default mode.
     normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=lambda: {
-            "VISUAL": NormalizationMode.IDENTITY,
-            "STATE": NormalizationMode.MEAN_STD,
-            "ACTION": NormalizationMode.MEAN_STD,
-        }
+        default_factory=lambda: dict(DEFAULT_NORMALIZATION)
     )
     # Normalise by the dataset's statistics, or by those of the checkpoint that training starts from.
     statistics: StatisticsSource = "dataset"
@@ -198,6 +200,7 @@ class Pi0Config(PreTrainedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._translate_retired()
+        self.normalization_mapping = DEFAULT_NORMALIZATION | self.normalization_mapping
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise UserError(
                 f"n_action_steps ({self.n_action_steps}) must be between 1 and chunk_size "

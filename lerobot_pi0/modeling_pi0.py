@@ -214,6 +214,8 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
         if config.mask_padded_actions and "action_is_pad" in batch:
             valid = valid * ~batch["action_is_pad"]
         per_sample = loss_per_sample(losses, valid)
+        if self.training:
+            self.trained.note(per_sample, index)
         figures: dict[str, float] = {}
         if self.training and (every := config.log_joints_every) and self.trained.num_draws % every == 0:
             figures = loss_figures(losses, valid, self.action_space.names) | {"ema_decay": config.ema_decay}

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lerobot_pi0.checkpoints import adapters
-from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, Checkpoint, load_weights
+from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, Checkpoint, find_checkpoint, load_weights
 from lerobot_pi0.checkpoints.golden_actions import GOLDEN_ACTIONS_FILE
 from lerobot_pi0.checkpoints.processors import check_processors
 from lerobot_pi0.configuration_pi0 import Pi0Config
@@ -81,10 +81,13 @@ def open_source(
     if not isinstance(config, Pi0Config):
         raise TypeError(f"config is a {type(config).__name__}, this policy takes a Pi0Config")
     source = Source(folder, config, adapters.Base.of(name, revision, folder, Checkpoint(folder)))
+    # LeRobot's commands load the pipelines next: those of the adapters, or the checkpoint's own.
     if source.is_below_adapters:
         adapters.check_base(config, source.base)
-    if source.is_ours or source.is_below_adapters:
-        check_processors(Path(source.statistics or folder))  # LeRobot's commands load them next
+        assert config.pretrained_path is not None
+        check_processors(find_checkpoint(config.pretrained_path, revision=config.pretrained_revision))
+    elif source.is_ours:
+        check_processors(folder)
     if not source.is_ours:
         config.base_checkpoint, config.base_revision = str(name), source.base.revision
     if not source.is_ours and not source.is_below_adapters:

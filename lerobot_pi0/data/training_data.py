@@ -1,9 +1,11 @@
 """What a policy keeps of its training data, and the check of the first batch against it."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lerobot.configs import NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0.configuration_pi0 import ActionLimits, Pi0Config, Statistics, TrainingData
@@ -13,6 +15,8 @@ from lerobot_pi0.data.relative_actions import make_reference_state
 from lerobot_pi0.data.statistics import prepare_statistics
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.lerobot_compat import normalize_by
+
+logger = logging.getLogger(__name__)
 
 MOST_TASKS = 500  # instructions that a policy keeps of its data
 
@@ -79,6 +83,11 @@ def describe_training(
         return None
     if config.backend == "int8":
         raise UserError("--policy.backend=int8 is for running a policy: train without it")
+    if config.normalization_mapping["VISUAL"] is not NormalizationMode.IDENTITY:
+        raise UserError(
+            "--policy.normalization_mapping normalizes images (VISUAL), but the vision tower takes them in "
+            "[-1, 1], as the policy scales them: set VISUAL to IDENTITY, or leave it out"
+        )
     statistics = prepare_statistics(config, dataset_stats, dataset, checkpoint, config.pretrained_revision)
     config.reference_state = make_reference_state(config, statistics)
     config.action_limits = make_limits(config, statistics, dataset)
@@ -96,7 +105,18 @@ def make_limits(config: Pi0Config, statistics: NormalizationStatistics, dataset:
     step = None
     if frames:
         actions, successive = frames[ACTION].astype(np.float64), ~episode_borders(frames)[1:]
-        low, high = actions.min(0), actions.max(0)
+        finite = np.isfinite(actions).all(1)
+        if not finite.all():
+            logger.warning(
+                "%d actions of the dataset are NaN or infinite, the first one at index %d: the action limits "
+                "leave them out, and training on them stops",
+                (~finite).sum(),
+                frames["index"].ravel()[~finite][0],
+            )
+        if not finite.any():
+            return None
+        low, high = actions[finite].min(0), actions[finite].max(0)
+        successive &= finite[1:] & finite[:-1]
         if successive.any():
             step = np.abs(np.diff(actions, axis=0)[successive]).max(0).tolist()
     elif {"min", "max"} <= statistics.raw.get(ACTION, {}).keys():

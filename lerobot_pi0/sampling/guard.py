@@ -56,6 +56,14 @@ class ChunkGuard:
 
     def __init__(self, limits: ActionLimits, names: Sequence[str]):
         self.names, self.num_held = names, Counter[str]()
+        for values in (limits.low, limits.high, limits.gain, limits.offset, limits.step or ()):
+            bad = not_finite(torch.tensor(values, device="cpu")[None], names) if values else []
+            if bad:
+                raise UserError(
+                    f"action_limits in the policy's config.json are NaN or infinite for {bad}: actions "
+                    "cannot be held to them. Copy or download the checkpoint again, or train it again with "
+                    "data that has finite actions"
+                )
         low, high, self._gain, self._offset = (
             torch.tensor(values, device="cpu")  # a policy that is loaded is made on torch's meta device
             for values in (limits.low, limits.high, limits.gain, limits.offset)

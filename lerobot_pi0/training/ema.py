@@ -25,6 +25,7 @@ class TrainedWeights:
         self._shows_ema = False
         self._is_current = True  # the EMA, with the weights
         self._is_checked = False
+        self._losses: tuple[Tensor, Tensor] | None = None
 
     def take(self, module: nn.Module, frozen_dtype: torch.dtype) -> "ParameterGroups":
         """What trains in a module from now on, as groups for an optimizer; the EMA starts with it.
@@ -55,8 +56,17 @@ class TrainedWeights:
         self.num_draws += 1
         return sample_keys(self.seed, self.num_draws - 1, index, num_draws)
 
+    def note(self, losses: Tensor, index: Tensor) -> None:
+        """Keep a training batch's losses (batch,) and its samples' indices until `update` checks them."""
+        self._losses = losses.detach(), index
+
     def update(self) -> None:
-        """After a step of the optimizer: EMA ← decay · EMA + (1 − decay) · weights."""
+        """After a step of the optimizer: EMA ← decay · EMA + (1 − decay) · weights.
+
+        Raises UserError if the step's loss was NaN or infinite. Checked here, because LeRobot waits for the
+        device after it anyway, and saves later.
+        """
+        self._check_losses()
         if self.decay and not self.parameters:
             raise UserError(
                 "the EMA of the weights needs this policy's own optimizer: leave "
@@ -121,6 +131,18 @@ class TrainedWeights:
                 "DDP): train with --policy.ema_decay=0, or without FSDP"
             )
         self._is_checked = True
+
+    def _check_losses(self) -> None:
+        losses, self._losses = self._losses, None
+        if losses is None or losses[0].isfinite().all():
+            return
+        frames = losses[1][~losses[0].isfinite()].tolist()
+        raise UserError(
+            f"the loss is NaN or infinite for the frames {frames[:5]} (their index in the dataset): training "
+            "stops, and the weights of now are not saved. If the data is finite there (`lerobot-pi0 doctor "
+            "--dataset.repo_id=...` checks it), the run diverged: start again from its last checkpoint with "
+            "a lower --policy.optimizer_lr"
+        )
 
     def _check_current(self) -> None:
         """Raises UserError when an optimizer has stepped and the EMA was not updated."""

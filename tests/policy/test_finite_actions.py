@@ -1,0 +1,134 @@
+"""NaN and Inf never leave a policy or its training: statistics, limits, steps and losses are checked."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from lerobot.configs import NormalizationMode
+from safetensors.torch import load_file, save_file
+from tiny_policy import batch, statistics, tiny_config, tiny_policy
+
+from lerobot_pi0 import Pi0Policy
+from lerobot_pi0.configuration_pi0 import ActionLimits
+from lerobot_pi0.data.normalization import NormalizationStatistics
+from lerobot_pi0.data.statistics import prepare_statistics
+from lerobot_pi0.data.training_data import make_limits
+from lerobot_pi0.errors import CheckpointError, UserError
+from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
+
+POST = "policy_postprocessor.json"
+STATE = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder, policy = tmp_path_factory.mktemp("checkpoint"), tiny_policy()
+    policy.save_pretrained(folder)
+    prepared = prepare_statistics(policy.config, statistics())
+    for pipeline in make_lerobot_pi0_pre_post_processors(policy.config, prepared):
+        pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path) -> Path:
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def set_statistic(name: str, value: float) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / STATE)
+        tensors[name][1] = value
+        save_file(tensors, folder / STATE)
+
+    return damage
+
+
+def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        pipeline = json.loads((folder / POST).read_text())
+        change(pipeline)
+        (folder / POST).write_text(json.dumps(pipeline))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (set_statistic("action.mean", float("nan")), "has nan in 'action.mean'"),
+        (set_statistic("action.std", float("inf")), "has inf in 'action.std'"),
+        (set_statistic("action.std", 0.0), "has 0 in 'action.std'"),
+        (set_statistic("action.std", -1.0), "has -1 in 'action.std'"),
+        (edit(lambda pipeline: pipeline["steps"].pop(0)), "has 0 steps 'unnormalizer_processor'"),
+        (edit(lambda pipeline: pipeline["steps"][0]["config"].update(eps=0.5)), "by another"),
+        (
+            edit(lambda pipeline: pipeline["steps"][0]["config"]["norm_map"].update(ACTION="MIN_MAX")),
+            "by another",
+        ),
+    ],
+)
+def test_a_damaged_unnormalizer_is_refused_with_the_policy(folder, damage, message):
+    Pi0Policy.from_pretrained(folder)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        Pi0Policy.from_pretrained(folder)
+
+
+def test_limits_that_are_not_finite_are_refused():
+    limits = ActionLimits([-1.0] * 4, [1.0, float("nan"), 1.0, 1.0], None, [1.0] * 4, [0.0] * 4)
+    with pytest.raises(UserError, match=r"action_limits .*NaN or infinite for \['1'\]"):
+        tiny_policy(action_limits=limits)
+
+
+def test_actions_that_are_not_finite_shape_no_limits(tmp_path, caplog):
+    (tmp_path / "data" / "chunk-000").mkdir(parents=True)
+    actions = np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+    actions[3, 1] = np.nan
+    columns = {"action": list(actions), "episode_index": [0] * 9, "index": list(range(9))}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "data" / "chunk-000" / "file-000.parquet")
+    with caplog.at_level(logging.WARNING):
+        limits = make_limits(
+            tiny_policy().config, NormalizationStatistics(statistics()), SimpleNamespace(root=tmp_path)
+        )
+    assert limits is not None
+    assert limits.step is not None
+    assert np.isfinite([limits.low, limits.high, limits.step]).all()
+    assert "1 actions of the dataset are NaN or infinite, the first one at index 3" in caplog.text
+
+
+def test_training_stops_at_a_loss_that_is_not_finite():
+    policy = Pi0Policy(tiny_config(), statistics())
+    optimizer = policy.config.get_optimizer_preset().build(policy.get_optim_params())
+    policy.train()
+    given = batch(seed=1)  # frames 10 and 11
+    policy(given)[0].backward()
+    optimizer.step()
+    policy.update()
+    given["action"][1, 2, 0] = float("nan")
+    policy(given)[0].backward()
+    with pytest.raises(UserError, match=r"NaN or infinite for the frames \[11\]"):
+        policy.update()
+
+
+def test_kinds_that_a_mapping_does_not_name_are_normalized_by_default():
+    mapping = tiny_config(normalization_mapping={"STATE": NormalizationMode.QUANTILES}).normalization_mapping
+    assert mapping["ACTION"] is NormalizationMode.MEAN_STD
+    assert mapping["STATE"] is NormalizationMode.QUANTILES
+
+
+def test_images_are_not_normalized_twice():
+    config = tiny_config(normalization_mapping={"VISUAL": NormalizationMode.MEAN_STD})
+    with pytest.raises(UserError, match=r"normalizes images \(VISUAL\)"):
+        Pi0Policy(config, statistics())
+    assert torch.is_tensor(tiny_policy().select_action(batch()))
