@@ -76,7 +76,7 @@ class ActionLimits:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What tells a person that a policy is run otherwise than it was trained."""
+    """What a policy keeps of its training data, to warn of being run otherwise than it was trained."""
 
     fps: float  # actions per second
     tasks: list[str]  # its instructions; none if there are too many to keep
@@ -155,7 +155,7 @@ class Pi0Config(PreTrainedConfig):
     # that you expect. 0: without; --inference.type=rtc then guides.
     rtc_training_max_delay: int = 0
 
-    # Moving average of the trained weights, which is evaluated and saved as the policy's; openpi's decay.
+    # EMA of the trained weights, which is evaluated and saved as the policy's; openpi's decay.
     # 0 is without. LoRA and DDP keep one as well; with FSDP it has to be 0.
     ema_decay: float = 0.99
     # Loss by joint and by part of the chunk, every so many steps (a divisor of --log_freq; 0 is never).
@@ -184,7 +184,7 @@ class Pi0Config(PreTrainedConfig):
     # Filled when weights come from a checkpoint of another layout: where they came from.
     base_checkpoint: str | None = None
     base_revision: str | None = None
-    # Filled when adapters are made: what tells the weights that they are over from others.
+    # Filled when adapters are made: the fingerprint of the weights that they are over.
     base_fingerprint: str | None = None
 
     # Retired names, which flags and saved configs may have for one release; they are not written (RETIRED).

@@ -209,7 +209,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return vars(self) | {"_open": {}}
 
     def fingerprint(self) -> str:
-        """What tells these weights from others: a digest of names, shapes, dtypes and all values."""
+        """Identifies these weights: a digest of names, shapes, dtypes and all values."""
         digest = hashlib.blake2b(digest_size=16)
         for name in sorted(self):
             tensor = self[name]

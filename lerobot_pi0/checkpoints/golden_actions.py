@@ -134,7 +134,7 @@ def _environment(config: Pi0Config, device: torch.device) -> dict[str, str]:
 
 
 def _key(wanted: Tensor, environment: dict[str, str]) -> str:
-    """What tells a policy in an environment from others."""
+    """Identifies a policy in an environment."""
     text = repr(sorted(environment.items())).encode()
     return hashlib.blake2b(wanted.numpy().tobytes() + text, digest_size=16).hexdigest()
 
