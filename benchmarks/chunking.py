@@ -37,7 +37,7 @@ def predictor(policy: Pi0Policy, way: str, rtc: RTCConfig) -> Predict:
             return predict(batch, noise=noise)
         anchor = 0 if anchor is None else anchor[0]
         left = left - anchor
-        cache = policy.encode(batch).cache(config.chunk_size)
+        cache = policy.encode(batch).buffer.read()
 
         def velocity(x: Tensor, time: Tensor) -> Tensor:
             return processor.denoise_step(

@@ -5,8 +5,9 @@ size of state and action, S tokens of a pass, T keys attended, H query heads, K 
 """
 
 from lerobot_pi0.model.gemma import ExpertConfig, GemmaConfig
+from lerobot_pi0.model.network import Network
 from lerobot_pi0.model.observation import Observation
 from lerobot_pi0.model.pi0 import Pi0
 from lerobot_pi0.model.siglip import SiglipConfig
 
-__all__ = ["ExpertConfig", "GemmaConfig", "Observation", "Pi0", "SiglipConfig"]
+__all__ = ["ExpertConfig", "GemmaConfig", "Network", "Observation", "Pi0", "SiglipConfig"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,19 +44,24 @@ def embed_time(time: Float[Tensor, "*b"], dim: int) -> Float[Tensor, "*b dim"]:
 
 def step_times(num_steps: int) -> list[float]:
     """Times at which a sampler evaluates the velocity: 1 and down, in equal steps summed in float32."""
-    times, step = [torch.tensor(1.0)], torch.tensor(-1.0 / num_steps)
+    times = [torch.tensor(1.0, dtype=torch.float32)]
+    step = torch.tensor(-1.0 / num_steps, dtype=torch.float32)
     for _ in range(num_steps - 1):
         times.append(times[-1] + step)
     return [time.item() for time in times]
 
 
 def integrate(
-    velocity: Velocity,
+    velocity: Callable[[Tensor, Any], Tensor],
     noise: Float[Tensor, "b a e"],
     num_steps: int,
+    prepared: Iterable[Any] | None = None,
 ) -> Float[Tensor, "b a e"]:
-    """Actions at time 0, by Euler steps along `velocity(actions, time)` from noise at time 1."""
+    """Actions at time 0, by Euler steps along `velocity(actions, time)` from noise at time 1. `velocity` may
+    take what was `prepared` of each step instead of its time."""
+    if prepared is None:
+        prepared = (noise.new_full((len(noise),), time) for time in step_times(num_steps))
     x = noise
-    for time in step_times(num_steps):
-        x = x - velocity(x, x.new_full((x.shape[0],), time)) / num_steps
+    for step in prepared:
+        x = torch.sub(x, velocity(x, step), alpha=1 / num_steps)
     return x

@@ -1,16 +1,16 @@
-"""Gemma: a decoder stack that adds keys and values to a cache, or reads one (Gemma Team, 2024)."""
+"""Gemma: a decoder stack that fills a cache of keys and values, or attends to one (Gemma Team, 2024)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lerobot_pi0.model.layers import Layer, Linear, RMSNorm, attend, recomputable
+from lerobot_pi0.model.layers import Layer, Linear, RMSNorm, add, attend, gated, recomputable, side_by_side
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -48,16 +48,40 @@ class ExpertConfig:
             raise ValueError(f"expert.width ({self.width}) must be even: half sines, half cosines of time")
 
 
-# "_" and not "t": a layer is given past keys alone, which are fewer than its mask has places.
+# "_" and not "t": keys are given to a layer before its own are appended, fewer than its mask has places.
 type KeysValues = tuple[Float[Tensor, "b k _ d"], Float[Tensor, "b k _ d"]]
+type Rotation = tuple[Float[Tensor, "b 1 s d"], Float[Tensor, "b 1 s d"]]
 
 
 @dataclass(frozen=True)
 class Cache:
     """What later tokens attend to: keys (rotated) and values of each layer, and which of them are real."""
 
-    layers: list[KeysValues]
+    layers: list[KeysValues]  # empty before the first tokens
     mask: Bool[Tensor, "b t"]
+
+    def place(
+        self, x: Float[Tensor, "b s w"], own: Bool[Tensor, "b s"] | None, head_dim: int
+    ) -> tuple[Rotation, Bool[Tensor, "b t"] | None]:
+        """The rotation of the next tokens, of which `own` are real (None: all), and the mask of what they see
+        (None: all of it)."""
+        # Masked tokens do not advance positions, so a padded prompt or an absent camera moves nobody.
+        own = self.mask.new_ones(x.shape[:2]) if own is None else own
+        positions = own.cumsum(1) - 1 + self.mask.sum(1, keepdim=True)
+        return rotation(positions, head_dim), torch.cat((self.mask, own), 1)
+
+    def append(
+        self, layer: int, keys: Float[Tensor, "b k s d"], values: Float[Tensor, "b k s d"]
+    ) -> KeysValues:
+        """All keys and values of a layer, those of new tokens last."""
+        if not self.layers:
+            return keys, values
+        past = self.layers[layer]
+        return torch.cat((past[0], keys), 2), torch.cat((past[1], values), 2)
+
+    def grown(self, layers: list[KeysValues], mask: Bool[Tensor, "b t"] | None) -> Cache:
+        """The cache after `append` has returned these for its layers, and `place` this mask."""
+        return Cache(layers, self.mask if mask is None else mask)
 
     def repeat(self, times: int) -> Cache:
         """The cache for a batch in which every sample stands `times` times in a row."""
@@ -65,9 +89,6 @@ class Cache:
             return self
         layers = [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.layers]
         return Cache(layers, self.mask.repeat_interleave(times, 0))
-
-
-type Rotation = tuple[Float[Tensor, "b 1 s d"], Float[Tensor, "b 1 s d"]]
 
 
 def rotation(positions: Int[Tensor, "b s"], head_dim: int) -> Rotation:
@@ -89,7 +110,7 @@ class DecoderLayer(Layer):
 
     def __init__(self, width: int, mlp_dim: int, num_heads: int, num_kv_heads: int, head_dim: int):
         super().__init__()
-        self.head_dim = head_dim
+        self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.attention_norm = RMSNorm(width)
         self.q_proj = Linear(width, num_heads * head_dim, bias=False)
         self.k_proj = Linear(width, num_kv_heads * head_dim, bias=False)
@@ -105,33 +126,34 @@ class DecoderLayer(Layer):
         self,
         x: Float[Tensor, "b s w"],
         by: Rotation,
-        past: KeysValues | None,
-        mask: Bool[Tensor, "b t"] | None,
+        append: Callable[[Tensor, Tensor], KeysValues],
+        mask: Bool[Tensor, "b t"] | None = None,
         blocks: Sequence[int] | None = None,
+        keys_values_only: bool = False,
     ) -> tuple[Float[Tensor, "b s w"], KeysValues]:
-        """One block: the tokens' new hidden states, and the keys and values that they saw, past ones first.
+        """One block: the tokens' new hidden states, and the keys and values that they saw.
 
-        Tokens in several `blocks`, of so many each, do not see the later ones. Without a mask only keys and
-        values are computed, and `x` comes back as it was.
+        `append` takes the tokens' own keys and values and returns all that they see, own ones last. Tokens in
+        several `blocks`, of so many each, do not see the later ones. With `keys_values_only`, `x` comes back
+        as it was.
         """
-        h = self.attention_norm(x)
-        keys, values = rotate(self._heads(self.k_proj(h)), by), self._heads(self.v_proj(h))
-        if past is not None:
-            keys, values = torch.cat((past[0], keys), 2), torch.cat((past[1], values), 2)
-        if mask is None:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        # Without k_proj, q_proj is a backend that computes all three.
+        skipped = keys_values_only and self.k_proj is not None
+        heads = side_by_side(self.attention_norm(x), *projections[skipped:])
+        heads, kv_heads = heads.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), self.num_kv_heads
+        turned = rotate(heads[:, :-kv_heads], by)
+        keys, values = append(turned[:, -kv_heads:], heads[:, -kv_heads:])
+        if keys_values_only:
             return x, (keys, values)
-        queries = rotate(self._heads(self.q_proj(h)), by).split(blocks or x.shape[1], 2)
         seen, attended = keys.shape[2] - x.shape[1], []
-        for block in queries:
-            seen += block.shape[2]
-            attended.append(attend(block, keys[:, :, :seen], values[:, :, :seen], mask[:, :seen]))
-        x = x + self.o_proj(torch.cat(attended, 1))
-        h = self.mlp_norm(x)
-        x = x + self.down_proj(F.gelu(self.gate_proj(h), approximate="tanh") * self.up_proj(h))
-        return x, (keys, values)
-
-    def _heads(self, x: Float[Tensor, "b s hd"]) -> Float[Tensor, "b h s d"]:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        for queries in turned[:, :-kv_heads].split(blocks or x.shape[1], 2):
+            seen += queries.shape[2]
+            visible = None if mask is None else mask[:, :seen]
+            attended.append(attend(queries, keys[:, :, :seen], values[:, :, :seen], visible))
+        x = add(self.o_proj, torch.cat(attended, 1) if blocks else attended[0], x)
+        hidden = gated(self.gate_proj, self.up_proj, self.mlp_norm(x))
+        return add(self.down_proj, hidden, x), (keys, values)
 
 
 class Decoder(nn.Module):
@@ -139,40 +161,31 @@ class Decoder(nn.Module):
 
     def __init__(self, width: int, mlp_dim: int, heads: GemmaConfig):
         super().__init__()
-        self.head_dim = heads.head_dim
+        self.heads = heads
         self.layers = nn.ModuleList(
             DecoderLayer(width, mlp_dim, heads.num_heads, heads.num_kv_heads, heads.head_dim)
             for _ in range(heads.depth)
         )
         self.norm = RMSNorm(width)
 
-    def extend(
-        self, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "b s"], cache: Cache | None = None
+    def prefill(
+        self, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "b s"] | None = None, cache: Cache | None = None
     ) -> Cache:
-        """The cache with these tokens appended. Of the last layer only keys and values are computed."""
-        by, past, mask = self._place(mask, cache)
-        extended = []
-        for layer, seen in zip(self.layers, past, strict=True):
-            is_last = layer is self.layers[-1]
-            x, keys_values = layer(x, by, seen, None if is_last else mask)
-            extended.append(keys_values)
-        return Cache(extended, mask)
+        """The cache with these tokens appended, all real without a `mask`. Of the last layer only keys and
+        values are computed."""
+        cache = cache or Cache([], x.new_empty(len(x), 0, dtype=torch.bool))
+        (by, seen), filled = cache.place(x, mask, self.heads.head_dim), []
+        for i, layer in enumerate(self.layers):
+            is_last = i == len(self.layers) - 1
+            x, keys_values = layer(x, by, partial(cache.append, i), seen, None, is_last)
+            filled.append(keys_values)
+        return cache.grown(filled, seen)
 
-    def read(
+    def attend(
         self, x: Float[Tensor, "b s w"], cache: Cache, blocks: Sequence[int] | None = None
     ) -> Float[Tensor, "b s w"]:
         """Normed output of tokens, all real, that see the cache and one another (or earlier blocks)."""
-        by, past, mask = self._place(cache.mask.new_ones(x.shape[:2]), cache)
-        for layer, seen in zip(self.layers, past, strict=True):
-            x, _ = layer(x, by, seen, mask, blocks)
+        by, seen = cache.place(x, None, self.heads.head_dim)
+        for i, layer in enumerate(self.layers):
+            x, _ = layer(x, by, partial(cache.append, i), seen, blocks)
         return self.norm(x)
-
-    def _place(
-        self, mask: Bool[Tensor, "b s"], cache: Cache | None
-    ) -> tuple[Rotation, list[KeysValues] | list[None], Bool[Tensor, "b t"]]:
-        # Masked tokens do not advance positions, so a padded prompt or an absent camera moves nobody.
-        positions = mask.cumsum(1) - 1
-        if cache is None:
-            return rotation(positions, self.head_dim), [None] * len(self.layers), mask
-        positions = positions + cache.mask.sum(1, keepdim=True)
-        return rotation(positions, self.head_dim), cache.layers, torch.cat((cache.mask, mask), 1)

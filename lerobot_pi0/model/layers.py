@@ -90,6 +90,41 @@ def recomputable[Forward: Callable[..., Any]](forward: Forward) -> Forward:
     return cast(Forward, checkpointed)
 
 
+class LinearBackend(nn.Module):
+    """In the place of a `Linear`, or in that of several with one input, outputs side by side: then None is in
+    the others' places. It may fuse what a layer computes after the product."""
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self(x)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return F.gelu(self(x), approximate="tanh")
+
+    def gated(self, up: nn.Module | None, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def side_by_side(x: Float[Tensor, "*s i"], *linears: nn.Module | None) -> Float[Tensor, "*s o"]:
+    """The outputs of linear layers with one input, concatenated."""
+    outputs = [linear(x) for linear in linears if linear is not None]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def add(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    """The output of a linear layer, added to `residual`."""
+    return linear.add(x, residual) if isinstance(linear, LinearBackend) else residual + linear(x)
+
+
+def gelu(linear: nn.Module, x: Tensor) -> Tensor:
+    """GELU (the tanh approximation) of the output of a linear layer."""
+    return linear.gelu(x) if isinstance(linear, LinearBackend) else F.gelu(linear(x), approximate="tanh")
+
+
+def gated(gate: nn.Module, up: nn.Module | None, x: Tensor) -> Tensor:
+    """The hidden layer of a gated MLP: gelu(gate x) · (up x)."""
+    return gate.gated(up, x) if isinstance(gate, LinearBackend) else gelu(gate, x) * side_by_side(x, up)
+
+
 def attend(
     q: Float[Tensor, "b h s d"],
     k: Float[Tensor, "b k t d"],

@@ -55,28 +55,18 @@ class Pi0(nn.Module):
         self.action_time_mlp_out = Linear(expert.width, expert.width)
         self.action_out_proj = Linear(expert.width, action_dim)
         # No output depends on these: they stay for round trips with published checkpoints.
-        last = self.vlm.layers[-1]
-        for unused in (
-            last.q_proj,
-            last.o_proj,
-            last.mlp_norm,
-            last.gate_proj,
-            last.up_proj,
-            last.down_proj,
-            self.vlm.norm,
-        ):
-            unused.requires_grad_(False)
+        for name in ("q_proj", "o_proj", "mlp_norm", "gate_proj", "up_proj", "down_proj"):
+            self.vlm.layers[-1].get_submodule(name).requires_grad_(False)
+        self.vlm.norm.requires_grad_(False)
 
     def prefix(self, observation: Observation) -> Cache:
         """Keys and values of images and prompt: all that depends on the vision-language model."""
-        images = self.vision(observation.images.flatten(0, 1), self.dtype)
-        return self.vlm.extend(*self.join(observation, images))
+        return self.vlm.prefill(*self.embed_prefix(observation))
 
-    def join(
-        self, observation: Observation, images: Float[Tensor, "bv t w"]
-    ) -> tuple[Float[Tensor, "b p w"], Bool[Tensor, "b p"]]:
+    def embed_prefix(self, observation: Observation) -> tuple[Float[Tensor, "b p w"], Bool[Tensor, "b p"]]:
         """The language model's input, encoded images and then the prompt, and which of it is real."""
         batch, views = observation.images.shape[:2]
+        images = self.vision(observation.images.flatten(0, 1), self.dtype)
         images = images.unflatten(0, (batch, views)).flatten(1, 2)
         # The prompt is on the scale √width, as Gemma was trained; the images are not scaled.
         prompt = self.token_embedding(observation.tokens) * self.token_embedding.embedding_dim**0.5
@@ -86,14 +76,23 @@ class Pi0(nn.Module):
 
     def with_state(self, prefix: Cache, state: Float[Tensor, "b e"]) -> Cache:
         """The prefix with the state token appended: all that actions attend to besides themselves."""
-        token = self.embed_state(state)
-        return self.expert.extend(token, prefix.mask.new_ones(token.shape[:2]), prefix)
+        return self.expert.prefill(self.embed_state(state), cache=prefix)
 
     def velocity(
         self, context: Cache, actions: Float[Tensor, "b a e"], time: Float[Tensor, "b ..."]
     ) -> Float[Tensor, "b a e"]:
         """Velocity of noisy actions at `time`, one per sample or one per action, given prefix and state."""
-        x = self.expert.read(self.embed_actions(actions, time), context)
+        return self.velocity_at(context, actions, self.prepare(time))
+
+    def prepare(self, time: Float[Tensor, "b ..."]) -> Float[Tensor, "b _ w"]:
+        """What of a velocity depends on the time alone, one per sample or one per action: its embedding."""
+        return embed_time(time if time.ndim == 2 else time[:, None], self.expert_width)
+
+    def velocity_at(
+        self, context: Cache, actions: Float[Tensor, "b a e"], prepared: Float[Tensor, "..."]
+    ) -> Float[Tensor, "b a e"]:
+        """Velocity of noisy actions at a time that was prepared, given prefix and state."""
+        x = self.expert.attend(self.embed_actions(actions, prepared), context)
         return self.action_out_proj(x.float())
 
     def embed_state(self, state: Float[Tensor, "b e"]) -> Float[Tensor, "b 1 w"]:
@@ -101,13 +100,12 @@ class Pi0(nn.Module):
         return self.state_proj(state.float())[:, None].to(self.dtype)
 
     def embed_actions(
-        self, actions: Float[Tensor, "b a e"], time: Float[Tensor, "b ..."]
+        self, actions: Float[Tensor, "b a e"], prepared: Float[Tensor, "..."]
     ) -> Float[Tensor, "b a w"]:
         """Tokens of noisy actions, which know their time."""
         action = self.action_in_proj(actions.float())
-        embedding = embed_time(time if time.ndim == 2 else time[:, None], self.expert_width).expand_as(action)
-        x = F.silu(self.action_time_mlp_in(torch.cat((action, embedding), -1)))
-        return self.action_time_mlp_out(x).to(self.dtype)
+        x = torch.cat((action, prepared.expand_as(action)), -1)
+        return self.action_time_mlp_out(F.silu(self.action_time_mlp_in(x))).to(self.dtype)
 
     def loss(
         self,
@@ -119,17 +117,16 @@ class Pi0(nn.Module):
     ) -> Float[Tensor, "n a e"]:
         """Squared error of the velocity, unreduced; n = k·b draws k (noise, time) pairs per observation.
 
-        `time` is one per sample or one per action; actions at time 0 are given as they are.
-
-        A `prefix` that was computed before, without a graph, leaves the gradients of the expert as they are.
-        State and actions go through the expert together, so that its weights have one gradient to write.
+        `time` is one per sample or one per action; actions at time 0 are given as they are. A `prefix` that
+        was computed before, without a graph, leaves the gradients of the expert as they are.
         """
         draws = noise.shape[0] // actions.shape[0]
         prefix = (prefix or self.prefix(observation)).repeat(draws)
         x, velocity = interpolate(actions.repeat_interleave(draws, 0), noise, time)
         state = self.embed_state(observation.state).repeat_interleave(draws, 0)
-        tokens = torch.cat((state, self.embed_actions(x, time)), 1)
-        x = self.expert.read(tokens, prefix, blocks=(1, x.shape[1]))[:, 1:]
+        # Together, so that the expert's weights have one gradient to write.
+        tokens = torch.cat((state, self.embed_actions(x, self.prepare(time))), 1)
+        x = self.expert.attend(tokens, prefix, blocks=(1, x.shape[1]))[:, 1:]
         return (self.action_out_proj(x.float()) - velocity).square()
 
     @torch.no_grad()

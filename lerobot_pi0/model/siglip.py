@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lerobot_pi0.model.layers import Layer, LayerNorm, Linear, attend, recomputable
+from lerobot_pi0.model.layers import Layer, LayerNorm, Linear, add, attend, gelu, recomputable, side_by_side
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -56,13 +56,10 @@ class VisionLayer(Layer):
 
     @recomputable
     def forward(self, x: Float[Tensor, "n t w"]) -> Float[Tensor, "n t w"]:
-        h = self.attention_norm(x)
-        q, k, v = (
-            proj(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        x = x + self.o_proj(attend(q, k, v))
-        return x + self.down_proj(F.gelu(self.up_proj(self.mlp_norm(x)), approximate="tanh"))
+        qkv = side_by_side(self.attention_norm(x), self.q_proj, self.k_proj, self.v_proj)
+        heads = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = add(self.o_proj, attend(*heads), x)
+        return add(self.down_proj, gelu(self.up_proj, self.mlp_norm(x)), x)
 
 
 class Siglip(nn.Module):

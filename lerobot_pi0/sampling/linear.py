@@ -1,48 +1,39 @@
-"""Forms that a sampler can give the weights of a linear layer: fused, packed or int8.
+"""Linear backends, modules that a sampler puts in the place of linear layers: fused, packed or int8.
 
-Every form computes x·Wᵀ + b and offers what surrounds it in a transformer as part of the product where it
-can: adding it to the residual stream, GELU, and the gate of a gated MLP.
+Every backend computes x·Wᵀ + b and, where it can, what follows that in a transformer in the same operation:
+adding it to the residual stream, GELU, and the gate of a gated MLP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-type Form = Literal["fused", "packed", "int8"]
+from lerobot_pi0.model.layers import LinearBackend
+
+type BackendName = Literal["fused", "packed", "int8"]
 
 
-class Product(Protocol):
+class Backend(LinearBackend):
     """Linear layers with one input, side by side: weights (out, in), all with biases (out) or none.
 
     They are given in the dtype of the `x` to come.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()): ...
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(..., in) → (..., out)."""
-        ...
-
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """Its output added to `residual`."""
-        ...
-
-    def gelu(self, x: Tensor) -> Tensor:
-        """GELU (the tanh approximation) of its output."""
-        ...
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()):
+        raise NotImplementedError
 
     @classmethod
-    def gated(cls, gate: Tensor, up: Tensor) -> Callable[[Tensor], Tensor]:
-        """The hidden layer of a gated MLP: x ↦ gelu(gate x) · (up x)."""
-        ...
+    def gate_and_up(cls, gate: Tensor, up: Tensor) -> tuple[Self, Self | None]:
+        """Backends for the two layers of a gated MLP with one input; None where the first computes both."""
+        return cls((gate,)), cls((up,))
 
 
-class Fused:
+class Fused(Backend):
     """torch's own product over weights side by side: what `torch.compile` and a GPU want.
 
     The tensors that it is given become parts of it, so that a GPU holds nothing twice, save what adapters
@@ -51,6 +42,7 @@ class Fused:
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()):
+        nn.Module.__init__(self)
         self.weight = nn.Parameter(_side_by_side(weights), requires_grad=False)
         self.bias = nn.Parameter(_side_by_side(biases), requires_grad=False) if biases else None
         if len(weights) > 1:
@@ -58,54 +50,41 @@ class Fused:
             for weight, part in zip(weights, parts, strict=True):
                 weight.data = part
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        return residual + self(x)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        return F.gelu(self(x), approximate="tanh")
+    def gated(self, up: nn.Module | None, x: Tensor) -> Tensor:
+        gate, upper = self(x).chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh") * upper
 
     @classmethod
-    def gated(cls, gate: Tensor, up: Tensor) -> Callable[[Tensor], Tensor]:
-        both = cls((gate, up))
-
-        def hidden(x: Tensor) -> Tensor:
-            gated, upper = both(x).chunk(2, dim=-1)
-            return F.gelu(gated, approximate="tanh") * upper
-
-        return hidden
+    def gate_and_up(cls, gate: Tensor, up: Tensor) -> tuple[Self, Self | None]:
+        return cls((gate, up)), None
 
 
-class Packed:
+class Packed(Backend):
     """oneDNN's product over a weight reordered for this processor once, instead of in every call.
 
     These are the operators that `torch.compile` itself calls on a CPU.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()):
+        nn.Module.__init__(self)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(_side_by_side(weights).contiguous())
         self.bias = _side_by_side(biases) if biases else None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
 
     def gelu(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "tanh")
 
-    @classmethod
-    def gated(cls, gate: Tensor, up: Tensor) -> Callable[[Tensor], Tensor]:
-        gate_proj, up_proj = cls((gate,)), cls((up,))
-
-        def hidden(x: Tensor) -> Tensor:
-            gated = gate_proj.gelu(x)
-            return torch.ops.mkldnn._linear_pointwise.binary(x, gated, up_proj.weight, None, "mul")
-
-        return hidden
+    def gated(self, up: nn.Module | None, x: Tensor) -> Tensor:
+        assert isinstance(up, Packed)
+        return torch.ops.mkldnn._linear_pointwise.binary(x, self.gelu(x), up.weight, None, "mul")
 
     @staticmethod
     def runs(dtype: torch.dtype) -> bool:
@@ -115,7 +94,7 @@ class Packed:
         return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-class Int8:
+class Int8(Backend):
     """oneDNN's product of 8-bit integers: a scale for each output of the weight, one for each row of `x`.
 
     Rows are scaled by their largest element when they come. Activations are unsigned around 128: that is what
@@ -125,6 +104,7 @@ class Int8:
     ZERO = 128
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()):
+        nn.Module.__init__(self)
         weight = _side_by_side(weights).float()
         scale = weight.abs().amax(1).clamp(min=1e-12) / 127
         integers = (weight / scale[:, None]).round().to(torch.int8)
@@ -158,28 +138,20 @@ class Int8:
         ).mul_(scale)
         return product if self.bias is None else product.add_(self.bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.multiply(*self.quantise(x))
 
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
         return self(x).add_(residual)
 
-    def gelu(self, x: Tensor) -> Tensor:
-        return F.gelu(self(x), approximate="tanh")
-
-    @classmethod
-    def gated(cls, gate: Tensor, up: Tensor) -> Callable[[Tensor], Tensor]:
-        gate_proj, up_proj = cls((gate,)), cls((up,))
-
-        def hidden(x: Tensor) -> Tensor:
-            rows = cls.quantise(x)
-            return F.gelu(gate_proj.multiply(*rows), approximate="tanh").mul_(up_proj.multiply(*rows))
-
-        return hidden
+    def gated(self, up: nn.Module | None, x: Tensor) -> Tensor:
+        assert isinstance(up, Int8)
+        rows = self.quantise(x)
+        return F.gelu(self.multiply(*rows), approximate="tanh").mul_(up.multiply(*rows))
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-FORMS: dict[Form, type[Product]] = {"fused": Fused, "packed": Packed, "int8": Int8}
+BACKENDS: dict[BackendName, type[Backend]] = {"fused": Fused, "packed": Packed, "int8": Int8}

@@ -14,7 +14,7 @@ from torch import Tensor
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.model import Observation, Pi0
-from lerobot_pi0.sampling.linear import Form, Packed
+from lerobot_pi0.sampling.linear import BackendName, Packed
 from lerobot_pi0.sampling.rtc import Leftover, decided, guidance, read_leftover, tell_of_horizon
 from lerobot_pi0.sampling.sampler import Context, Sampler
 from lerobot_pi0.training.lora import adapter_state
@@ -54,7 +54,7 @@ class PolicySampler:
         self._source, self._source_version = source, self._weights_version()
 
     @property
-    def linear_backend(self) -> Form:
+    def linear_backend(self) -> BackendName:
         """The linear backend for the config's `backend` on its device."""
         wanted, on_cpu = self.config.backend, self.config.device == "cpu"
         if wanted == "int8" and not on_cpu:
@@ -72,7 +72,7 @@ class PolicySampler:
     def noise(self, batch_size: int) -> Float[Tensor, "b a e"]:
         """Random noise to start from, on the network's device."""
         shape = (batch_size, self.config.chunk_size, self.config.max_action_dim)
-        return torch.randn(shape, device=self.network.action_out_proj.weight.device)
+        return torch.randn(shape, dtype=torch.float32, device=self.network.action_out_proj.weight.device)
 
     def remainder(
         self,

@@ -1,26 +1,26 @@
 """`lerobot-pi0 attention`: where the action tokens look: at which patches of the pictures, which words, the
 state, one another.
 
-The model's own attention, computed here and not in the network, which keeps no probabilities:
-`attend_visibly` runs the expert's layers by their parts, to the same output. What is attended to need not be
-what matters for the actions; `lerobot-pi0 language` tests that for words.
+The network keeps no attention probabilities: they are computed again from the queries and keys of its layers,
+which hooks record while it samples. What is attended to need not be what matters for the actions;
+`lerobot-pi0 language` tests that for words.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.dataset import dataset_metadata, open_dataset
 from lerobot_pi0.inputs.policy import LoadedPolicy, load_policy, read_config
-from lerobot_pi0.model import Observation, Pi0
-from lerobot_pi0.model.flow import step_times
-from lerobot_pi0.model.gemma import Cache, DecoderLayer, rotate, rotation
+from lerobot_pi0.model import Network, Observation
+from lerobot_pi0.model.flow import integrate
+from lerobot_pi0.model.gemma import Decoder, DecoderLayer, rotate
 from lerobot_pi0.processor_pi0 import Pi0TokenizerStep
 from lerobot_pi0.tools.flags import AttentionConfig
 from lerobot_pi0.tools.open_loop import draw_noise, observations, prepare, read_recording, select_episodes
@@ -129,43 +129,45 @@ def divide(
     )
 
 
-def sampling_attention(model: Pi0, observation: Observation, noise: Tensor, num_steps: int) -> Tensor:
+def sampling_attention(model: Network, observation: Observation, noise: Tensor, num_steps: int) -> Tensor:
     """Attention (layers, H, T) of the action tokens while chunks are sampled from noise (K, A, E) at one
     observation: the mean over steps, actions and samples."""
     context = model.with_state(model.prefix(observation), observation.state).repeat(len(noise))
-    x, total = noise, torch.zeros(())
-    for time in step_times(num_steps):
-        velocity, attention = attend_visibly(model, context, x, x.new_full((len(x),), time))
-        x = x - velocity / num_steps
-        total = total.to(x.device) + attention.mean((1, 3)) / num_steps
-    return total
+    means = []
+
+    def velocity(actions: Tensor, time: Tensor) -> Tensor:
+        with recorded_attention(model.expert) as attention:
+            v = model.velocity(context, actions, time)
+        means.append(torch.stack([of_layer.mean((0, 2)) for of_layer in attention]))
+        return v
+
+    integrate(velocity, noise, num_steps)
+    return torch.stack(means).mean(0)
 
 
-def attend_visibly(model: Pi0, context: Cache, actions: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    """What `model.velocity` gives, and the attention (layers, B, H, A, T) that it came by, in float32."""
-    x = model.embed_actions(actions, time)
-    own = context.mask.new_ones(x.shape[:2])
-    mask = torch.cat((context.mask, own), 1)[:, None, None]
-    positions = own.cumsum(1) - 1 + context.mask.sum(1, keepdim=True)
-    by = rotation(positions, model.expert.head_dim)
-    attention = []
-    layers = cast(Iterable[DecoderLayer], model.expert.layers)
-    for layer, (past_keys, past_values) in zip(layers, context.layers, strict=True):
-        h = layer.attention_norm(x)
-        q, k, v = (
-            project(h).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
-            for project in (layer.q_proj, layer.k_proj, layer.v_proj)
-        )
-        q, k = rotate(q, by), rotate(k, by)
-        shared_by = q.shape[1] // k.shape[1]
-        keys = torch.cat((past_keys, k), 2).repeat_interleave(shared_by, 1)
-        values = torch.cat((past_values, v), 2).repeat_interleave(shared_by, 1)
-        logits = q.float() @ keys.float().mT * layer.head_dim**-0.5
-        attention.append(logits.masked_fill(~mask, -torch.inf).softmax(-1))
-        x = x + layer.o_proj((attention[-1].to(x.dtype) @ values).transpose(1, 2).flatten(2))
-        h = layer.mlp_norm(x)
-        x = x + layer.down_proj(F.gelu(layer.gate_proj(h), approximate="tanh") * layer.up_proj(h))
-    return model.action_out_proj(model.expert.norm(x).float()), torch.stack(attention)
+@contextmanager
+def recorded_attention(decoder: Decoder) -> Iterator[list[Tensor]]:
+    """A list that gets the attention (B, H, S, T) of each pass of tokens through a layer, in float32."""
+    recorded: list[Tensor] = []
+
+    def record(layer: DecoderLayer, given: tuple[Any, ...], queries: Tensor, keys: Tensor) -> None:
+        _, by, _, mask, *_ = given
+        q = rotate(queries.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2), by)
+        k = keys.repeat_interleave(q.shape[1] // keys.shape[1], 1)
+        logits = q.float() @ k.float().mT * layer.head_dim**-0.5
+        recorded.append(logits.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1))
+
+    with ExitStack() as hooks:
+        for layer in cast(Iterable[DecoderLayer], decoder.layers):
+            queries: list[Tensor] = []
+            for hook in (
+                layer.q_proj.register_forward_hook(lambda _, __, out, to=queries: to.append(out)),
+                layer.register_forward_hook(
+                    lambda layer, given, out, to=queries: record(layer, given, to.pop(), out[1][0])
+                ),
+            ):
+                hooks.callback(hook.remove)
+        yield recorded
 
 
 def without_letterbox(patches: np.ndarray, size: int, height: int, width: int) -> np.ndarray:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.model import Pi0
 from lerobot_pi0.model.layers import Linear
 
 
@@ -24,7 +23,7 @@ def compute_as_given(model: nn.Module) -> None:
                 factors[name] = _following(factor)
 
 
-def fold(model: Pi0, name: str, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+def fold(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
     """A parameter, by its name in a network without adapters, with these in it; float32 where they change it.
 
     `tensors` may give the parameters without adapters in the network's stead.
@@ -67,14 +66,14 @@ def adapter_state(model: nn.Module) -> list[Any]:
     ]
 
 
-def trains_in_full(model: Pi0, name: str) -> bool:
+def trains_in_full(model: nn.Module, name: str) -> bool:
     """Whether a parameter, by its name in a network without adapters, is in a module that trains in full."""
     modules = name.split(".")[:-1]
     paths = (".".join(modules[: i + 1]) for i in range(len(modules)))
     return any(hasattr(model.get_submodule(path), "modules_to_save") for path in paths)
 
 
-def summary(model: Pi0) -> str:
+def summary(model: nn.Module) -> str:
     """One line: how many parameters train, adapters of which rank are where, and what trains in full."""
     counts = Counter(
         (name.partition(".")[0], rank) for name, layer in _lora_layers(model) for rank in layer.r.values()

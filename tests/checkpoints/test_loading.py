@@ -366,7 +366,7 @@ def test_policy_deployed_on_a_cpu_leaves_its_parameters_in_the_file_and_samples_
 ):
     policy = Pi0Policy.from_pretrained(saved, config=tiny_config(dtype=dtype))
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
-    assert {tensor.dtype for tensor in policy.encode(batch()).keys} == {getattr(torch, dtype)}
+    assert {keys.dtype for keys, _ in policy.encode(batch()).buffer.layers} == {getattr(torch, dtype)}
     assert not policy.training
 
 

@@ -81,7 +81,7 @@ def observe() -> Callable[..., Observation]:
             images=images.permute(0, 1, 4, 2, 3).float() / 255 * 2 - 1,
             image_mask=torch.stack([inputs[f"image_mask/{camera}"] for camera in cameras or CAMERAS], 1),
             tokens=inputs["tokenized_prompt"].long(),
-            token_mask=inputs["tokenized_prompt_mask"],
+            token_mask=inputs["tokenized_prompt_mask"].clone(),  # a test may change it
             state=inputs["state"],
         )
 

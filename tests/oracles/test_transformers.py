@@ -157,8 +157,8 @@ def test_gemma_stack_extended_and_read_is_one_pass_with_a_block_mask(sizes, rand
     copy_weights(ours, theirs, renamed)
     x = torch.randn(2, 9, vlm.width, generator=torch.Generator().manual_seed(3))
     real = torch.tensor([[True] * 5, [True, True, False, True, False]])
-    prefix = ours.extend(x[:, :5], real)
-    out = ours.read(x[:, 5:], prefix)
+    prefix = ours.prefill(x[:, :5], real)
+    out = ours.attend(x[:, 5:], prefix)
 
     mask = torch.cat((real, torch.ones(2, 4, dtype=torch.bool)), 1)
     block = torch.tensor([0] * 5 + [1] * 4)

@@ -60,7 +60,7 @@ def test_weights_are_lerobots(schedule, delay, end):
 def test_guidance_is_the_papers_by_a_dense_jacobian():
     """Written down in the paper's time, with the Jacobian of the whole denoised chunk."""
     policy, observation = tiny_policy(), first(batch())
-    context = policy.encode(observation).cache(CHUNK)
+    context = policy.encode(observation).buffer.read()
     target = torch.randn(1, CHUNK, PADDED, generator=torch.Generator().manual_seed(1))
     weights = prefix_weights(2, 5, CHUNK, "EXP")[:, None].expand(CHUNK, PADDED)
     x, bound = noise(1), 5.0
@@ -117,7 +117,7 @@ def test_a_leftover_guides_also_when_there_is_no_delay(policy, observation):
 
 
 def test_no_graph_outlives_a_step(policy, observation):
-    context = policy.encode(observation).cache(CHUNK)
+    context = policy.encode(observation).buffer.read()
     alive = []
 
     def velocity(x, time):
@@ -317,7 +317,7 @@ def test_a_policy_trained_for_it_is_given_what_is_decided(observation):
     assert torch.equal(chunk[0, :2], left[:2])
 
     # By the network itself, with a time for each action.
-    context = policy.encode(observation).cache(CHUNK)
+    context = policy.encode(observation).buffer.read()
     known = torch.arange(CHUNK) < 2
     given = torch.zeros(1, CHUNK, PADDED)
     given[0, :, :ACTION] = left

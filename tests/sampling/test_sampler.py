@@ -28,16 +28,16 @@ from torch import Tensor
 
 from lerobot_pi0 import Pi0Policy
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.model import Observation, Pi0
+from lerobot_pi0.model import Observation, Pi0, gemma
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
-from lerobot_pi0.sampling import sampler as inference
-from lerobot_pi0.sampling.linear import Form, Int8, Packed
+from lerobot_pi0.sampling import buffer
+from lerobot_pi0.sampling.linear import BackendName, Int8, Packed
 from lerobot_pi0.sampling.policy_sampler import PolicySampler
 from lerobot_pi0.sampling.rtc import Decided
 from lerobot_pi0.sampling.sampler import Sampler, in_any_thread
 
 STEPS = 10
-EXACT: tuple[Form, ...] = ("fused", "packed")
+EXACT: tuple[BackendName, ...] = ("fused", "packed")
 
 
 @pytest.fixture
@@ -89,10 +89,10 @@ def test_absent_camera_and_padding_are_neither_encoded_nor_kept(model, observati
     model.vision.patch_embedding.register_forward_pre_hook(lambda *_: encoded.append(1))
     original = model.vision.embed
     model.vision.embed = lambda images, dtype: encoded.append(len(images)) or original(images, dtype)
-    context = Sampler(model, "packed").context(of_first(observation), CHUNK)
+    buffer = Sampler(model, "packed").context(of_first(observation), CHUNK).buffer
     assert encoded == [2]
-    assert context.keys[0].shape[2] == 2 * 16 + 9 + 1 + CHUNK
-    assert context.mask is None  # so that no mask is applied
+    assert buffer.layers[0][0].shape[2] == 2 * 16 + 9 + 1 + CHUNK
+    assert buffer.all_real  # so that no mask is applied
 
 
 @pytest.mark.parametrize("form", EXACT)
@@ -101,6 +101,24 @@ def test_bfloat16_stays_as_close_to_float32_as_the_networks_own(model, observati
     model.bfloat16().dtype = torch.bfloat16
     own = (model.sample(observation, noise(), STEPS) - wanted).abs().max()
     assert (Sampler(model, form).sample(observation, noise(), STEPS) - wanted).abs().max() < 1.5 * own
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_torchs_default_dtype_changes_no_action(dtype):
+    """While it is another, and after: what is computed of the times of the steps is kept."""
+    policy, given = tiny_policy(), batch()
+    remainder = {"inference_delay": 1, "prev_chunk_left_over": torch.ones(CHUNK, ACTION)}
+    calls: list[dict[str, Any]] = [{}, remainder]
+    wanted = [tiny_policy().predict_action_chunk(given, noise=noise(), **rest) for rest in calls]
+    start = noise()
+    torch.set_default_dtype(dtype)
+    try:
+        found = [policy.predict_action_chunk(given, noise=start, **rest) for rest in calls]
+        assert policy.select_action(given).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    found += [policy.predict_action_chunk(given, noise=start, **rest) for rest in calls]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted * 2, strict=True))
 
 
 def test_int8_points_where_float32_does(model, observation):
@@ -156,20 +174,16 @@ def test_samples_of_an_observation_share_its_prefix_and_stand_in_a_row(model, ob
 def test_denoising_steps_write_behind_the_prefix_and_nowhere_else(model, observation):
     sampler = Sampler(model, "packed")
     context = sampler.context(observation, CHUNK)
-    kept = [
-        (k[:, :, :-CHUNK].clone(), v[:, :, :-CHUNK].clone())
-        for k, v in zip(context.keys, context.values, strict=True)
-    ]
-    places = [tensor.data_ptr() for tensor in (*context.keys, *context.values)]
+    before = [tensor.clone() for layer in context.buffer.layers for tensor in layer]
     sampler.actions(context, noise(), STEPS)
-    assert places == [tensor.data_ptr() for tensor in (*context.keys, *context.values)]
-    for (keys, values), k, v in zip(kept, context.keys, context.values, strict=True):
-        assert torch.equal(k[:, :, :-CHUNK], keys)
-        assert torch.equal(v[:, :, :-CHUNK], values)
+    after = [tensor for layer in context.buffer.layers for tensor in layer]
+    for was, is_now in zip(before, after, strict=True):
+        assert torch.equal(is_now[:, :, :-CHUNK], was[:, :, :-CHUNK])
+        assert not torch.equal(is_now[:, :, -CHUNK:], was[:, :, -CHUNK:])
 
 
 def test_images_prompt_state_and_time_are_embedded_once_per_chunk(model, observation, monkeypatch):
-    calls = dict.fromkeys(("join", "state_proj", "rotation", "embed_time"), 0)
+    calls = dict.fromkeys(("prompt", "state", "rotation", "time"), 0)
 
     def counting(name: str, function: Any) -> Any:
         def counted(*args: Any) -> Any:
@@ -178,15 +192,17 @@ def test_images_prompt_state_and_time_are_embedded_once_per_chunk(model, observa
 
         return counted
 
+    embedding, network = model.token_embedding, type(model)
+    monkeypatch.setattr(embedding, "forward", counting("prompt", embedding.forward))
+    monkeypatch.setattr(network, "embed_state", counting("state", network.embed_state))
+    monkeypatch.setattr(network, "prepare", counting("time", network.prepare))
+    monkeypatch.setattr(buffer, "rotation", counting("rotation", buffer.rotation))
+    monkeypatch.setattr(gemma, "rotation", counting("rotation", gemma.rotation))
     sampler = Sampler(model, "packed")
-    monkeypatch.setattr(model, "join", counting("join", model.join))
-    monkeypatch.setattr(model.state_proj, "forward", counting("state_proj", model.state_proj.forward))
-    for name in ("rotation", "embed_time"):
-        monkeypatch.setattr(inference, name, counting(name, getattr(inference, name)))
     sampler.sample(observation, noise(), STEPS)
-    assert calls == {"join": 1, "state_proj": 1, "rotation": 1, "embed_time": 1}
+    assert calls == {"prompt": 1, "state": 1, "rotation": 1, "time": 1}
     sampler.sample(observation, noise(), STEPS)
-    assert calls == {"join": 2, "state_proj": 2, "rotation": 2, "embed_time": 1}
+    assert calls == {"prompt": 2, "state": 2, "rotation": 2, "time": 1}
 
 
 class Recorded(Mapping[str, Tensor]):
@@ -226,7 +242,9 @@ def test_weights_are_read_from_where_one_says_and_the_unused_ones_and_the_embedd
 def test_fused_weights_are_the_networks_own(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sampler = Sampler(model, "fused")
-    storage = sampler.expert[0].qkv.weight.untyped_storage().data_ptr()  # pyrefly: ignore[missing-attribute]
+    fused = sampler.network.expert.layers[0].get_parameter("q_proj.weight")
+    assert fused.shape == (6 * 16, 32)  # four heads of queries, one of keys, one of values
+    storage = fused.untyped_storage().data_ptr()
     for part in "qkv":
         weight = model.get_parameter(f"expert.layers.0.{part}_proj.weight")
         assert weight.untyped_storage().data_ptr() == storage
@@ -391,7 +409,7 @@ def test_chunk_after_the_weights_have_changed_is_that_of_the_new_ones(change):
 def test_training_goes_on_after_an_evaluation_in_inference_mode(form, dtype, monkeypatch):
     """As LeRobot evaluates during training: a tensor of that mode cannot be trained."""
     policy = tiny_policy(dtype=dtype)
-    monkeypatch.setattr(PolicySampler, "backend", form)
+    monkeypatch.setattr(PolicySampler, "linear_backend", form)
     with torch.inference_mode():
         policy.eval().select_action(batch())
     optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=1e-2)

@@ -1,4 +1,4 @@
-"""Attention computed apart from the network: its own, and shown where it belongs."""
+"""Attention recorded while the network runs: its own, and shown where it belongs."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from lerobot_pi0 import cli
 from lerobot_pi0.model.gemma import Cache
 from lerobot_pi0.model.observation import letterbox
 from lerobot_pi0.processor_pi0 import Pi0TokenizerStep
-from lerobot_pi0.tools.attention import attend_visibly, divide, sampling_attention, without_letterbox
+from lerobot_pi0.tools.attention import divide, recorded_attention, sampling_attention, without_letterbox
 
 PATCHES = 16
 
@@ -20,18 +20,25 @@ PATCHES = 16
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
 @torch.no_grad()
 def test_attention_is_the_networks_own(num_kv_heads):
-    """The same velocity comes of it; each row sums to 1; what is masked gets none."""
+    """Values weighted by it are what the layer goes on with; each row sums to 1; what is masked gets none."""
     policy = tiny_policy(vlm=replace(VLM, num_kv_heads=num_kv_heads))
-    observation = policy.observation(batch())
+    observation, layer = policy.observation(batch()), policy.model.expert.layers[1]
     assert not observation.token_mask.all()
     context = policy.model.with_state(policy.model.prefix(observation), observation.state)
-    time = torch.tensor([0.3, 0.9])
-    velocity, attention = attend_visibly(policy.model, context, noise(), time)
-    torch.testing.assert_close(velocity, policy.model.velocity(context, noise(), time), rtol=0, atol=1e-5)
-    torch.testing.assert_close(attention.sum(-1), torch.ones(attention.shape[:-1]))
+    values, attended = [], []
+    layer.register_forward_hook(lambda _, __, out: values.append(out[1][1]))
+    layer.get_submodule("o_proj").register_forward_pre_hook(lambda _, given: attended.append(given[0]))
+    with recorded_attention(policy.model.expert) as attention:
+        policy.model.velocity(context, noise(), torch.tensor([0.3, 0.9]))
+    policy.model.velocity(context, noise(), torch.tensor([0.3, 0.9]))  # is not recorded
+    assert len(attention) == VLM.depth
+    own = attention[1] @ values[0].repeat_interleave(VLM.num_heads // num_kv_heads, 1)
+    torch.testing.assert_close(own.transpose(1, 2).flatten(2), attended[0], rtol=0, atol=1e-5)
+    rows = torch.stack(attention)
+    torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:-1]))
     padding = torch.nn.functional.pad(~observation.token_mask, (PATCHES, 1 + noise().shape[1]))
-    assert attention.permute(1, 4, 0, 2, 3)[padding].max() == 0
-    assert attention.permute(1, 4, 0, 2, 3)[~padding].min() > 0
+    assert rows.permute(1, 4, 0, 2, 3)[padding].max() == 0
+    assert rows.permute(1, 4, 0, 2, 3)[~padding].min() > 0
 
 
 @torch.no_grad()
@@ -61,10 +68,13 @@ def test_attention_moves_with_the_patches():
     order[:PATCHES] = torch.randperm(PATCHES, generator=torch.Generator().manual_seed(0))
     shuffled = Cache([(k[:, :, order], v[:, :, order]) for k, v in context.layers], context.mask[:, order])
     time = torch.tensor([0.5, 0.5])
-    velocity, attention = attend_visibly(policy.model, context, noise(), time)
-    moved_velocity, moved = attend_visibly(policy.model, shuffled, noise(), time)
+    with recorded_attention(policy.model.expert) as attention:
+        velocity = policy.model.velocity(context, noise(), time)
+    with recorded_attention(policy.model.expert) as moved:
+        moved_velocity = policy.model.velocity(shuffled, noise(), time)
     torch.testing.assert_close(moved_velocity, velocity, rtol=0, atol=1e-5)
-    torch.testing.assert_close(moved[..., : len(order)], attention[..., order], rtol=0, atol=1e-5)
+    for before, after in zip(attention, moved, strict=True):
+        torch.testing.assert_close(after[..., : len(order)], before[..., order], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 64), (64, 48), (32, 32), (90, 200)])

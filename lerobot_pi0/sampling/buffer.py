@@ -1,0 +1,70 @@
+"""A cache that is allocated once per observation, which denoising steps write to and read in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lerobot_pi0.model.gemma import Cache, GemmaConfig, KeysValues, Rotation, rotation
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+
+@dataclass(frozen=True)
+class Buffer(Cache):
+    """A cache of a fixed size, in which new keys and values are written behind those that are there.
+
+    `layers`, `mask` and `rotation` have the fixed size; `filled` says how many tokens there are. Other than
+    those of the first `prefill`, all tokens are real.
+    """
+
+    rotation: Rotation
+    all_real: bool  # then attention is faster without the mask
+    filled: int = 0
+
+    @classmethod
+    def allocate(
+        cls, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "b s"], room: int, heads: GemmaConfig
+    ) -> Buffer:
+        """An empty buffer for the tokens `x` and `room` more, of a stack with these heads."""
+        mask = torch.cat((mask, mask.new_ones(len(mask), room)), 1)
+        shape = (len(mask), heads.num_kv_heads, mask.shape[1], heads.head_dim)
+        # A tensor for each: of parts of one, a compiled graph would copy all for what it writes into one.
+        layers = [(x.new_empty(shape), x.new_empty(shape)) for _ in range(heads.depth)]
+        by = rotation(mask.cumsum(1) - 1, heads.head_dim)
+        # A GPU would have to be waited for.
+        asks = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        return cls(layers, mask, by, asks and bool(mask.all()))
+
+    def place(
+        self, x: Float[Tensor, "b s w"], own: Bool[Tensor, "b s"] | None, head_dim: int
+    ) -> tuple[Rotation, Bool[Tensor, "b _"] | None]:
+        end = self.filled + x.shape[1]
+        cos, sin = (part[:, :, self.filled : end] for part in self.rotation)
+        return (cos, sin), None if self.all_real else self.mask[:, :end]
+
+    def append(
+        self, layer: int, keys: Float[Tensor, "b k s d"], values: Float[Tensor, "b k s d"]
+    ) -> KeysValues:
+        (all_keys, all_values), end = self.layers[layer], self.filled + keys.shape[2]
+        all_keys[:, :, self.filled : end], all_values[:, :, self.filled : end] = keys, values
+        return all_keys[:, :, :end], all_values[:, :, :end]
+
+    def grown(self, layers: list[KeysValues], mask: Bool[Tensor, "b _"] | None) -> Buffer:
+        return replace(self, filled=layers[0][0].shape[2])
+
+    def repeat(self, times: int) -> Buffer:
+        if times == 1:
+            return self
+        whole, (cos, sin) = super().repeat(times), self.rotation
+        by = (cos.repeat_interleave(times, 0), sin.repeat_interleave(times, 0))
+        return replace(self, layers=whole.layers, mask=whole.mask, rotation=by)
+
+    def read(self) -> Cache:
+        """What is filled, without a copy, as a cache that is not written to."""
+        layers = [(k[:, :, : self.filled], v[:, :, : self.filled]) for k, v in self.layers]
+        return Cache(layers, self.mask[:, : self.filled])

@@ -1,0 +1,98 @@
+"""A network with linear backends in its linear layers' places: the same forwards over other modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lerobot_pi0.model import Network
+from lerobot_pi0.model.gemma import Decoder
+from lerobot_pi0.sampling.linear import BACKENDS, Backend, BackendName
+from lerobot_pi0.training.lora import fold
+
+
+def swapped(model: Network, backend: BackendName, tensors: Mapping[str, Tensor] | None = None) -> Network:
+    """The network over linear backends. Norms, embeddings and all else are shared with `model`.
+
+    `tensors` may give the weights of linear layers in the network's stead, under its names.
+    """
+    read = _Reader(model, backend, tensors, model.dtype)
+    vision = [
+        _copy(
+            layer,
+            q_proj=read(*(f"vision.layers.{i}.{part}_proj" for part in "qkv")),
+            k_proj=None,
+            v_proj=None,
+            **{part: read(f"vision.layers.{i}.{part}") for part in ("o_proj", "up_proj", "down_proj")},
+        )
+        for i, layer in enumerate(model.vision.layers)
+    ]
+    around = {name for name, _ in cast(nn.Module, model).named_children()} - Network.__annotations__.keys()
+    exact = _Reader(model, "fused" if backend == "fused" else "packed", tensors, torch.float32)
+    return _copy(
+        model,
+        vision=_copy(model.vision, layers=nn.ModuleList(vision), projector=read("vision.projector")),
+        vlm=_decoder(model.vlm, "vlm", read, keys_values_last=True),
+        expert=_decoder(model.expert, "expert", read),
+        **{name: exact(name) for name in around},
+    )
+
+
+class _Reader:
+    """Makes backends of a network's linear layers, by their names there."""
+
+    def __init__(
+        self, model: Network, backend: BackendName, tensors: Mapping[str, Tensor] | None, dtype: torch.dtype
+    ):
+        self._model, self._tensors = cast(nn.Module, model), tensors
+        self._backend, self._dtype = BACKENDS[backend], dtype
+
+    def __call__(self, *names: str) -> Backend:
+        """One layer, or several with the same input as one."""
+        with_bias = [name for name in names if self._model.get_submodule(name).bias is not None]
+        weights = [self._tensor(f"{name}.weight") for name in names]
+        return self._backend(weights, [self._tensor(f"{name}.bias") for name in with_bias])
+
+    def gate_and_up(self, gate: str, up: str) -> tuple[Backend, Backend | None]:
+        """The two layers of a gated MLP with one input."""
+        return self._backend.gate_and_up(self._tensor(f"{gate}.weight"), self._tensor(f"{up}.weight"))
+
+    def _tensor(self, name: str) -> Tensor:
+        """A parameter as the network computes with it: PEFT's adapters are part of it."""
+        tensor = fold(self._model, name) if self._tensors is None else self._tensors[name]
+        return tensor.to(self._dtype)
+
+
+def _decoder(decoder: Decoder, name: str, read: _Reader, keys_values_last: bool = False) -> Decoder:
+    """`keys_values_last`: of the last layer only keys and values are ever computed."""
+    layers = []
+    for i, layer in enumerate(decoder.layers):
+        part = f"{name}.layers.{i}."
+        if keys_values_last and i == len(decoder.layers) - 1:
+            unused = dict.fromkeys(("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+            layers.append(_copy(layer, k_proj=read(f"{part}k_proj", f"{part}v_proj"), **unused))
+            continue
+        gate, up = read.gate_and_up(f"{part}gate_proj", f"{part}up_proj")
+        layers.append(
+            _copy(
+                layer,
+                q_proj=read(*(f"{part}{which}_proj" for which in "qkv")),
+                k_proj=None,
+                v_proj=None,
+                gate_proj=gate,
+                up_proj=up,
+                **{which: read(f"{part}{which}") for which in ("o_proj", "down_proj")},
+            )
+        )
+    return _copy(decoder, layers=nn.ModuleList(layers))
+
+
+def _copy(module: Any, **replaced: nn.Module | None) -> Any:
+    """A module, in eval mode, that shares all of another's but the children that are replaced."""
+    other = copy.copy(module)
+    other._modules, other.training = {**module._modules, **replaced}, False
+    return other
