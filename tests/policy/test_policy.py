@@ -30,7 +30,10 @@ def policy() -> Pi0Policy:
 def count_calls(monkeypatch: pytest.MonkeyPatch, policy: Pi0Policy) -> dict[str, int]:
     """Passes over images and prompt, evaluations of the velocity, looks at a batch."""
     calls = dict.fromkeys(("prefix", "velocity", "observation"), 0)
-    for owner, method, name in ((policy.model, "embed_prefix", "prefix"), (policy, "observation", "observation")):
+    for owner, method, name in (
+        (policy.model, "embed_prefix", "prefix"),
+        (policy, "observation", "observation"),
+    ):
 
         def counted(*args: Any, _original=getattr(owner, method), _name=name) -> Any:  # noqa: B008
             calls[_name] += 1
