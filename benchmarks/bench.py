@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from lerobot_pi0.errors import CommandError, UserError
+from lerobot_pi0.tables import format_table
 
 from .flags import BenchConfig
 from .inputs import write_checkpoint
@@ -505,12 +506,7 @@ def table(report: dict[str, Any]) -> str:
         notes.append(
             f"{row['id']}: {', '.join(f'{name} {_short(value)}' for name, value in figures.items())}"
         )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines += [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
-    return "\n".join([*lines, "", *notes])
+    return "\n".join([*lines, format_table(cells), "", *notes])
 
 
 def plot(report: dict[str, Any], file: Path) -> None:

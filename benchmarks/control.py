@@ -132,14 +132,14 @@ def one(way: str, latency: float, folder: Path) -> dict[str, Any]:
         for before, after in pairwise(episode):
             change = max(abs(after["values"][joint] - before["values"][joint]) / std[joint] for joint in std)
             changes[before["chunk"] != after["chunk"]].append(change)
-    jump, step = (float(np.median(changes[at_boundary])) for at_boundary in (True, False))
+    discontinuity, step = (float(np.median(changes[at_boundary])) for at_boundary in (True, False))
     placed = max(event["placed"] for event in read_trace(folder) if "placed" in event)
     return {
         "rate": report.loop_timing.rate,
         "stalls": report.loop_timing.stalls,
         "stalled": report.loop_timing.stalled,
-        "jump": jump,
-        "jump_p95": float(np.quantile(changes[True], 0.95)),
+        "discontinuity": discontinuity,
+        "discontinuity_p95": float(np.quantile(changes[True], 0.95)),
         "step": step,
         "boundaries": report.boundaries,
         "latency": report.latency.get("p50"),
@@ -172,8 +172,8 @@ def late(latency: float, way: str, rtc: RTCConfig) -> Iterator[None]:
 
 def table() -> str:
     lines = [
-        "| latency | way | rate, Hz | stalls | stalled, s | jump / step | jump p95 / step | step, std | "
-        "observation's age, s | blocks reached |",
+        "| latency | way | rate, Hz | stalls | stalled, s | discontinuity / step | p95 | "
+        "step, std | observation's age, s | blocks reached |",
         "|" + "---|" * 10,
     ]
     for latency in LATENCIES:
@@ -187,8 +187,9 @@ def table() -> str:
                 f"{result['rate']:.1f} | {result['stalls']} | {result['stalled']:.1f}",
             )
             lines.append(
-                f"| {latency} s | {way} | {pace} | {result['jump'] / step:.2f} | "
-                f"{result['jump_p95'] / step:.2f} | {step:.3f} | {result['age']:.2f} | {result['reached']} |"
+                f"| {latency} s | {way} | {pace} | {result['discontinuity'] / step:.2f} | "
+                f"{result['discontinuity_p95'] / step:.2f} | {step:.3f} | {result['age']:.2f} | "
+                f"{result['reached']} |"
             )
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
-"""What fine-tuning, the moving average, relative actions and precision do to the demo's policy.
+"""What fine-tuning, the EMA, relative actions and precision do to the demo's policy.
 
     python -m benchmarks.finetuning transfer    a third task from few episodes: full, expert, LoRA, scratch
-    python -m benchmarks.finetuning actions     absolute and relative actions, with and without the average
+    python -m benchmarks.finetuning actions     absolute and relative actions, with and without the EMA
     python -m benchmarks.finetuning precision   float32, bfloat16 over float32 weights, pure bfloat16
 
 Each runs LeRobot's own commands in `outputs/finetuning` (precision: a plain loop), reuses what is there, and
@@ -62,7 +62,7 @@ def transfer() -> str:
 
 
 def actions() -> str:
-    """The demo's four tasks with positions for actions, absolute and relative, weights and average."""
+    """The demo's four tasks with positions for actions, absolute and relative, weights and EMA."""
     data = record(RecordConfig(ROOT / "positions", position_actions=True))
     settings = [f"--config_path={DEMO}", *of(data), f"--steps={ACTION_STEPS}"]
     train(
@@ -71,7 +71,7 @@ def actions() -> str:
     )
     policies = {}
     for name in ("absolute", "relative"):
-        policies |= {name: checkpoint(name), f"{name}_without_average": without_average(name)}
+        policies |= {name: checkpoint(name), f"{name}_without_ema": without_ema(name)}
     tasks = RecordConfig.tasks
     evaluate(policies, tasks, "--env.position_actions=true")
     lines = []
@@ -161,9 +161,9 @@ def train(*runs: tuple[str, list[str]]) -> None:
         run(*jobs[i : i + 2])
 
 
-def without_average(name: str) -> Path:
+def without_ema(name: str) -> Path:
     """A copy of a checkpoint with the weights that the optimizer stepped on."""
-    folder = ROOT / "runs" / f"{name}_without_average"
+    folder = ROOT / "runs" / f"{name}_without_ema"
     if not folder.exists():
         source = checkpoint(name)
         policy = Pi0Policy.from_pretrained(source)

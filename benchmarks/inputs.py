@@ -3,8 +3,6 @@
 Nothing here depends on a side, except how far its processor pads the prompt.
 """
 
-import json
-import struct
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import WEIGHTS_FILE
 from lerobot_pi0.checkpoints.layouts import to_openpi
+from lerobot_pi0.conversion.streaming import write_safetensors
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
 
 from .worker import Setup
@@ -112,31 +111,22 @@ def write_checkpoint(setup: Setup) -> None:
     vision, vlm, expert = sizes(setup)
     with torch.device("meta"):
         model = Pi0(vision, vlm, expert, PADDED_DIM, PADDED_DIM, torch.bfloat16)
-        head = torch.empty(vlm.vocab_size, expert.width)
-    tensors = to_openpi(model.state_dict()) | {_EXPERT_HEAD: head}
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + 2 * tensor.numel()
-        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+        head = torch.empty(vlm.vocab_size, expert.width, dtype=torch.bfloat16)
+    tensors = to_openpi(model.bfloat16().state_dict()) | {_EXPERT_HEAD: head}
     block = torch.randn((1 << 22) + 15, generator=torch.Generator().manual_seed(0))
+    start = 0
+
+    def read(name: str) -> Tensor:
+        nonlocal start
+        like = tensors[name]
+        spread = (like.numel() / len(like)) ** -0.5 if like.ndim > 1 else 0.1
+        values = (block.roll(-start) * spread).bfloat16()
+        start = (start + like.numel()) % len(block)
+        return values.repeat(ceil(like.numel() / len(block)))[: like.numel()].view(like.shape)
+
     setup.checkpoint.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
-    with unfinished.open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        start = 0
-        for tensor in tensors.values():
-            spread = (tensor.numel() / len(tensor)) ** -0.5 if tensor.ndim > 1 else 0.1
-            values = (block * spread).bfloat16().view(torch.int16).numpy()
-            left = tensor.numel()
-            while left:
-                piece = values[start : start + left]
-                out.write(piece.tobytes())
-                left -= len(piece)
-                start = (start + len(piece)) % len(values)
+    write_safetensors(unfinished, tensors, read)
     unfinished.replace(file)
 
 

@@ -67,7 +67,7 @@ def main(config: MemoryConfig) -> Result:
 
 
 def take_steps(config: MemoryConfig, checkpoint: Path) -> Result:
-    """The peak of `STEPS` steps of forward, backward, clipping, optimizer and average."""
+    """The peak of `STEPS` steps of forward, backward, clipping, optimizer and EMA."""
     setup = Setup(size=config.size, checkpoint=checkpoint, demo=checkpoint, threads=1, cameras=config.cameras)
     inputs.write_checkpoint(setup)
     peft = PeftConfig() if config.recipe == "lora" else None
@@ -98,7 +98,7 @@ def take_steps(config: MemoryConfig, checkpoint: Path) -> Result:
     parts = {
         "weights": planned.weights,
         "AdamW": planned.optimizer,
-        "average": planned.average,
+        "EMA": planned.ema,
         "step": planned.step(1),
         "heap": HEAP * planned.step(1),
         "process": PROCESS,

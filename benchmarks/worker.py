@@ -31,7 +31,7 @@ Size = Literal["full", "narrow", "tiny"]
 
 @dataclass(frozen=True)
 class Setup:
-    """What a task is told. `checkpoint` is the folder that `inputs.write_checkpoint` filled."""
+    """The parameters of a task. `checkpoint` is the folder that `inputs.write_checkpoint` filled."""
 
     size: Size
     checkpoint: Path

@@ -261,7 +261,16 @@ class Pi0Config(PreTrainedConfig):
                 f"π0 needs at least one camera. The input features are {list(self.input_features or ())}: "
                 "use a dataset with images or videos"
             )
-        self.cameras = assign_cameras(list(self.image_features), self.cameras)
+        given, images = self.cameras, self.image_features
+        not_rgb = {key: of.shape for key, of in images.items() if num_channels(of.shape) != 3}
+        self.cameras = assign_cameras([key for key in images if given or key not in not_rgb], given)
+        if wrong := [key for key in not_rgb if key in self.cameras.values() or not self.cameras]:
+            shapes = ", ".join(f"'{key}' has shape {not_rgb[key]}" for key in wrong)
+            raise UserError(
+                f"the model takes RGB pictures; {shapes}: name RGB cameras alone in --policy.cameras"
+            )
+        if not_rgb and not given:
+            logger.warning("cameras left out, because they are not RGB: %s", not_rgb)
 
     def set_dataset_feature_metadata(self, features: dict[str, dict[str, Any]]) -> None:
         """Called by LeRobot with the dataset's features before it builds the policy: keeps their names."""
@@ -340,9 +349,15 @@ def _encode(config: Pi0Config, declared: Any = None) -> dict[str, Any]:
     return {name: value for name, value in encoded.items() if name not in RETIRED}
 
 
+def num_channels(shape: Sequence[int]) -> int:
+    """Channels of an image of this shape, first or last; 0 where neither end can be channels."""
+    ends = (shape[0], shape[-1]) if len(shape) == 3 else ()
+    return next((size for size in ends if size <= 4), 0)
+
+
 def image_height_width(shape: Sequence[int]) -> tuple[int, int]:
     """Height and width of an image of this shape, wherever its channels stand."""
-    height, width = shape[1:] if shape[0] in (1, 3) else shape[:2]
+    height, width = shape[1:] if shape[0] <= 4 else shape[:2]
     return height, width
 
 

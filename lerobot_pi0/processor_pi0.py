@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config, Statistics, TrainingData
-from lerobot_pi0.errors import UnavailableError, UserError
+from lerobot_pi0.errors import CheckpointError, UnavailableError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,13 @@ class Pi0TokenizerStep(ProcessorStep):
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._tokenizer = Tokenizer.from_str(bytes(state["tokenizer"].cpu().numpy()).decode())
+        try:
+            self._tokenizer = Tokenizer.from_str(bytes(state["tokenizer"].cpu().numpy()).decode())
+        except Exception as error:
+            raise CheckpointError(
+                f"the checkpoint's tokenizer (policy_preprocessor_step_*_tokenizer.safetensors) is damaged "
+                f"({error!r}): copy or download the whole folder again"
+            ) from error
 
     def transform_features(
         self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]

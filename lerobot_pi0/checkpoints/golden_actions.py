@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 from lerobot.utils.constants import HF_LEROBOT_HOME
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lerobot_pi0.checkpoints.reading import open_safetensors
 from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.errors import CheckpointError
 from lerobot_pi0.training.randomness import normal_of
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ GOLDEN_ACTIONS_FILE = "golden_actions.safetensors"
 # bfloat16 two right compilations of openpi's code differ by 0.03.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}
 _STEPS = "inference_steps"
+_MOST_STEPS = 1000  # a damaged file must not make loading take hours
 
 # (processed batch of one, noise (1, chunk, padded), Euler steps) → chunk (1, chunk, action size), normalised
 Predict = Callable[[dict[str, Tensor], Tensor, int], Tensor]
@@ -73,11 +75,13 @@ def check_golden_actions(
     if not file.is_file():
         return None
     try:
-        with safe_open(file, framework="pt") as opened:
+        with open_safetensors(file) as opened:
             recorded, wanted = opened.metadata() or {}, opened.get_tensor("actions")
-        inference_steps = int(recorded.pop(_STEPS))
-    except (SafetensorError, KeyError, ValueError) as error:
-        logger.warning("%s is damaged (%s): whether this policy acts as it did is not known", file, error)
+        steps = recorded.pop(_STEPS, "")
+        if not steps.isdecimal() or not 0 < int(steps) <= _MOST_STEPS or wanted.dtype != torch.float32:
+            raise CheckpointError(f"{file} is damaged ({_STEPS}={steps!r}, actions in {wanted.dtype})")
+    except CheckpointError as error:
+        logger.warning("whether this policy acts as it did when it was saved is not known: %s", error)
         return None
     here = _environment(config, device)
     if recorded == here:
@@ -85,7 +89,7 @@ def check_golden_actions(
     passed = HF_LEROBOT_HOME / "lerobot_pi0" / "golden_actions" / _key(wanted, here)
     if passed.is_file():
         return None
-    found = golden_actions(config, predict, inference_steps)
+    found = golden_actions(config, predict, int(steps))
     changes = ", ".join(
         f"{name} {recorded.get(name, 'unknown')} → {here[name]}"
         for name in here
@@ -100,7 +104,7 @@ def check_golden_actions(
         )
         return None
     difference = _rms(found - wanted) / max(_rms(wanted), 1.0)
-    tolerance = max(TOLERANCE[recorded.get("dtype", "bfloat16")], TOLERANCE[here["dtype"]])
+    tolerance = max(TOLERANCE.get(recorded.get("dtype", ""), TOLERANCE["bfloat16"]), TOLERANCE[here["dtype"]])
     if difference <= tolerance:
         logger.info(
             "golden actions: the same (to %.1e) as when it was saved; since then %s", difference, changes

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,15 +16,13 @@ from torch import Tensor
 from lerobot_pi0.checkpoints.files import Checkpoint, check_fit, find_checkpoint
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json, read_steps
 from lerobot_pi0.configuration_pi0 import CAMERA_SLOTS, Pi0Config, Statistics
+from lerobot_pi0.conversion.flags import ConvertConfig
 from lerobot_pi0.conversion.orbax import PARAMS, OrbaxCheckpoint, find_params
 from lerobot_pi0.data.normalization import EPSILON, NEEDED, NormalizationStatistics
 from lerobot_pi0.data.relative_actions import reference_state_of
 from lerobot_pi0.data.statistics import PREPROCESSOR, read_statistics, unnormalizer_differences
 from lerobot_pi0.errors import CheckpointError, MissingFileError, UserError
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
-
-if TYPE_CHECKING:
-    from lerobot_pi0.conversion.flags import ConvertConfig
 
 OURS, IN_TREE = "lerobot_pi0", "LeRobot's pi0"
 LEROBOT_EPSILON = 1e-8  # LeRobot's normalizer adds this to deviations, and divides by it where a range is 0
@@ -43,7 +41,17 @@ class Policy:
     rename: dict[str, str] = field(default_factory=dict)  # observations, before all else
 
 
-def read_policy(flags: "ConvertConfig", scratch: Path) -> Policy:
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint folder: its config.json, and its tensors by our names."""
+
+    folder: Path
+    saved: dict[str, Any]
+    tensors: Mapping[str, Tensor]
+    meta: dict[str, Tensor]
+
+
+def read_policy(flags: ConvertConfig, scratch: Path) -> Policy:
     """The policy in the source; its tensors are read later. `scratch`: a folder for temporary files."""
     if "://" in flags.source:
         raise MissingFileError(
@@ -57,24 +65,24 @@ def read_policy(flags: "ConvertConfig", scratch: Path) -> Policy:
     if params is not None:
         root = folder if params != folder else folder.parent
         return _read_openpi_jax(root, OrbaxCheckpoint(params, scratch, flags.lora_alpha), flags)
-    checkpoint = Checkpoint(folder)
+    checkpoint, saved = Checkpoint(folder), _read_json(folder / "config.json")
     meta = {name: tensor.to("meta") for name, tensor in checkpoint.items()}
-    saved = _read_json(folder / "config.json")
+    source = _Source(folder, saved, checkpoint, meta)
     if saved.get("type") in ("lerobot_pi0", "pi0"):
         _refuse_flags(flags)
     match saved.get("type"), saved.get("model_type"):
         case "lerobot_pi0", _:
-            return _read_ours(folder, checkpoint, meta, flags)
+            return _read_ours(source, flags)
         case "pi0", _:
-            return _read_in_tree(folder, saved, checkpoint, meta, flags)
+            return _read_in_tree(source, flags)
         case None, "pi0":
-            return _read_transformers(folder, saved, checkpoint, meta, flags)
+            return _read_transformers(source, flags)
         case None, _:
-            return _read_openpi_pytorch(folder, saved, checkpoint, meta, flags)
+            return _read_openpi_pytorch(source, flags)
     raise CheckpointError(f"'{flags.source}' is a policy of type '{saved.get('type')}', not π0")
 
 
-def _refuse_flags(flags: "ConvertConfig") -> None:
+def _refuse_flags(flags: ConvertConfig) -> None:
     """Raises ValueError for a flag about what a LeRobot policy says itself."""
     given = [
         name
@@ -93,9 +101,8 @@ def _refuse_flags(flags: "ConvertConfig") -> None:
         )
 
 
-def _read_ours(
-    folder: Path, tensors: Mapping[str, Tensor], meta: dict[str, Tensor], flags: "ConvertConfig"
-) -> Policy:
+def _read_ours(source: _Source, flags: ConvertConfig) -> Policy:
+    folder = source.folder
     if flags.to == "lerobot_pi0" and (flags.tokenizer or not flags.statistics):
         given = "--tokenizer" if flags.tokenizer else "--statistics=false"
         raise UserError(
@@ -109,19 +116,14 @@ def _read_ours(
             "download it again, or install the version that wrote it"
         ) from error
     config.dtype, config.tokenizer = flags.dtype or config.dtype, flags.tokenizer or config.tokenizer
-    check_fit(_network(config), meta)
+    check_fit(_network(config), source.meta)
     statistics = _statistics(folder, config, flags, LEROBOT_EPSILON)
-    return Policy(OURS, folder, config, statistics, tensors, meta, _rename_map(folder))
+    return Policy(OURS, folder, config, statistics, source.tensors, source.meta, _rename_map(folder))
 
 
-def _read_in_tree(
-    folder: Path,
-    saved: dict[str, Any],
-    tensors: Mapping[str, Tensor],
-    meta: dict[str, Tensor],
-    flags: "ConvertConfig",
-) -> Policy:
+def _read_in_tree(source: _Source, flags: ConvertConfig) -> Policy:
     """LeRobot's own π0, of today or up to 0.3: the file of its config is read, since its class changes."""
+    folder, saved = source.folder, source.saved
     if saved.get("adapt_to_pi_aloha"):
         raise UserError(
             f"{folder} was trained with adapt_to_pi_aloha, which turned the joints of ALOHA into those of "
@@ -139,7 +141,7 @@ def _read_in_tree(
         for name, of in features.items()
         if of.type is FeatureType.VISUAL and not name.startswith(f"{OBS_IMAGES}.empty_camera_")
     ]
-    sizes = _sizes(meta, flags)
+    sizes = _sizes(source.meta, flags)
     state, action = features.get(OBS_STATE), features.get(ACTION)
     # In the order of the features: that is how they stand in its prefix.
     slots = [*CAMERA_SLOTS, *(name.removeprefix(f"{OBS_IMAGES}.") for name in cameras[len(CAMERA_SLOTS) :])]
@@ -168,57 +170,42 @@ def _read_in_tree(
         config.absolute_joints = words
         _make_relative(config, statistics, [i for i in range(size) if not is_absolute(names, i, words)])
     layout = IN_TREE if "paligemma_variant" in saved else "LeRobot's pi0 up to 0.3"
-    return Policy(layout, folder, config, statistics, tensors, meta, _rename_map(folder))
+    return Policy(layout, folder, config, statistics, source.tensors, source.meta, _rename_map(folder))
 
 
-def _read_openpi_pytorch(
-    folder: Path,
-    saved: dict[str, Any],
-    tensors: Mapping[str, Tensor],
-    meta: dict[str, Tensor],
-    flags: "ConvertConfig",
-) -> Policy:
-    dtype = flags.dtype or ("float32" if saved.get("precision") == "float32" else "bfloat16")
-    return _read_openpi(
-        "openpi's PyTorch", folder, tensors, meta, flags, saved.get("action_horizon", 50), dtype
-    )
+def _read_openpi_pytorch(source: _Source, flags: ConvertConfig) -> Policy:
+    dtype = flags.dtype or ("float32" if source.saved.get("precision") == "float32" else "bfloat16")
+    return _read_openpi("openpi's PyTorch", source, flags, source.saved.get("action_horizon", 50), dtype)
 
 
-def _read_openpi_jax(folder: Path, checkpoint: OrbaxCheckpoint, flags: "ConvertConfig") -> Policy:
+def _read_openpi_jax(folder: Path, checkpoint: OrbaxCheckpoint, flags: ConvertConfig) -> Policy:
     layout = "openpi's JAX, LoRA merged" if checkpoint.has_lora else "openpi's JAX"
-    meta, dtype = checkpoint.meta(), flags.dtype or "bfloat16"
-    return _read_openpi(layout, folder, checkpoint, meta, flags, 50, dtype, checkpoint.heads())
+    source = _Source(folder, {}, checkpoint, checkpoint.meta())
+    return _read_openpi(layout, source, flags, 50, flags.dtype or "bfloat16", checkpoint.heads())
 
 
-def _read_transformers(
-    folder: Path,
-    saved: dict[str, Any],
-    tensors: Mapping[str, Tensor],
-    meta: dict[str, Tensor],
-    flags: "ConvertConfig",
-) -> Policy:
+def _read_transformers(source: _Source, flags: ConvertConfig) -> Policy:
+    saved = source.saved
     try:
         text, vision = saved["vlm_config"]["text_config"], saved["vlm_config"]["vision_config"]
         heads = vision["num_attention_heads"], text["num_attention_heads"], text["num_key_value_heads"]
     except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} has no {error}: {COPY_AGAIN}") from error
+        raise CheckpointError(f"{source.folder / 'config.json'} has no {error}: {COPY_AGAIN}") from error
     dtype = flags.dtype or ("bfloat16" if saved.get("dtype") == "bfloat16" else "float32")
     chunk_size = saved.get("chunk_size", 50)
-    return _read_openpi("transformers' π0", folder, tensors, meta, flags, chunk_size, dtype, heads)
+    return _read_openpi("transformers' π0", source, flags, chunk_size, dtype, heads)
 
 
 def _read_openpi(
     layout: str,
-    folder: Path,
-    tensors: Mapping[str, Tensor],
-    meta: dict[str, Tensor],
-    flags: "ConvertConfig",
+    source: _Source,
+    flags: ConvertConfig,
     chunk_size: int,
     dtype: str,
     heads: tuple[int, int, int] | None = None,
 ) -> Policy:
     """A checkpoint that knows nothing of a robot but its statistics."""
-    sizes = _sizes(meta, flags, heads)
+    folder, sizes = source.folder, _sizes(source.meta, flags, heads)
     raw = _openpi_statistics(folder, flags)
     dims = {key: len(np.ravel(of["mean"])) for key, of in raw.items()}
     cameras = {
@@ -242,12 +229,12 @@ def _read_openpi(
     if flags.delta_mask:
         mask = [on for n in flags.delta_mask for on in [n > 0] * abs(n)]
         _make_relative(config, statistics, [i for i, on in enumerate(mask) if on])
-    return Policy(layout, folder, config, statistics, tensors, meta)
+    return Policy(layout, folder, config, statistics, source.tensors, source.meta)
 
 
 def _config(
     sizes: dict[str, Any],
-    flags: "ConvertConfig",
+    flags: ConvertConfig,
     *,
     cameras: dict[str, str],
     shapes: dict[str, tuple[int, ...]],
@@ -272,7 +259,7 @@ def _config(
 
 
 def _sizes(
-    meta: Mapping[str, Tensor], flags: "ConvertConfig", heads: tuple[int, int, int] | None = None
+    meta: Mapping[str, Tensor], flags: ConvertConfig, heads: tuple[int, int, int] | None = None
 ) -> dict[str, Any]:
     """The network's sizes, by the shapes of its tensors, which must all be there.
 
@@ -344,7 +331,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 # Statistics.
 
 
-def _openpi_statistics(folder: Path, flags: "ConvertConfig") -> Statistics:
+def _openpi_statistics(folder: Path, flags: ConvertConfig) -> Statistics:
     """openpi's own, of the robot that is asked for; empty where none are wanted."""
     if not flags.statistics:
         return {}
@@ -378,7 +365,7 @@ def _assets(folder: Path) -> list[Path]:
 
 
 def _statistics(
-    folder: Path, config: Pi0Config, flags: "ConvertConfig", epsilon: float
+    folder: Path, config: Pi0Config, flags: ConvertConfig, epsilon: float
 ) -> NormalizationStatistics | None:
     """A LeRobot policy's own."""
     if not flags.statistics:

@@ -2,22 +2,20 @@
 
 import json
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from lerobot.configs import NormalizationMode, PolicyFeature
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.conversion.flags import ConvertConfig
 from lerobot_pi0.conversion.output import copy_processors
 from lerobot_pi0.conversion.sources import OURS, Policy, is_absolute
 from lerobot_pi0.data.normalization import EPSILON, NormalizationStatistics
 from lerobot_pi0.errors import UnavailableError, UserError
 from lerobot_pi0.model import GemmaConfig, SiglipConfig
 from lerobot_pi0.processor_pi0 import load_tokenizer, make_lerobot_pi0_pre_post_processors
-
-if TYPE_CHECKING:
-    from lerobot_pi0.conversion.flags import ConvertConfig
 
 # The sizes that openpi and LeRobot's own π0 know by name: width, depth, MLP, heads, heads of keys, and the
 # size of a head.
@@ -28,7 +26,7 @@ VARIANTS = {
 VISION, VOCABULARY = SiglipConfig(), GemmaConfig().vocab_size  # and those that they have no name for
 
 
-def write_ours(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[str]:
+def write_ours(policy: Policy, folder: Path, flags: ConvertConfig) -> list[str]:
     """Write config, processors and tokenizer; returns what was set, as sentences."""
     config = policy.config
     if policy.layout == OURS:
@@ -53,7 +51,7 @@ def write_ours(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[str
     return _summary(policy)
 
 
-def write_in_tree(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[str]:
+def write_in_tree(policy: Policy, folder: Path, flags: ConvertConfig) -> list[str]:
     """The same for LeRobot's own π0."""
     from lerobot.policies.pi0 import PI0Config
     from lerobot.policies.pi0.processor_pi0 import Pi0NewLineProcessor
@@ -121,7 +119,7 @@ def write_in_tree(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[
     return _summary(policy)
 
 
-def write_openpi(policy: Policy, folder: Path, flags: "ConvertConfig") -> list[str]:
+def write_openpi(policy: Policy, folder: Path, flags: ConvertConfig) -> list[str]:
     """openpi's config and statistics; the rest is in openpi's code and is reported."""
     config, summary = policy.config, _summary(policy)
     paligemma, expert = _variants(config)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 
+from lerobot_pi0.errors import UserError
+
 
 def data_files(dataset: Any) -> list[Path]:
     """The files with a dataset's frames; none when it is streamed, and has metadata alone on this disk."""
@@ -22,10 +24,7 @@ def read_columns(
     Empty when there are none.
     """
     filters = None if indices is None else [("index", "in", {int(i) for i in indices})]
-    tables = [
-        pyarrow.parquet.read_table(file, columns=[*columns, "index"], filters=filters)
-        for file in data_files(dataset)
-    ]
+    tables = [read_parquet(file, [*columns, "index"], filters) for file in data_files(dataset)]
     if not sum(table.num_rows for table in tables):
         return {}
 
@@ -37,6 +36,15 @@ def read_columns(
     index = array("index")
     order = np.argsort(index, kind="stable")
     return {"index": index[order], **{name: array(name).reshape(len(index), -1)[order] for name in columns}}
+
+
+def read_parquet(file: Path, columns: Sequence[str], filters: Any = None) -> pyarrow.Table:
+    """Columns of a parquet file. Raises UserError that names the file when it cannot be read."""
+    try:
+        return pyarrow.parquet.read_table(file, columns=list(columns), filters=filters)
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{file} cannot be read ({reason}): copy or download the dataset again") from error
 
 
 def episode_borders(frames: dict[str, np.ndarray]) -> np.ndarray:

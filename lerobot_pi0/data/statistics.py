@@ -14,6 +14,7 @@ from lerobot.configs import NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, find_checkpoint
+from lerobot_pi0.checkpoints.processors import PIPELINES
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, open_safetensors, read_json, read_state, read_steps
 from lerobot_pi0.configuration_pi0 import (
     Pi0Config,
@@ -34,7 +35,7 @@ from lerobot_pi0.errors import CheckpointError, UserError
 
 logger = logging.getLogger(__name__)
 
-PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+PREPROCESSOR, POSTPROCESSOR = PIPELINES
 
 
 def prepare_statistics(

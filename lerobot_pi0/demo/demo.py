@@ -6,7 +6,6 @@ step, the evaluation's `eval_info.json`. So a second start goes on where the fir
 
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Generator
@@ -17,7 +16,8 @@ from lerobot_pi0.demo.command import Command, Job, run
 from lerobot_pi0.demo.flags import DemoConfig, RecordConfig
 from lerobot_pi0.demo.metaworld import OPPOSITES, parse_tasks, task_instructions
 from lerobot_pi0.demo.record import SETTINGS_FILE, is_recorded
-from lerobot_pi0.errors import MissingFileError, OutputExistsError
+from lerobot_pi0.errors import OutputExistsError
+from lerobot_pi0.inputs.shipped_configs import shipped_config
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Demo:
         self.pairs = [task for task in self.tasks if OPPOSITES.get(task) in self.tasks]
         self.eval_episodes = config.eval_episodes or (2 if config.quick else 40)
         self.episode_length = QUICK_EPISODE_LENGTH if config.quick else self.recording.episode_length
-        self.train_config = config.train_config or shipped_config()
+        self.train_config = config.train_config or shipped_config("demo")
         self.train_extras = list(QUICK_TRAINING) if config.quick else []
         if config.wandb:
             self.train_extras += ["--wandb.enable=true", f"--wandb.mode={config.wandb_mode}"]
@@ -208,19 +208,6 @@ def bfloat16_pays() -> bool:
         return min(times)
 
     return seconds(torch.bfloat16) < seconds(torch.float32)
-
-
-def shipped_config() -> Path:
-    """`configs/demo.yaml`: in the package when installed from a wheel, beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    candidates = [package / "configs" / "demo.yaml", package.parent / "configs" / "demo.yaml"]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise MissingFileError(
-            f"The package's configs/demo.yaml is missing ({', '.join(map(str, candidates))}). "
-            "Reinstall the package, or name another file with --train_config."
-        )
-    return Path(os.path.relpath(found)) if found.is_relative_to(Path.cwd()) else found
 
 
 def main(config: DemoConfig) -> str:

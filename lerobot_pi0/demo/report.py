@@ -11,6 +11,7 @@ import av
 from PIL import Image, ImageDraw
 
 from lerobot_pi0.demo.command import START, TRAINING_LOSS
+from lerobot_pi0.tables import format_table
 
 START_LINE = re.compile(START.format(step=r"(\d+)"))
 
@@ -18,6 +19,7 @@ START_LINE = re.compile(START.format(step=r"(\d+)"))
 # follow.
 FRAME_STRIDE, FRAMES_PER_SECOND, HOLD_FRAMES = 2, 15, 12
 CAPTION_LINES, CAPTION_HEIGHT = 3, 44
+BASELINE = "open-loop"
 BACKGROUND, SUCCESS, FAILURE = "#ffffff", "#1a7f37", "#b35900"
 
 
@@ -47,44 +49,35 @@ def read_evaluation(folder: Path) -> dict[str, Evaluation]:
 
 
 def success_table(
-    evaluation: Mapping[str, Evaluation], blind: Mapping[str, float], swapped: Mapping[str, Evaluation]
+    evaluation: Mapping[str, Evaluation], baseline: Mapping[str, float], swapped: Mapping[str, Evaluation]
 ) -> str:
-    """Success per task beside the blind baseline and the success with the opposite instruction.
+    """Success per task beside the open-loop baseline and the success with the opposite instruction.
 
-    A task that is not above its blind baseline is marked.
+    A task that is not above its open-loop baseline is marked.
     """
-    rows = [("task", "success", "episodes", "blind", "opposite instruction")]
+    rows = [("task", "success", "episodes", BASELINE, "opposite instruction")]
     for task, result in evaluation.items():
         rows.append(
             (
                 task,
-                f"{result.rate:.0%}" + (" *" if result.rate <= blind[task] else "  "),
+                f"{result.rate:.0%}" + (" *" if result.rate <= baseline[task] else "  "),
                 str(len(result.successes)),
-                f"{blind[task]:.0%}",
+                f"{baseline[task]:.0%}",
                 f"{swapped[task].rate:.0%}" if task in swapped else "",
             )
         )
     rates = [result.rate for result in evaluation.values()]
     rows.append(
-        ("mean", f"{sum(rates) / len(rates):.0%}  ", "", f"{sum(blind.values()) / len(blind):.0%}", "")
+        ("mean", f"{sum(rates) / len(rates):.0%}  ", "", f"{sum(baseline.values()) / len(baseline):.0%}", "")
     )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            [
-                row[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-            ]
-        ).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
-    lines.append("")
-    lines.append("blind: the average demonstration, replayed without looking, in the same episodes")
+    lines = [format_table(rows), ""]
+    lines.append(
+        f"{BASELINE}: the average demonstration, replayed without observations, in the same episodes"
+    )
     if swapped:
-        lines.append("opposite instruction: success at the task when the policy is told to do the opposite")
+        lines.append("opposite instruction: success at the task when the instruction is that of the opposite")
     if any("*" in line for line in lines):
-        lines.append("*: not above the blind baseline")
+        lines.append(f"*: not above the {BASELINE} baseline")
     return "\n".join(lines)
 
 

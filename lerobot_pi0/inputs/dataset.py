@@ -1,12 +1,18 @@
 """The dataset that a command reads: flags, metadata, episodes, frames."""
 
+from pathlib import Path
+
+from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HFValidationError
 from lerobot.configs import FeatureType
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.datasets.utils import CompatibilityError
+from lerobot.utils.constants import HF_LEROBOT_HOME
 from lerobot.utils.feature_utils import dataset_to_policy_features
 
+from lerobot_pi0.checkpoints.reading import read_json
 from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.data.frames import read_parquet
 from lerobot_pi0.errors import MissingFileError, UserError
 from lerobot_pi0.inputs.flags import DatasetFlags, DatasetSource
 
@@ -22,6 +28,9 @@ def read_dataset(source: DatasetSource) -> LeRobotDatasetMetadata:
         dataset = LeRobotDatasetMetadata(source.repo_id, source.root, source.revision)
     except CompatibilityError as error:  # LeRobot's message says how to convert it
         raise UserError(str(error).strip()) from error
+    except (ValueError, LookupError, TypeError) as error:
+        root = source.root or HF_LEROBOT_HOME / source.repo_id
+        raise UserError(f"the metadata of the dataset is damaged: {_damage(root, error)}") from error
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise MissingFileError(
@@ -34,8 +43,26 @@ def read_dataset(source: DatasetSource) -> LeRobotDatasetMetadata:
     return dataset
 
 
+def _damage(root: Path, error: Exception) -> str:
+    """The first file of a dataset that cannot be read, and why."""
+    try:
+        for file in sorted(root.glob("meta/*.json")):
+            read_json(file)
+        for file in sorted([*root.glob("meta/**/*.parquet"), *root.glob("data/**/*.parquet")]):
+            read_parquet(file, [])
+    except UserError as damaged:
+        return str(damaged)
+    return f"{root} ({error!r}): copy or download the dataset again"
+
+
 def fit_to(policy: Pi0Config, dataset: LeRobotDatasetMetadata) -> None:
     """Give a config the features of a dataset, as LeRobot's make_policy does, and its cameras their slots."""
+    for key, feature in dataset.features.items():
+        if feature["dtype"] in ("image", "video") and not feature.get("names"):
+            raise UserError(
+                f"the camera '{key}' of the dataset does not name its axes: write "
+                '"names": ["height", "width", "channels"] (in the order of its shape) into meta/info.json'
+            )
     features = dataset_to_policy_features(dataset.features)
     policy.output_features = {key: f for key, f in features.items() if f.type is FeatureType.ACTION}
     policy.input_features = {key: f for key, f in features.items() if f.type is not FeatureType.ACTION}
@@ -63,13 +90,16 @@ def open_dataset(
     """A dataset, or those `episodes` of it; with a `chunk_size` each item has as many actions to come."""
     metadata = dataset_metadata(flags)
     deltas = {"action": [step / metadata.fps for step in range(chunk_size)]} if chunk_size else None
-    return LeRobotDataset(
-        _repo_id(flags),
-        root=flags.root,
-        revision=flags.revision,
-        episodes=episodes,
-        delta_timestamps=deltas,
-    )
+    try:
+        return LeRobotDataset(
+            _repo_id(flags),
+            root=flags.root,
+            revision=flags.revision,
+            episodes=episodes,
+            delta_timestamps=deltas,
+        )
+    except DatasetsError as error:
+        raise UserError(f"the dataset cannot be read: {_damage(Path(metadata.root), error)}") from error
 
 
 def _repo_id(flags: DatasetFlags) -> str:

@@ -13,6 +13,7 @@ from lerobot.utils.import_utils import require_package
 
 from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, find_checkpoint
 from lerobot_pi0.checkpoints.processors import PIPELINES, check_processors
+from lerobot_pi0.checkpoints.reading import read_json, read_state, read_steps
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.data.statistics import check_statistics
 from lerobot_pi0.errors import CheckpointError, UserError
@@ -43,6 +44,7 @@ def read_config(flags: PolicyFlags) -> tuple[Pi0Config, Path]:
     folder = find_checkpoint(flags.path, revision=flags.revision)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"'{flags.path}' has no config.json: it is no checkpoint of this policy")
+    read_json(folder / "config.json")  # whose errors name the file
     try:
         config = PreTrainedConfig.from_pretrained(folder)
     except (ValueError, ParsingError) as error:
@@ -78,6 +80,9 @@ def load_policy(flags: PolicyFlags) -> LoadedPolicy:
                 "whole folder again"
             )
     check_processors(folder)
+    for name in PIPELINES:
+        for step in read_steps(folder / name):
+            read_state(folder, step)  # errors that name the file, before the weights are loaded
     if (folder / ADAPTER_CONFIG).is_file():
         policy = load_adapters(flags.path, folder, config)
     else:

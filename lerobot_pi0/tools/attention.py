@@ -58,7 +58,7 @@ def main(config: AttentionConfig) -> str:
     metadata = dataset_metadata(config.dataset)
     (episode, *_) = select_episodes(config.dataset.episodes, metadata, folder, 1).episodes
     dataset = open_dataset(config.dataset, episodes=[episode])
-    recording = read_recording(dataset.meta, policy_config)
+    recording = read_recording(dataset.meta, policy_config, [episode])
     rows = recording.frames(episode)
     frame = len(rows) // 2 if config.frame is None else config.frame
     if not 0 <= frame < len(rows):
@@ -73,8 +73,8 @@ def main(config: AttentionConfig) -> str:
     config.output.parent.mkdir(parents=True, exist_ok=True)
     _figure(seen, pictures, title, policy_config.vision.image_size).savefig(config.output, dpi=DPI)
     shares = ", ".join(f"{name} {share:.0%}" for name, share in seen.shares())
-    told = ", ".join(f"{word!r} {share:.1%}" for word, share in seen.words)
-    return f"{title}\nThe actions look at: {shares}\nWords: {told}\nPicture: {config.output}"
+    words_said = ", ".join(f"{word!r} {share:.1%}" for word, share in seen.words)
+    return f"{title}\nThe actions look at: {shares}\nWords: {words_said}\nPicture: {config.output}"
 
 
 @torch.no_grad()

@@ -1,13 +1,13 @@
 """`lerobot-pi0 language`: does a policy follow its instruction, or does it act on what it sees alone?
 
-At recorded frames the policy is told another instruction of the dataset, over the same pictures and from the
-same noise. What its actions then do is held against what demonstrations of the other task do from there:
+At recorded frames the policy is given another instruction of the dataset, with the same pictures and the same
+noise. The change of its actions is compared with the difference to demonstrations of the other task:
 
     followed = ⟨change of the actions, change of the demonstration⟩ / |change of the demonstration|²
 
-0: the words make no difference, or none towards the other task; 1: the actions become the other task's.
-Frames where both tasks are done alike weigh little by themselves. A policy trained on several tasks can have
-a low loss and ignore its instruction, where a scene tells what is to be done in it.
+0: the instruction makes no difference, or none towards the other task; 1: the actions become those of the
+other task. Frames where both tasks are demonstrated alike have little weight. A policy trained on several
+tasks can have a low loss and still ignore its instruction, if the scene determines the task.
 """
 
 import json
@@ -18,6 +18,8 @@ import numpy as np
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.dataset import dataset_metadata, open_dataset
 from lerobot_pi0.inputs.policy import load_policy, read_config
+from lerobot_pi0.tables import format_table
+from lerobot_pi0.tools.bootstrap import ratio_interval
 from lerobot_pi0.tools.flags import LanguageConfig
 from lerobot_pi0.tools.open_loop import (
     Recording,
@@ -33,11 +35,10 @@ from lerobot_pi0.tools.open_loop import (
 MOST_TASKS = 6  # compared, unless --tasks names them: costs grow with their square
 NOTICEABLE = 0.15  # untrained policies come to ±0.1
 ALIKE = 1.5  # demonstrations of two tasks this many times as far apart as those of one are of different tasks
-_RESAMPLES = 2000
 
-NOTHING_TO_TELL = (
-    "there is no other instruction to tell: the dataset has one task, or no demonstration of another one on "
-    "this disk. A policy of one task has nothing to follow"
+ONE_TASK = (
+    "there is no other instruction to compare with: the dataset has one task, or no demonstration of another "
+    "one on this disk"
 )
 FOLLOWS, IGNORES, UNCLEAR, SAME = "follows", "ignores", "unclear", "done alike"
 
@@ -47,7 +48,7 @@ class Swap:
     """One frame at which the instruction was swapped; everything in standard deviations of the data."""
 
     task: int
-    told: int
+    given: int  # the task whose instruction the policy was given
     episode: int
     change: float  # mean absolute difference of the actions, same noise
     noise: float  # of the actions between two noise samples
@@ -79,19 +80,19 @@ def main(config: LanguageConfig) -> str:
     metadata = dataset_metadata(config.dataset)
     instructions = read_instructions(metadata)
     if len(instructions) < 2:
-        raise UserError(NOTHING_TO_TELL)
+        raise UserError(ONE_TASK)
     tasks = _tasks(config.tasks, instructions)
-    told = [instructions[task] for task in tasks]
+    compared = [instructions[task] for task in tasks]
     count = config.episodes_per_task * len(tasks)
-    selection = select_episodes(config.dataset.episodes, metadata, folder, count, told)
+    selection = select_episodes(config.dataset.episodes, metadata, folder, count, compared)
     dataset = open_dataset(config.dataset, episodes=selection.episodes)
-    recording = read_recording(dataset.meta, policy_config)
+    recording = read_recording(dataset.meta, policy_config, selection.episodes)
     loaded = load_policy(config.policy)
     frames = np.concatenate(
         [_spread(recording.frames(episode), config.frames_per_episode) for episode in selection.episodes]
     )
     swaps = []
-    for i, item in enumerate(observations(dataset, recording.index[frames], "telling")):
+    for i, item in enumerate(observations(dataset, recording.index[frames], "swapping instructions")):
         noise = draw_noise(loaded.config, config.num_samples, seed=i)
         own = int(recording.task[frames[i]])
         planned = {
@@ -111,22 +112,22 @@ def main(config: LanguageConfig) -> str:
             **asdict(selection),
         }
         return json.dumps(numbers, indent=1)
-    warning = [] if selection.trained_on is False else [f"Mind: {selection.note}"]
+    warning = [] if selection.trained_on is False else [f"Note: {selection.note}"]
     return "\n".join([*lines, "", *_table(pairs, instructions), "", *_legend(), *warning])
 
 
 def compare(recording: Recording, frame: int, planned: dict[int, np.ndarray]) -> list[Swap]:
     """What each other instruction does at a row of a recording.
 
-    `planned`: chunks (K, C, D) by the task whose instruction was told, its own among them. Steps beyond the
+    `planned`: chunks (K, C, D) by the task whose instruction was given, its own among them. Steps beyond the
     end of the episode do not count.
     """
     own, scale = int(recording.task[frame]), recording.scale
     at, length = np.array([frame]), planned[own].shape[1]
     truth, valid = (x[0] for x in recording.following(at, length))
     truth, valid = truth / scale, valid.astype(bool)
-    as_told = planned[own][:, valid] / scale
-    noise = float(np.abs(as_told - np.roll(as_told, 1, axis=0)).mean())
+    original = planned[own][:, valid] / scale
+    noise = float(np.abs(original - np.roll(original, 1, axis=0)).mean())
     twin = recording.nearest(at)
     within = None
     if twin is not None and recording.task[twin[0]] == own:
@@ -142,11 +143,11 @@ def compare(recording: Recording, frame: int, planned: dict[int, np.ndarray]) ->
         swaps.append(
             Swap(
                 task=own,
-                told=task,
+                given=task,
                 episode=int(recording.episode[frame]),
-                change=float(np.abs(swapped - as_told).mean()),
+                change=float(np.abs(swapped - original).mean()),
                 noise=noise,
-                along=float(((swapped - as_told).mean(0) * demonstrated).sum()),
+                along=float(((swapped - original).mean(0) * demonstrated).sum()),
                 square=float(np.square(demonstrated).sum()),
                 apart=float(np.abs(demonstrated).mean()),
                 within=within,
@@ -159,10 +160,10 @@ def compare(recording: Recording, frame: int, planned: dict[int, np.ndarray]) ->
 def summarise(swaps: list[Swap]) -> list[Pair]:
     """Both directions of each pair of instructions together. Raises ValueError if there was none to swap."""
     if not swaps:
-        raise UserError(NOTHING_TO_TELL)
+        raise UserError(ONE_TASK)
     groups: dict[tuple[int, int], list[Swap]] = {}
     for swap in swaps:
-        groups.setdefault((min(swap.task, swap.told), max(swap.task, swap.told)), []).append(swap)
+        groups.setdefault((min(swap.task, swap.given), max(swap.task, swap.given)), []).append(swap)
     pairs = []
     for tasks, group in sorted(groups.items()):
         followed, low, high = pooled(group)
@@ -193,21 +194,13 @@ def summarise(swaps: list[Swap]) -> list[Pair]:
 
 
 def pooled(swaps: list[Swap]) -> tuple[float, float | None, float | None]:
-    """`followed` of many frames, and its 95 % interval: whole episodes are resampled."""
+    """`followed` over many frames, and its 95 % interval over resampled episodes."""
     of_episode: dict[int, np.ndarray] = {}
     for swap in swaps:
         of_episode.setdefault(swap.episode, np.zeros(2))
         of_episode[swap.episode] += (swap.along, swap.square)
     sums = np.stack(list(of_episode.values()))
-    along, square = sums.sum(0)
-    followed = float(along / square) if square else 0.0
-    if len(sums) < 2 or not square:
-        return followed, None, None
-    drawn = np.random.default_rng(0).integers(len(sums), size=(_RESAMPLES, len(sums)))
-    totals = sums[drawn].sum(1)
-    totals = totals[totals[:, 1] > 0]
-    low, high = np.quantile(totals[:, 0] / totals[:, 1], [0.025, 0.975])
-    return followed, float(low), float(high)
+    return ratio_interval(sums) if sums[:, 1].any() else (0.0, None, None)
 
 
 def verdict(pairs: list[Pair], everything: tuple[float, float | None, float | None]) -> list[str]:
@@ -215,7 +208,7 @@ def verdict(pairs: list[Pair], everything: tuple[float, float | None, float | No
     followed, low, high = everything
     interval = "" if low is None or high is None else f" (95 % interval {low:.0%} to {high:.0%})"
     how_far = (
-        f"Told another instruction over the same pictures, its actions go {followed:.0%} of the way to that "
+        f"Given another instruction with the same pictures, its actions go {followed:.0%} of the way to that "
         f"task's demonstrations{interval}."
     )
     kinds = {pair.verdict for pair in pairs if pair.verdict != SAME}
@@ -252,11 +245,7 @@ def _table(pairs: list[Pair], instructions: dict[int, str]) -> list[str]:
                 str(pair.frames),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-    return [*(f"{task}: {instructions[task]}" for task in tasks), "", *table]
+    return [*(f"{task}: {instructions[task]}" for task in tasks), "", format_table(rows)]
 
 
 def _legend() -> list[str]:
@@ -264,7 +253,7 @@ def _legend() -> list[str]:
         "followed: 0, the words make no difference; 1, the actions become the other task's",
         "change: of the actions by the instruction, in standard deviations of the data",
         "noise: the same by another noise sample",
-        "nearer to the other: share of frames where the actions as told are nearer to the other task's",
+        "nearer to the other: share of frames where the actions are nearer to the other task's",
     ]
 
 

@@ -1,11 +1,11 @@
-"""What a training run holds in memory and computes, counted from the model's own operations.
+"""Memory estimate of a training run, and its operations, counted from the model's own operations.
 
-A step runs forward and backward on torch's meta device, where tensors have shapes and no values, and a ledger
-notes each tensor that comes and goes. Nothing is tabulated: another size, number of cameras or adapter counts
+A step runs forward and backward on torch's meta device, and each tensor that is allocated or freed is
+counted. Nothing is tabulated: another size, number of cameras or adapter counts
 by itself. What a step needs is linear in the batch at each moment, so two batch sizes give all others.
 
-Two things a meta device does not know: which attention the real one runs, which is said here, and what
-libraries allocate behind torch's back, which is left to an allowance (see `planning`).
+Two things a meta device does not know: which attention the real one runs, which `_attention_of` states,
+and what libraries allocate outside of torch, for which `plan` adds an allowance.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class MemoryEstimate:
     trained: int  # parameters
     total: int
     weights: int  # bytes: float32 what trains, the rest in the policy's dtype
-    average: int  # bytes of the moving average
+    ema: int  # bytes of the EMA of the weights
     adapter: bool
     growth: np.ndarray
     flops: int  # per sample, forward and backward
@@ -64,13 +64,13 @@ class MemoryEstimate:
     @property
     def held(self) -> int:
         """Bytes held between steps."""
-        return self.weights + self.average + self.optimizer
+        return self.weights + self.ema + self.optimizer
 
     @property
     def checkpoint(self) -> int:
         """Bytes of a checkpoint on disk: the policy, and what resuming needs."""
         saved = FLOAT32 * self.trained if self.adapter else self.weights
-        return saved + self.optimizer + self.average
+        return saved + self.optimizer + self.ema
 
     def step(self, batch_size: int) -> int:
         """Bytes that a step adds at its peak."""
@@ -104,7 +104,7 @@ def estimate_memory(
         trained=trained,
         total=sum(p.numel() for p in parameters),
         weights=sum(_nbytes(p) for p in in_memory),
-        average=FLOAT32 * trained if config.ema_decay else 0,
+        ema=FLOAT32 * trained if config.ema_decay else 0,
         adapter=peft is not None,
         growth=np.stack((line[0] - 2 * slope, slope), 1),
         flops=two.flops // 2,
@@ -112,10 +112,10 @@ def estimate_memory(
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Notes what tensors made while it is on take, until they are gone; storages of `known` ones are not new.
+    """Counts the bytes of tensors that are allocated while it is active, except the storages of `known` ones.
 
-    `line` is the number of bytes that live after each new tensor; `read` the known storages that any
-    operation but a lookup was given; `flops` the number of operations of products and attention.
+    `line` is the number of live bytes after each allocation; `read` the known storages that an operation
+    other than a lookup reads; `flops` the operations of matrix products and attention.
     """
 
     def __init__(self, known: Iterable[Tensor]):
@@ -198,13 +198,13 @@ def _skeleton(config: Pi0Config, peft: PeftConfig | None) -> Pi0Policy:
 
 def _run_step(policy: Pi0Policy, batch_size: int, device: Device) -> AllocationTracker:
     """Forward and backward, the batch included; gradients stay, and are no part of what is held before."""
-    ledger = AllocationTracker(policy.parameters())
+    tracker = AllocationTracker(policy.parameters())
     example = policy.config.example_observation(prompt_length=policy.config.tokenizer_max_length)
     # What garbage collection frees at some moment would be in the line of one batch size alone.
     gc.collect()
     gc.disable()
     try:
-        with _attention_of(device), ledger:
+        with _attention_of(device), tracker:
             # Which LeRobot's loop keeps during the step.
             batch = {
                 key: _empty(batch_size, *x.shape[1:]).to(torch.float32 if x.dtype == torch.uint8 else x.dtype)
@@ -215,7 +215,7 @@ def _run_step(policy: Pi0Policy, batch_size: int, device: Device) -> AllocationT
         gc.enable()
     for parameter in policy.parameters():
         parameter.grad = None
-    return ledger
+    return tracker
 
 
 def _loss(policy: Pi0Policy, batch: dict[str, Tensor]) -> Tensor:

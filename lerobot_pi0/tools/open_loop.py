@@ -1,12 +1,10 @@
-"""What a policy plans at recorded observations, and what is known there without it: the recorded actions
-themselves, and three guesses that need no policy.
+"""Chunks predicted at recorded observations, the recorded actions, and three open-loop baselines.
 
 Letters in shapes: F frames of a dataset, N of them looked at, K noise samples, C steps of a chunk, D joints
 (dimensions of an action). Actions are in the robot's units.
 """
 
 import itertools
-import json
 import math
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.utils.constants import ACTION, OBS_STATE
 from tqdm import tqdm
 
+from lerobot_pi0.checkpoints.reading import read_json
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.data.frames import read_columns
 from lerobot_pi0.data.normalization import FLOOR, NEARLY_CONSTANT
@@ -88,8 +87,13 @@ class Recording:
         return found
 
 
-def read_recording(metadata: LeRobotDatasetMetadata, config: Pi0Config) -> Recording:
-    """A dataset's frames on this disk. Raises ValueError where its actions are not the policy's."""
+def read_recording(
+    metadata: LeRobotDatasetMetadata, config: Pi0Config, episodes: Sequence[int] = ()
+) -> Recording:
+    """A dataset's frames on this disk, without the episodes that hold NaN or infinite values.
+
+    Raises UserError where one of `episodes` does, or where the actions are not the policy's.
+    """
     columns = read_columns(metadata, [ACTION, OBS_STATE, "episode_index", "task_index"])
     size = config.action_feature.shape[0] if config.action_feature else 0
     if not columns or columns[ACTION].shape[1] != size:
@@ -98,9 +102,24 @@ def read_recording(metadata: LeRobotDatasetMetadata, config: Pi0Config) -> Recor
             f"the dataset has actions of {found} dimensions, the policy was made for {size}: name a dataset "
             "of its robot with --dataset.repo_id and --dataset.root"
         )
+    finite = np.isfinite(columns[ACTION]).all(1) & np.isfinite(columns[OBS_STATE]).all(1)
+    damaged = np.unique(columns["episode_index"][~finite])
+    if wanted := sorted({*damaged.tolist()} & {*episodes}):
+        raise UserError(
+            f"episodes {wanted} of the dataset hold NaN or infinite values in '{ACTION}' or '{OBS_STATE}': "
+            "choose others with --dataset.episodes, or delete these (lerobot-edit-dataset "
+            f"--operation.type=delete_episodes --operation.episode_indices='{damaged.tolist()}')"
+        )
+    keep = ~np.isin(columns["episode_index"][:, 0], damaged)
+    columns = {key: column[keep] for key, column in columns.items()}
     stats: Any = (metadata.stats or {}).get(ACTION, {})
     actions = columns[ACTION].astype(np.float32)
-    spread = np.asarray(stats.get("std", actions.std(0)), np.float64).ravel()
+
+    def statistic(name: str, computed: np.ndarray) -> np.ndarray:
+        recorded = np.asarray(stats.get(name, computed), np.float64).ravel()
+        return np.where(np.isfinite(recorded), recorded, computed)
+
+    spread = statistic("std", actions.std(0))
     states = columns[OBS_STATE].astype(np.float32)
     episode, task = columns["episode_index"][:, 0], columns["task_index"][:, 0]
     return Recording(
@@ -112,7 +131,7 @@ def read_recording(metadata: LeRobotDatasetMetadata, config: Pi0Config) -> Recor
         displaces=displacements(metadata, config, states, actions, episode),
         instructions=read_instructions(metadata),
         joints=config.action_feature_names or [f"joint {i}" for i in range(size)],
-        mean=np.asarray(stats.get("mean", actions.mean(0)), np.float64).ravel(),
+        mean=statistic("mean", actions.mean(0)),
         scale=np.where(spread < NEARLY_CONSTANT, FLOOR, spread),
         fps=float(metadata.fps),
     )
@@ -125,8 +144,7 @@ def displacements(
     actions: np.ndarray,
     episode: np.ndarray,
 ) -> np.ndarray:
-    """Which actions (D,) are displacements of a joint, as the data shows; a gripper that is open or shut is
-    told where to be."""
+    """Which actions (D,) are displacements of a joint, as the data shows; two-state grippers are none."""
     nothing = np.zeros(len(episode))
     columns = Columns(episode, frame=nothing, timestamp=nothing, task=nothing, state=states, action=actions)
     pairing = Pairing.of(
@@ -144,7 +162,7 @@ def read_instructions(metadata: LeRobotDatasetMetadata) -> dict[int, str]:
 
 
 def baselines(recording: Recording, frames: np.ndarray, length: int) -> dict[str, np.ndarray]:
-    """What can be said of the next actions without a policy: {name: (N, length, D)}.
+    """Open-loop baselines, predictions that need no policy: {name: (N, length, D)}.
 
     Holding still repeats the last action, or is zero where actions are displacements. The nearest
     demonstration is what followed the nearest state in another episode; it is left out when there is no other
@@ -197,7 +215,8 @@ def select_episodes(
             episodes,
             None,
             "The checkpoint does not say whether it was trained on these episodes: it has no "
-            "train_config.json, or one that names another dataset. If it was, memory counts as skill here.",
+            "train_config.json, or one that names another dataset. If it was, memorized actions "
+            "count as skill here.",
         )
     seen = [episode for episode in episodes if episode in trained]
     if not seen:
@@ -206,7 +225,7 @@ def select_episodes(
     return Selection(
         episodes,
         True,
-        f"The policy was trained on {how_many} of these episodes: what it remembers counts as skill here. "
+        f"The policy was trained on {how_many} of these episodes: memorized actions count as skill here. "
         "Train with --dataset.eval_split=0.1 to keep some episodes out.",
     )
 
@@ -221,9 +240,9 @@ def trained_episodes(checkpoint: Path, metadata: LeRobotDatasetMetadata) -> set[
     if not file.is_file():
         return None
     try:
-        dataset = json.loads(file.read_text(encoding="utf-8"))["dataset"]
+        dataset = read_json(file)["dataset"]
         repo_id, episodes = dataset["repo_id"], dataset["episodes"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{file}, which says what was trained on, is damaged ({error!r}): copy or download it again, or "
             "delete it"
@@ -254,7 +273,7 @@ def observations(
 
 
 def prepare(loaded: LoadedPolicy, item: dict[str, Any], task: str | None = None) -> dict[str, Any]:
-    """A dataset's item as the policy takes it; `task` is said instead of the item's own instruction."""
+    """A dataset's item as the policy takes it; `task` replaces the item's own instruction."""
     observation = {key: value for key, value in item.items() if key.startswith("observation.")}
     return loaded.preprocess(observation | {"task": item["task"] if task is None else task})
 
@@ -266,12 +285,13 @@ def plan(loaded: LoadedPolicy, batch: dict[str, Any], noise: torch.Tensor) -> np
     """
     context = loaded.policy.encode(batch)
     chunks = loaded.policy.plan(context, noise.to(batch[OBS_STATE].device), num_samples=len(noise))
-    if not chunks.isfinite().all():
+    actions = loaded.postprocess(chunks).float().cpu().numpy()
+    if not np.isfinite(actions).all():
         raise UserError(
-            "the policy plans actions that are not finite: its weights or its statistics are broken. "
-            "Try an earlier checkpoint"
+            "the policy predicts NaN or infinite actions: its weights or its statistics are damaged. Try an "
+            "earlier checkpoint; `lerobot-pi0 doctor` names the cause"
         )
-    return loaded.postprocess(chunks).float().cpu().numpy()
+    return actions
 
 
 def draw_noise(config: Pi0Config, num_samples: int, seed: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ Kind = Literal["absolute", "relative", "unknown"]
 FRAMES = 20_000  # as many are enough for correlations
 SMOOTH = 20  # different values; fewer are an open-or-shut gripper, which says nothing of times
 SAME, MOVES = 0.9, 0.4  # correlations of an action with a position, and with a movement
-SOON, LATE = 0.3, 1.0  # seconds in which a joint goes where it was told; within which is looked
+SOON, LATE = 0.3, 1.0  # seconds in which a joint reaches its target; longest lag considered
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """`lerobot-pi0 plan`: which fine-tuning fits a GPU, how long it takes, and the command that starts it.
 
-Reads a dataset's metadata and no frame. Memory comes from `footprint`; what stands here is what has to be
-chosen: which recipes there are, what is left free, how many samples a dataset is worth. Its sources are named
-where it is chosen.
+Reads a dataset's metadata and no frame. Memory comes from `estimate_memory`; this module holds the
+choices, each with its source: the recipes, the allowances, the number of samples for a dataset.
 """
 
 import json
@@ -10,7 +9,6 @@ import math
 import shlex
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, cast
 
 import draccus
@@ -18,8 +16,10 @@ from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
-from lerobot_pi0.errors import MissingFileError, UserError
+from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.dataset import fit_to, read_dataset
+from lerobot_pi0.inputs.shipped_configs import shipped_config
+from lerobot_pi0.tables import format_table
 from lerobot_pi0.tools.flags import PlanFlags, Recipe
 from lerobot_pi0.tools.memory import MemoryEstimate, estimate_memory
 
@@ -153,13 +153,13 @@ def make_rows(config: PlanConfig, dataset: LeRobotDatasetMetadata) -> list[Row]:
         if recipe == "lora" and find_spec("peft") is None:
             continue
         file = "finetune_lora_24gb" if recipe == "lora" and checkpointing else f"finetune_{recipe}"
-        arguments = [f"--config_path={_shipped(file)}", *source, *given]
+        arguments = [f"--config_path={shipped_config(file)}", *source, *given]
         train = _read(arguments)
         if cast(Pi0Config, train.policy).gradient_checkpointing != checkpointing:
             arguments.append(f"--policy.gradient_checkpointing={str(checkpointing).lower()}")
             train = _read(arguments)
         policy = cast(Pi0Config, train.policy)
-        policy.cameras = policy.cameras or cameras  # or each would tell how it assigned them
+        policy.cameras = policy.cameras or cameras  # or each recipe would log the assignment
         fit_to(policy, dataset)
         cameras = policy.cameras
         rows.append(Row(recipe, checkpointing, tuple(arguments), train, estimate_memory(policy, train.peft)))
@@ -167,7 +167,7 @@ def make_rows(config: PlanConfig, dataset: LeRobotDatasetMetadata) -> list[Row]:
 
 
 def on_cpu(needs: MemoryEstimate, batch_size: int) -> float:
-    """Bytes of a process that trains on a CPU, allowances included, for a footprint of that device."""
+    """Bytes of a process that trains on a CPU, allowances included, by an estimate for a CPU."""
     return needs.held + (1 + HEAP) * needs.step(batch_size) + PROCESS
 
 
@@ -200,16 +200,14 @@ def _about(dataset: LeRobotDatasetMetadata, train: TrainPipelineConfig) -> str:
 
 def _table(rows: list[Row], gpu_memory: float) -> str:
     batch_sizes = (1, 4, 8, 16, 32)
-    head = ["recipe", "trains", "weights", "AdamW", "average", "gradients"]
+    head = ["recipe", "trains", "weights", "AdamW", "EMA", "gradients"]
     lines = [[*head, *(f"batch {b}" for b in batch_sizes), "largest"]]
     for row in rows:
         of = row.memory
-        parts = [_gigabytes(n) for n in (of.weights, of.optimizer, of.average, of.gradients)]
+        parts = [_gigabytes(n) for n in (of.weights, of.optimizer, of.ema, of.gradients)]
         fits = [f"{_gigabytes(row.needs(b))}{' ' if _fits(row, b, gpu_memory) else '*'}" for b in batch_sizes]
         largest = row.largest_batch(gpu_memory * GIGABYTE) or "-"
         lines.append([row.name, f"{of.trained / 1e6:,.1f} M", *parts, *fits, str(largest)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     return "\n".join(
         [
             "GPU memory in GB (10⁹ bytes), computed from the model's operations; * does not fit "
@@ -217,7 +215,7 @@ def _table(rows: list[Row], gpu_memory: float) -> str:
             f"A batch's column is the whole, with {CONTEXT / GIGABYTE:g} GB for CUDA, and for the allocator "
             f"{FRAGMENTATION:.0%} of what comes and goes in a step.",
             "",
-            *table,
+            format_table(lines),
         ]
     )
 
@@ -285,16 +283,6 @@ def _differences(given: Any, default: Any, name: str) -> list[str]:
             encoded: Any = draccus.encode(value)
             flags.append(f"--{flag}={encoded if isinstance(encoded, str) else json.dumps(encoded)}")
     return flags
-
-
-def _shipped(name: str) -> Path:
-    """A file of `configs/`: in the package when installed from a wheel, beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    folders = [package / "configs", package.parent / "configs"]
-    found = next((path for folder in folders if (path := folder / f"{name}.yaml").is_file()), None)
-    if found is None:
-        raise MissingFileError(f"the package's configs/{name}.yaml is missing: reinstall the package")
-    return found.relative_to(Path.cwd()) if found.is_relative_to(Path.cwd()) else found
 
 
 def _fits(row: Row, batch_size: int, gpu_memory: float) -> bool:

@@ -120,15 +120,31 @@ def test_steps_of_inference_are_the_recorded_ones(saved):
     assert_same(actions_of(policy), load_file(file)["actions"])
 
 
-@pytest.mark.parametrize("damage", ["no file of its kind", "no versions"])
+def no_metadata(file: Path) -> None:
+    save_file(load_file(file), file)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda file: file.write_bytes(b"{"), id="not safetensors"),
+        pytest.param(no_metadata, id="no metadata"),
+        pytest.param(lambda file: written_with(file.parent, inference_steps="0"), id="no steps"),
+        pytest.param(lambda file: written_with(file.parent, inference_steps="9" * 9), id="hours of steps"),
+        pytest.param(lambda file: written_with(file.parent, lambda x: x.bfloat16()), id="other dtype"),
+    ],
+)
 def test_damaged_golden_actions_are_logged_and_no_obstacle(saved, caplog, damage):
-    file = saved / GOLDEN_ACTIONS_FILE
-    if damage == "no versions":
-        save_file(load_file(file), file)
-    else:
-        file.write_bytes(b"{")
+    damage(saved / GOLDEN_ACTIONS_FILE)
     Pi0Policy.from_pretrained(saved)
-    assert "is damaged" in caplog.text
+    assert f"{GOLDEN_ACTIONS_FILE} is damaged" in caplog.text
+
+
+def test_golden_actions_of_an_unknown_dtype_are_compared_with_the_wider_tolerance(saved, caplog):
+    written_with(saved, dtype="float7")
+    with caplog.at_level(logging.INFO, logger="lerobot_pi0"):
+        Pi0Policy.from_pretrained(saved)
+    assert "golden actions: the same" in caplog.text
 
 
 def test_where_nothing_can_be_written_the_policy_loads_all_the_same(saved, tmp_path, monkeypatch, caplog):

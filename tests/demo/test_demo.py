@@ -12,9 +12,10 @@ from lerobot.configs.train import TrainPipelineConfig
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.demo.command import Job
-from lerobot_pi0.demo.demo import EVALUATION_SEED, Demo, DemoConfig, shipped_config
+from lerobot_pi0.demo.demo import EVALUATION_SEED, Demo, DemoConfig
 from lerobot_pi0.demo.environment import MetaworldFastEnvConfig
 from lerobot_pi0.demo.record import SETTINGS_FILE, RecordConfig
+from lerobot_pi0.inputs.shipped_configs import shipped_config
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_what_is_recorded_is_what_is_trained_on(demo):
 
 def test_the_training_command_gives_a_small_policy_that_stays_on_this_machine(demo):
     (training,) = demo.train()
-    assert training.command.arguments[0] == f"--config_path={shipped_config()}"
+    assert training.command.arguments[0] == f"--config_path={shipped_config('demo')}"
     config = parse_training(demo, training)
     assert isinstance(config.policy, Pi0Config)
     assert config.policy.vlm.width <= 512

@@ -58,7 +58,7 @@ def test_the_table_shows_each_task_beside_its_baselines_and_marks_what_is_not_ab
     assert rows["faucet-open-v3"] == ["90%", "10", "80%", "0%"]
     assert rows["plate-slide-v3"] == ["50%", "*", "10", "50%"]
     assert rows["mean"] == ["70%", "65%"]
-    assert "*: not above the blind baseline" in table
+    assert "*: not above the open-loop baseline" in table
 
 
 def test_a_table_without_marks_does_not_explain_them():

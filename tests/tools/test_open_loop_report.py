@@ -5,17 +5,19 @@ import math
 import re
 import shutil
 import subprocess
-from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import pytest
+from markupsafe import escape
 from tiny_dataset import EPISODES, FRAMES, JOINTS, LENGTH, TASKS, recorded
 
 from lerobot_pi0 import cli
-from lerobot_pi0.errors import CheckpointError
+from lerobot_pi0.errors import CheckpointError, UserError
+from lerobot_pi0.tools import open_loop
 from lerobot_pi0.tools.open_loop import (
     HOLD,
     MEAN,
@@ -51,7 +53,7 @@ def test_recorded_actions_have_no_error_and_beat_everything():
     assert [c.baseline for c in report.comparisons] == [HOLD, MEAN, NEAREST]
     assert all(c.is_beaten and c.ratio == pytest.approx(0) for c in report.comparisons)
     assert report.verdict()[0] == f"This policy beats {HOLD}, {MEAN} and {NEAREST}."
-    assert report.seams.jump == pytest.approx(report.seams.recorded)
+    assert report.discontinuity.mean == pytest.approx(report.discontinuity.recorded)
 
 
 def test_policy_that_holds_still_is_no_better_than_holding_still():
@@ -85,13 +87,13 @@ def test_what_actions_are_is_read_off_the_data(kind):
     assert found.tolist() == [kind == "displacements"] * 2 + [False]
 
 
-def test_seams_that_were_not_looked_at_are_told():
+def test_chunk_boundaries_that_were_not_evaluated_are_reported():
     recording = recorded()
     frames = frames_of(recording)[::3]
     truth, _ = recording.following(frames, CHUNK)
     report = evaluate(recording, frames, np.repeat(truth[:, None], SAMPLES, 1), 3 * STRIDE)
-    assert report.seams is None
-    assert "was not looked at: they stand 12 frames apart and have 8 actions" in report.verdict()[-2]
+    assert report.discontinuity is None
+    assert "chunks are 12 frames apart and have 8 actions" in report.verdict()[-2]
 
 
 def test_last_action_is_of_the_same_episode():
@@ -171,18 +173,18 @@ def test_without_another_episode_there_is_no_nearest_demonstration():
     assert report.comparisons[0].low is None  # one episode tells nothing of others
 
 
-def test_planted_jump_between_chunks_is_found():
+def test_planted_discontinuity_between_chunks_is_found():
     recording = recorded()
     planned = perfect(recording)
     frames = frames_of(recording)
     chunk = int(np.flatnonzero(frames == 2 * LENGTH + 12)[0])
     planned[chunk, :, :, 1] += 50.0
-    seams = report_of(recording, planned).seams
-    assert (seams.worst_episode, seams.worst_joint) == (2, "turn")
-    assert seams.worst_frame in (12, 16)  # into the chunk, or out of it
-    assert seams.worst == pytest.approx(50, abs=2.5)
+    found = report_of(recording, planned).discontinuity
+    assert (found.worst_episode, found.worst_joint) == (2, "turn")
+    assert found.worst_frame in (12, 16)  # into the chunk, or out of it
+    assert found.worst == pytest.approx(50, abs=2.5)
     per_episode = math.ceil(LENGTH / STRIDE) - 1
-    assert seams.count == EPISODES * per_episode
+    assert found.count == EPISODES * per_episode
 
 
 def test_gripper_that_closes_late_or_never_is_told_in_seconds():
@@ -220,7 +222,7 @@ def test_episodes_that_training_held_out_are_looked_at(tmp_path):
     assert trained(episodes=[0, 6, 8]) == {0, 6}  # the dataset was longer then
     for damaged in ("{", "{}", '{"dataset": null}'):
         (tmp_path / "train_config.json").write_text(damaged)
-        with pytest.raises(CheckpointError, match=r"train_config.json, .* is damaged"):
+        with pytest.raises(CheckpointError, match=r"train_config.json.* is damaged"):
             trained_episodes(tmp_path, metadata)
     assert trained(eval_split=0.3) == {0, 1, 2, 5, 6}
     held_out = select_episodes(None, metadata, tmp_path, 2)
@@ -230,6 +232,32 @@ def test_episodes_that_training_held_out_are_looked_at(tmp_path):
     assert "1 of 2" in mixed.note
     with pytest.raises(ValueError, match="episodes 0 to 7"):
         select_episodes([8], metadata, tmp_path, 2)
+
+
+def test_episodes_with_nan_are_left_out_and_refused_by_name(monkeypatch):
+    frames = np.arange(40)
+    columns = {
+        "action": np.stack((frames, frames**2), 1).astype(np.float32),
+        "observation.state": np.stack((frames, -frames), 1).astype(np.float32),
+        "episode_index": np.repeat([0, 1, 2, 3], 10)[:, None],
+        "task_index": np.zeros((40, 1), int),
+        "index": frames,
+    }
+    columns["action"][13] = np.nan
+    monkeypatch.setattr(open_loop, "read_columns", lambda *_: columns)
+    stats = {"action": {"mean": [np.nan, 0.0], "std": [np.nan, 1.0]}}
+    tasks = pd.DataFrame({"task_index": [0]}, index=["push"])
+    metadata = cast(Any, SimpleNamespace(stats=stats, tasks=tasks, fps=10))
+    feature = SimpleNamespace(shape=(2,))
+    config = cast(
+        Any, SimpleNamespace(action_feature=feature, action_feature_names=None, state_feature_names=None)
+    )
+    recording = open_loop.read_recording(metadata, config, [0, 2])
+    assert sorted(set(recording.episode.tolist())) == [0, 2, 3]
+    for values in (recording.actions, recording.states, recording.mean, recording.scale):
+        assert np.isfinite(values).all()
+    with pytest.raises(UserError, match=r"episodes \[1\] of the dataset hold NaN"):
+        open_loop.read_recording(metadata, config, [0, 1])
 
 
 @pytest.fixture(scope="module")

@@ -166,7 +166,7 @@ def test_frozen_parts_have_no_optimizer_and_checkpointing_trades_memory_for_work
     full, expert, lora = planned(), planned(freeze="vlm"), planned(LORA)
     assert lora.trained < full.trained
     assert expert.trained < full.trained
-    assert (expert.optimizer, expert.average, expert.gradients) == (
+    assert (expert.optimizer, expert.ema, expert.gradients) == (
         8 * expert.trained,
         4 * expert.trained,
         4 * expert.trained,

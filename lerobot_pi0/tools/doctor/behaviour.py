@@ -1,4 +1,4 @@
-"""What the policy does at frames of the dataset, beside what was demonstrated there."""
+"""The policy's predictions at frames of the dataset, compared with the demonstrated actions."""
 
 from collections.abc import Iterator
 
@@ -14,21 +14,25 @@ STILL = 0.3  # of the demonstrated movement, and of its variation
 WORSE = 1.0  # mean error over that of always giving the average action
 
 
+def actions_are_finite(inputs: Inputs) -> Iterator[Finding]:
+    """Predicted actions and the loss are finite."""
+    wrong = ~np.isfinite(inputs.trial.predicted)
+    if wrong.any() or not np.isfinite(inputs.trial.loss):
+        yield error(
+            "the policy predicts NaN or infinite values",
+            f"{wrong.mean():.0%} of the predicted values; the loss is {inputs.trial.loss:.3g}",
+            "check weights and statistics (findings of the checkpoint); if --policy.dtype=float32 helps, the "
+            "precision is the cause",
+        )
+
+
 def actions_stay_in_range(inputs: Inputs) -> Iterator[Finding]:
-    """Predicted actions lie where the dataset's do."""
+    """Predicted actions lie within the range of the dataset's, up to a margin."""
     data, predicted = inputs.columns.action, inputs.trial.predicted[inputs.trial.real]
     low, high = data.min(0), data.max(0)
     margin = MARGIN * np.maximum(high - low, NEARLY_CONSTANT)
-    if not np.isfinite(predicted).all():
-        yield error(
-            "the policy gives actions that are no numbers",
-            f"{np.isnan(predicted).mean():.0%} of the predicted values are NaN",
-            "look at weights and statistics above; --policy.dtype=float32 tells whether precision is the "
-            "cause",
-        )
-        return
     outside = (predicted < low - margin) | (predicted > high + margin)
-    shares = outside.mean(0) * (high - low > NEARLY_CONSTANT)  # of joints that rest there is no range
+    shares = outside.mean(0) * (high - low > NEARLY_CONSTANT)  # a joint that rests has no range
     if shares.max() > SOME:
         names = inputs.recorded.action_feature_names or [str(i) for i in range(len(shares))]
         worst = int(shares.argmax())

@@ -10,7 +10,7 @@ import torch
 from lerobot.utils.constants import OBS_IMAGES
 from torch import Tensor
 
-from lerobot_pi0.configuration_pi0 import Pi0Config, assign_cameras
+from lerobot_pi0.configuration_pi0 import Pi0Config, assign_cameras, num_channels
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.dataset import fit_to
 from lerobot_pi0.model.observation import letterbox
@@ -92,6 +92,28 @@ def features_fit(inputs: Inputs) -> Iterator[Finding]:
         fit_to(Pi0Config(device="cpu"), inputs.metadata)
     except ValueError as reason:
         yield error("a policy cannot be made for this dataset", str(reason), "record what is missing")
+
+
+def cameras_are_rgb(inputs: Inputs) -> Iterator[Finding]:
+    """Every camera has three channels; depth maps are not used."""
+    assert inputs.metadata is not None
+    depth = set(getattr(inputs.metadata, "depth_keys", ()))
+    used = inputs.config.cameras.values()
+    for key, feature in inputs.metadata.features.items():
+        channels = num_channels(feature["shape"])
+        if feature["dtype"] not in ("image", "video") or channels == 3:
+            continue
+        what = "a depth map" if key in depth else f"{channels} channels" if channels else "no channels"
+        rgb = list(inputs.recorded_cameras)
+        say = error if inputs.rename_map.get(key, key) in used else note
+        yield say(
+            f"the camera '{key}' has {what}, and the policy takes RGB pictures"
+            + ("" if say is error else ": it is left out"),
+            f"its shape is {tuple(feature['shape'])}",
+            f"--policy.cameras='{json.dumps(assign_cameras(rgb, {}))}' leaves it out"
+            if rgb
+            else "record an RGB camera",
+        )
 
 
 def dataset_shapes(inputs: Inputs) -> Iterator[Finding]:

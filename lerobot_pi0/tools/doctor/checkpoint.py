@@ -1,6 +1,5 @@
 """The checkpoint: is everything there that it needs, does it load, and was it trained?"""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -8,13 +7,13 @@ import numpy as np
 import torch
 from lerobot.configs import NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
-from safetensors import safe_open
 from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, Checkpoint
 from lerobot_pi0.checkpoints.processors import PIPELINES
+from lerobot_pi0.checkpoints.reading import read_steps, read_tensors
 from lerobot_pi0.data.normalization import NEEDED
-from lerobot_pi0.data.statistics import read_statistics
+from lerobot_pi0.data.statistics import read_statistics, unnormalizer_differences
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
 from lerobot_pi0.tools.doctor.inputs import Inputs
 
@@ -23,7 +22,7 @@ COPY_AGAIN = (
     "copy the whole folder again (lerobot-train: outputs/…/checkpoints/last/pretrained_model): LeRobot's "
     "files belong together"
 )
-# Of the loss that is reached without looking.
+# Share of the loss of a predictor that ignores the observation.
 NO_BETTER, HARDLY = 1.1, 0.85
 
 
@@ -31,12 +30,7 @@ def files_are_there(inputs: Inputs) -> Iterator[Finding]:
     """Processors, tokenizer and statistics travel with the weights."""
     folder = inputs.folder
     missing = [name for name in PIPELINES if not (folder / name).is_file()]
-    steps = [
-        step
-        for name in PIPELINES
-        if name not in missing
-        for step in json.loads((folder / name).read_text(encoding="utf-8"))["steps"]
-    ]
+    steps = [step for name in PIPELINES if name not in missing for step in read_steps(folder / name)]
     states = {step["registry_name"]: step.get("state_file") for step in steps if "registry_name" in step}
     for needs, what in (
         ("lerobot_pi0_tokenizer", "tokenizer"),
@@ -96,26 +90,16 @@ def statistics_are_whole(inputs: Inputs) -> Iterator[Finding]:
                 "mend the dataset's statistics (lerobot-edit-dataset --operation.type=recompute_stats) and "
                 "train again",
             )
-    undone = _statistics_of(folder, "policy_postprocessor.json", "unnormalizer_processor")
-    differ = [
-        name
-        for name, value in undone.items()
-        if name.startswith("action.")
-        and name.removeprefix("action.") in carried.get("action", {})
-        and not _alike(value, carried["action"][name.removeprefix("action.")])
-    ]
-    if differ:
-        name = differ[0].removeprefix("action.")
+    if differences := unnormalizer_differences(folder):
         yield error(
-            "actions are normalised by other statistics than they are given back by",
-            f"{listed(differ)}: {np.ravel(carried['action'][name])[:3]} before, "
-            f"{np.ravel(undone[differ[0]])[:3]} after the policy",
+            "actions are not unnormalized as they were normalized",
+            listed(differences),
             "the two processors' files are of different checkpoints: " + COPY_AGAIN,
         )
 
 
 def weights_are_numbers(inputs: Inputs) -> Iterator[Finding]:
-    """No weight is NaN or infinite."""
+    """All weights are finite."""
     wrong = [
         name
         for name, tensor in _weights(inputs.folder).items()
@@ -123,7 +107,7 @@ def weights_are_numbers(inputs: Inputs) -> Iterator[Finding]:
     ]
     if wrong:
         yield error(
-            f"{len(wrong)} tensors hold values that are no numbers",
+            f"{len(wrong)} tensors hold NaN or infinite values",
             listed(wrong),
             "training diverged: go back to an earlier checkpoint, and lower --policy.optimizer_lr",
         )
@@ -166,41 +150,30 @@ def policy_loads(inputs: Inputs) -> Iterator[Finding]:
 
 
 def loss_is_below_baseline(inputs: Inputs) -> Iterator[Finding]:
-    """On frames of the dataset the policy does better than one that looks at nothing."""
+    """On frames of the dataset the loss is below that of a predictor that ignores the observation."""
     trial = inputs.trial
+    if not trial.baseline_loss:  # no joint moves
+        return
     share = trial.loss / trial.baseline_loss
     numbers = (
-        f"flow-matching loss {trial.loss:.3f} on {len(trial.state)} frames; knowing the mean and spread of "
-        f"each joint alone gives {trial.baseline_loss:.3f}"
+        f"flow-matching loss {trial.loss:.3f} on {len(trial.state)} frames; a predictor that knows only "
+        f"mean and variance of each joint reaches {trial.baseline_loss:.3f}"
     )
     if not share < HARDLY:
         yield (error if not share < NO_BETTER else warning)(
-            "on this dataset the policy is no better than one that looks at nothing"
+            "on this dataset the policy is no better than one that ignores the observation"
             if not share < NO_BETTER
-            else "on this dataset the policy is hardly better than one that looks at nothing",
+            else "on this dataset the policy is hardly better than one that ignores the observation",
             numbers,
-            "it was trained on something else, for too few steps, or sees other cameras: name its own "
-            "dataset to tell",
+            "it was trained on other data, for too few steps, or with other cameras: run the doctor on its "
+            "own dataset to find out",
         )
     else:
         yield fine(numbers)
-
-
-def _alike(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.shape == other.shape and np.allclose(one, other, rtol=1e-4, equal_nan=True)
 
 
 def _weights(folder: Path) -> Mapping[str, Tensor]:
     """The checkpoint's tensors; of adapters, theirs."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return Checkpoint(folder)
-    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-
-
-def _statistics_of(folder: Path, pipeline: str, step_name: str) -> dict[str, np.ndarray]:
-    for step in json.loads((folder / pipeline).read_text(encoding="utf-8"))["steps"]:
-        if step.get("registry_name") == step_name and step.get("state_file"):
-            with safe_open(folder / step["state_file"], framework="np") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    return {}
+    return read_tensors(folder / ADAPTER_WEIGHTS)

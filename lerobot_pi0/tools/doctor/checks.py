@@ -1,8 +1,9 @@
-"""All checks, in one table: causes before what they cause, for the first finding is where people begin."""
+"""The table of all checks, causes before symptoms, and the order of their findings."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from lerobot_pi0.errors import UserError
 from lerobot_pi0.tools.doctor import (
     behaviour,
     cameras,
@@ -15,14 +16,14 @@ from lerobot_pi0.tools.doctor import (
     timing,
 )
 from lerobot_pi0.tools.doctor.finding import Finding, Severity, error
-from lerobot_pi0.tools.doctor.inputs import Inputs
+from lerobot_pi0.tools.doctor.inputs import UNREADABLE, Inputs
 
 Look = Callable[[Inputs], Iterator[Finding]]
 
 
 @dataclass(frozen=True)
 class Check:
-    """A question, the parts that it needs, and the checks without whose answer it makes no sense."""
+    """A check, the inputs that it needs, and the checks that have to pass before it is run."""
 
     area: str
     look: Look
@@ -31,7 +32,7 @@ class Check:
 
     @property
     def name(self) -> str:
-        """As JSON has it: area.question."""
+        """As in the JSON: area.check."""
         return f"{self.area}.{self.look.__name__}"
 
 
@@ -42,8 +43,9 @@ PD, PR, DR = P + D, P + R, D + R
 _files, _loads = checkpoint.files_are_there, checkpoint.policy_loads
 _whole = checkpoint.statistics_are_whole
 _here, _finite = motion.frames_are_here, motion.values_are_finite
-# What has to be so before the policy can be run on the dataset.
+# These have to pass before the policy can be run on the dataset.
 _runs = (_files, _whole, _loads, _here, _finite, cameras.slots_are_filled, joints.dataset_has_the_policys)
+_predicts = (*_runs, behaviour.actions_are_finite)
 
 CHECKS = (
     Check("checkpoint", _files, P),
@@ -52,6 +54,7 @@ CHECKS = (
     Check("checkpoint", checkpoint.weights_are_trained, P),
     Check("checkpoint", _loads, P, (_files,)),
     Check("cameras", cameras.features_fit, D),
+    Check("cameras", cameras.cameras_are_rgb, D),
     Check("cameras", cameras.slots_are_filled, PD),
     Check("cameras", cameras.robot_fills_slots, PR),
     Check("cameras", cameras.slots_fit_names, P),
@@ -80,23 +83,21 @@ CHECKS = (
     Check("time", timing.frames_are_evenly_spaced, D, (_here,)),
     Check("time", timing.chunks_fit_episodes, D, (_here,)),
     Check("time", timing.cameras_keep_up, DR),
+    Check("statistics", scales.pictures_have_statistics, D),
     Check("statistics", scales.recorded_statistics_are_the_datas, D, (_here, _finite)),
     Check("statistics", scales.actions_are_of_the_policys_kind, PD, _runs),
     Check("statistics", scales.policy_has_the_datas_statistics, PD, _runs),
     Check("prompts", prompts.prompts_say_something, D, (_here,)),
     Check("prompts", prompts.prompts_are_whole, D, (_files,)),
     Check("prompts", prompts.prompts_are_those_trained_on, PD),
-    Check(SYMPTOMS, behaviour.actions_move, PD, _runs),
-    Check(SYMPTOMS, checkpoint.loss_is_below_baseline, PD, _runs),
-    Check(SYMPTOMS, behaviour.actions_stay_in_range, PD, _runs),
-    Check(SYMPTOMS, behaviour.actions_are_those_demonstrated, PD, _runs),
+    Check(SYMPTOMS, behaviour.actions_are_finite, PD, _runs),
+    Check(SYMPTOMS, behaviour.actions_move, PD, _predicts),
+    Check(SYMPTOMS, checkpoint.loss_is_below_baseline, PD, _predicts),
+    Check(SYMPTOMS, behaviour.actions_stay_in_range, PD, _predicts),
+    Check(SYMPTOMS, behaviour.actions_are_those_demonstrated, PD, _predicts),
     Check("machine", machine.device_is_here, P),
     Check("machine", machine.policy_fits, P),
 )
-
-
-# What reading a damaged checkpoint or dataset raises.
-UNREADABLE = (OSError, RuntimeError, ValueError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,9 @@ class Answer:
 
 
 def examine(inputs: Inputs) -> list[Answer]:
-    """Ask everything that can be asked of a inputs; worst first, then in the table's order.
+    """Run the checks whose inputs are given. The worst findings first, then in the order of the table.
 
-    What the policy does is a symptom, which comes after all that may be its cause. What cannot be looked at,
-    because something in the files is broken, is a finding too.
+    Symptoms follow causes of the same severity. A check that fails on damaged files is a finding too.
     """
     parts = {"policy": inputs.checkpoint, "dataset": inputs.metadata, "robot": inputs.robot}
     answers, failed = [], set()
@@ -128,15 +128,13 @@ def examine(inputs: Inputs) -> list[Answer]:
     return sorted(answers, key=_rank)
 
 
-def _rank(answer: Answer) -> tuple[bool, bool, int]:
-    severity = answer.finding.severity
-    wrong = severity in (Severity.ERROR, Severity.WARNING)
-    return not wrong, wrong and answer.check.area == SYMPTOMS, list(Severity).index(severity)
+def _rank(answer: Answer) -> tuple[int, bool]:
+    return list(Severity).index(answer.finding.severity), answer.check.area == SYMPTOMS
 
 
 def _broken(check: Check, reason: Exception) -> Finding:
     return error(
-        f"{check.look.__name__.replace('_', ' ')}? It could not be looked at",
-        f"{type(reason).__name__}: {reason}",
-        "mend what this names, and ask again",
+        f"the check {check.name} could not run",
+        str(reason) if isinstance(reason, UserError) else f"{type(reason).__name__}: {reason}",
+        "mend the file that this names and run the doctor again",
     )

@@ -12,9 +12,9 @@ from lerobot.utils.import_utils import register_third_party_plugins
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.dataset import check_episodes
 from lerobot_pi0.tools.doctor.cameras import contact_sheet
-from lerobot_pi0.tools.doctor.checks import UNREADABLE, examine
+from lerobot_pi0.tools.doctor.checks import examine
 from lerobot_pi0.tools.doctor.finding import Severity
-from lerobot_pi0.tools.doctor.inputs import Inputs
+from lerobot_pi0.tools.doctor.inputs import UNREADABLE, Inputs
 from lerobot_pi0.tools.doctor.page import as_json, page
 from lerobot_pi0.tools.flags import DoctorFlags
 

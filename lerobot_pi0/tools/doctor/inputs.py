@@ -1,10 +1,8 @@
-"""What is examined: a checkpoint, a dataset, a robot, or several of them; each opened once, when needed.
+"""The inputs under test: a checkpoint, a dataset, a robot. Each is opened once, when needed.
 
-Columns are read from parquet, of all frames. Pictures are decoded of a few: `EPISODES` × `MOMENTS`.
+Columns of all frames are read from parquet; pictures are decoded for `EPISODES` × `MOMENTS` frames only.
 """
 
-import json
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,8 +18,10 @@ from lerobot.robots import Robot
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch.utils.data import default_collate
 
-from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.checkpoints.reading import read_steps
+from lerobot_pi0.configuration_pi0 import Pi0Config, image_height_width, num_channels
 from lerobot_pi0.data.frames import read_columns
+from lerobot_pi0.data.statistics import PREPROCESSOR
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.dataset import DatasetFlags, dataset_metadata, fit_to, open_dataset
 from lerobot_pi0.inputs.policy import LoadedPolicy, PolicyFlags, load_policy, read_config
@@ -30,24 +30,26 @@ from lerobot_pi0.tools.columns import Columns
 from lerobot_pi0.tools.pairing import Pairing
 
 EPISODES, MOMENTS = 4, 4
-FLOW_SAMPLES = 8  # (noise, time) pairs of each frame, for a loss that chance moves little
+# Errors of reading a damaged checkpoint or dataset, by LeRobot, torch, pyarrow, PyAV.
+UNREADABLE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+FLOW_SAMPLES = 8  # (noise, time) pairs per frame, to reduce the variance of the loss
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A policy at n frames of the dataset, beside what was demonstrated there; in the robot's units."""
+    """Predictions at n frames of the dataset and the demonstrated actions, in the robot's units."""
 
     predicted: np.ndarray  # (n, chunk, dims)
     demonstrated: np.ndarray  # (n, chunk, dims)
     real: np.ndarray  # (n, chunk): False beyond an episode's end
     state: np.ndarray  # (n, dims)
     loss: float  # flow-matching loss
-    baseline_loss: float  # the least that is possible when knowing the mean and spread of each joint alone
+    baseline_loss: float  # of the optimal predictor that ignores the observation
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What the flags name. Parts that are not given are None."""
+    """The inputs that the flags name. Those that are not given are None."""
 
     policy_flags: PolicyFlags | None
     dataset_flags: DatasetFlags | None
@@ -67,19 +69,19 @@ class Inputs:
 
     @cached_property
     def config(self) -> Pi0Config:
-        """The policy's; without one that of a new policy on the dataset, whose features may not fit."""
+        """The policy's config; without a policy, that of a new one for the dataset."""
         if self.checkpoint:
             return self.checkpoint[0]
         config = Pi0Config(device="cpu")
         if self.metadata:
             config.set_dataset_feature_metadata(self.metadata.features)
-            with suppress(ValueError):  # a check of its own says so
+            with suppress(ValueError):  # `cameras.features_fit` reports it
                 fit_to(config, self.metadata)
         return config
 
     @cached_property
     def metadata(self) -> LeRobotDatasetMetadata | None:
-        """What the dataset says of itself."""
+        """The dataset's metadata."""
         return dataset_metadata(self.dataset_flags) if self.dataset_flags else None
 
     @cached_property
@@ -92,7 +94,7 @@ class Inputs:
 
     @cached_property
     def columns(self) -> Columns:
-        """Of the frames on this disk: of a dataset on the hub, those that the pictures were fetched with."""
+        """Columns of the frames on this disk: of a dataset on the hub, of the downloaded episodes."""
         assert self.metadata is not None
         _ = self.dataset
         keys = [OBS_STATE, ACTION, "episode_index", "frame_index", "timestamp", "task_index"]
@@ -117,7 +119,7 @@ class Inputs:
 
     @cached_property
     def dataset(self) -> LeRobotDataset:
-        """A few episodes, each item with the chunk of actions to come."""
+        """A few episodes; each item has the chunk of actions that follows."""
         assert self.metadata is not None
         assert self.dataset_flags is not None
         chosen = self.dataset_flags.episodes
@@ -128,7 +130,7 @@ class Inputs:
 
     @cached_property
     def frames(self) -> list[dict[str, Any]]:
-        """Items of the dataset: some moments of some episodes, the first among them and not the last."""
+        """Items of the dataset, evenly spaced within some episodes, from each one's first frame on."""
         episodes = np.asarray(self.dataset.hf_dataset["episode_index"])
         borders = np.flatnonzero(np.diff(episodes)) + 1
         starts, stops = np.append(0, borders), np.append(borders, len(episodes))
@@ -145,22 +147,20 @@ class Inputs:
         """Dataset's key → policy's, by --rename_map: now, or when the policy was trained."""
         if self.given_rename_map:
             return self.given_rename_map
-        file = self.folder / "policy_preprocessor.json" if self.checkpoint else None
-        if file is None or not file.is_file():
-            return {}
-        for step in json.loads(file.read_text())["steps"]:
+        file = self.folder / PREPROCESSOR if self.checkpoint else None
+        for step in read_steps(file) if file and file.is_file() else ():
             if step.get("registry_name") == "rename_observations_processor":
                 return step["config"].get("rename_map", {})
         return {}
 
     @cached_property
     def recorded_cameras(self) -> dict[str, tuple[int, int]]:
-        """The dataset's cameras by the policy's names: (height, width)."""
+        """The dataset's RGB cameras by the policy's names: (height, width)."""
         assert self.metadata is not None
         cameras = {}
         for key, feature in self.metadata.features.items():
-            if feature["dtype"] in ("image", "video") and len(feature["shape"]) == 3:
-                cameras[self.rename_map.get(key, key)] = _size(feature["shape"])
+            if feature["dtype"] in ("image", "video") and num_channels(feature["shape"]) == 3:
+                cameras[self.rename_map.get(key, key)] = image_height_width(feature["shape"])
         return cameras
 
     @cached_property
@@ -168,7 +168,7 @@ class Inputs:
         """The robot's cameras by the policy's names: (height, width)."""
         assert self.robot is not None
         cameras = {
-            f"observation.images.{name}": _size(shape)
+            f"observation.images.{name}": image_height_width(shape)
             for name, shape in self.robot.observation_features.items()
             if isinstance(shape, tuple)
         }
@@ -176,20 +176,20 @@ class Inputs:
 
     @cached_property
     def policy_cameras(self) -> dict[str, tuple[int, int]]:
-        """The cameras that the policy looks at: (height, width) of what it was trained on."""
+        """The policy's cameras: (height, width) in training."""
         shapes = {
             key: feature.shape
             for key, feature in (self.config.input_features or {}).items()
             if feature.type is FeatureType.VISUAL
         }
-        return {key: _size(shapes[key]) for key in self.config.cameras.values() if key in shapes}
+        return {key: image_height_width(shapes[key]) for key in self.config.cameras.values() if key in shapes}
 
     @cached_property
     def loaded(self) -> LoadedPolicy:
-        """The policy. Raises what loading raises."""
+        """The policy and its processors. Raises what loading raises."""
         assert self.policy_flags is not None
         loaded = load_policy(self.policy_flags)
-        loaded.policy.action_space.guard = None  # which would hide how far actions leave the data
+        loaded.policy.action_space.guard = None  # clamping would hide how far actions leave the data
         for step in loaded.preprocess.steps:
             if isinstance(step, RenameObservationsProcessorStep):
                 step.rename_map = self.rename_map
@@ -200,13 +200,13 @@ class Inputs:
         """Why the policy cannot be loaded; empty if it can."""
         try:
             _ = self.loaded
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except UNREADABLE as error:
             return str(error) or type(error).__name__
         return ""
 
     @cached_property
     def trial(self) -> Trial:
-        """The policy at the decoded frames; the same noise each time."""
+        """The policy's predictions at the decoded frames, always from the same noise."""
         policy, config = self.loaded.policy, self.loaded.config
         raw = default_collate([_plain(frame) for frame in self.frames])
         batch = self.loaded.preprocess(raw)
@@ -227,27 +227,24 @@ class Inputs:
             real=~padded.numpy(),
             state=raw[OBS_STATE].float().numpy(),
             loss=loss.item(),
-            baseline_loss=baseline_loss(target[~padded.to(target.device)].var(0), config.max_action_dim),
+            baseline_loss=baseline_loss(
+                target[~padded.to(target.device)].var(0, correction=0), config.max_action_dim
+            ),
         )
 
 
 def baseline_loss(variance: torch.Tensor, max_action_dim: int) -> float:
-    """The least flow-matching loss without looking, for joints (dims,) of such variance, the rest padding.
+    """The lowest flow-matching loss of a predictor that ignores the observation.
 
-    At time t the velocity noise − a, seen through x = t · noise + (1 − t) · a, leaves the variance
-    v / (t² + (1 − t)² v) to whoever knows of a only that it is normal with variance v.
+    `variance` (dims,) is that of the normalized actions; the other dimensions are padding. Given
+    x = t · noise + (1 − t) · a with a normal of variance v, the variance of the velocity noise − a is
+    v / (t² + (1 − t)² v).
     """
     times = sample_time((torch.arange(1000) + 0.5) / 1000)[:, None]
     v = variance.double().cpu()
     return (v / (times**2 + (1 - times) ** 2 * v)).mean(0).sum().item() / max_action_dim
 
 
-def _size(shape: Sequence[int]) -> tuple[int, int]:
-    """Height and width of a picture, wherever its channels stand."""
-    height, width = shape[1:] if shape[0] in (1, 3) else shape[:2]
-    return height, width
-
-
 def _plain(frame: dict[str, Any]) -> dict[str, Any]:
-    """What can stand in a batch."""
+    """The entries that can be collated."""
     return {key: value for key, value in frame.items() if isinstance(value, torch.Tensor | str)}

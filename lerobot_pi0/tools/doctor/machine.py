@@ -1,12 +1,12 @@
 """The machine: is the policy's device here, and does the policy fit into its memory?"""
 
-import json
 import os
 from collections.abc import Iterator
 
 import torch
 from lerobot.utils.device_utils import is_torch_device_available
 
+from lerobot_pi0.checkpoints.reading import read_json
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, note
 from lerobot_pi0.tools.doctor.inputs import Inputs
 from lerobot_pi0.tools.memory import estimate_memory
@@ -17,7 +17,7 @@ TRAINING_BATCH = 8
 
 def device_is_here(inputs: Inputs) -> Iterator[Finding]:
     """The device that the checkpoint names is one of this machine."""
-    named = json.loads((inputs.folder / "config.json").read_text(encoding="utf-8")).get("device")
+    named = read_json(inputs.folder / "config.json").get("device")
     if named and not is_torch_device_available(named):
         yield note(
             f"the checkpoint was trained on '{named}', which this machine does not have",

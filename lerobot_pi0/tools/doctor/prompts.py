@@ -1,17 +1,17 @@
-"""Prompts: does every instruction of the dataset reach the policy, whole and apart from the others?"""
+"""Prompts: instructions of the dataset reach the policy untruncated and distinguishable."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 from huggingface_hub import try_to_load_from_cache
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import HF_LEROBOT_HOME
 
+from lerobot_pi0.checkpoints.reading import read_json
+from lerobot_pi0.data.frames import read_parquet
 from lerobot_pi0.processor_pi0 import Pi0TokenizerStep, clean_prompt
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
 from lerobot_pi0.tools.doctor.inputs import Inputs
@@ -107,8 +107,10 @@ def prompts_are_those_trained_on(inputs: Inputs) -> Iterator[Finding]:
     file = inputs.folder / "train_config.json"
     if not file.is_file():
         return
-    trained = json.loads(file.read_text(encoding="utf-8"))["dataset"]
-    name, root = trained["repo_id"], trained.get("root")
+    trained = read_json(file).get("dataset") or {}
+    name, root = trained.get("repo_id"), trained.get("root")
+    if not name:
+        return
     known = Path(root or HF_LEROBOT_HOME / name) / "meta" / "tasks.parquet"
     if known.parent.parent.resolve() == Path(inputs.metadata.root).resolve():
         yield fine(f"'{name}' is what the policy was trained on")
@@ -118,7 +120,7 @@ def prompts_are_those_trained_on(inputs: Inputs) -> Iterator[Finding]:
         if name != inputs.metadata.repo_id:
             yield note(elsewhere)
         return
-    seen = {clean_prompt(str(text)) for text in pyarrow.parquet.read_table(known)["task"].to_pylist()}
+    seen = {clean_prompt(str(text)) for text in read_parquet(known, ["task"])["task"].to_pylist()}
     new = [text for text in _tasks(inputs).values() if clean_prompt(text) not in seen]
     if new:
         yield warning(

@@ -1,4 +1,4 @@
-"""Scales: do the statistics that a policy normalises by belong to this data?"""
+"""Scales: the normalization statistics of a policy belong to this data."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,6 +59,18 @@ def actions_are_of_the_policys_kind(inputs: Inputs) -> Iterator[Finding]:
             f"{std_a[0]:.3g} as an action, {mean_s[0]:.3g} and {std_s[0]:.3g} as a state",
             "use the dataset that the policy was trained on, or train on this one; to learn relative "
             "actions from absolute data there is --policy.relative_actions=true",
+        )
+
+
+def pictures_have_statistics(inputs: Inputs) -> Iterator[Finding]:
+    """lerobot-train replaces the statistics of every camera by ImageNet's, and stops where there are none."""
+    assert inputs.metadata is not None
+    missing = [key for key in inputs.metadata.camera_keys if key not in (inputs.metadata.stats or {})]
+    if missing:
+        yield error(
+            "lerobot-train stops before its first step: pictures have no statistics",
+            f"meta/stats.json does not mention {listed(missing)}",
+            "train with --dataset.use_imagenet_stats=false (the policy does not normalize pictures)",
         )
 
 

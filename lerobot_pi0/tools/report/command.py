@@ -32,7 +32,7 @@ def main(config: ReportConfig) -> str:
     metadata = dataset_metadata(config.dataset)
     selection = select_episodes(config.dataset.episodes, metadata, folder, config.max_episodes)
     dataset = open_dataset(config.dataset, episodes=selection.episodes)
-    recording = read_recording(dataset.meta, policy_config)
+    recording = read_recording(dataset.meta, policy_config, selection.episodes)
     loaded = load_policy(config.policy)
     stride = config.stride or _stride(loaded.config.n_action_steps, recording, selection)
     frames = np.concatenate([recording.frames(episode)[::stride] for episode in selection.episodes])
@@ -52,7 +52,7 @@ def main(config: ReportConfig) -> str:
     )
     summary["verdict"] = report.verdict()
     (config.output / "report.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    warning = [] if selection.trained_on is False else [f"Mind: {selection.note}"]
+    warning = [] if selection.trained_on is False else [f"Note: {selection.note}"]
     counted = f"{len(frames)} chunks of {len(selection.episodes)} episodes"
     return "\n".join([*report.verdict(), *warning, f"From {counted}. Page: {page}"])
 

@@ -1,15 +1,15 @@
-"""`lerobot-pi0 report`: a policy's chunks beside the recorded actions, as numbers, a verdict and a page.
+"""`lerobot-pi0 report`: errors of a policy's chunks against recorded actions and open-loop baselines.
 
-Open loop: every chunk is planned from a recorded observation, so errors do not add up as they do on a robot.
-A policy that does well here may fail there; one that does not beat the guesses here has learnt nothing yet.
+Every chunk is predicted from a recorded observation (open loop), so errors do not accumulate as on a robot. A
+policy that does well here may fail there; one that does not beat the baselines has not learnt the task yet.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lerobot_pi0.data.normalization import NEARLY_CONSTANT
+from lerobot_pi0.tools.bootstrap import ratio_interval
 from lerobot_pi0.tools.open_loop import (
     HOLD,
     Recording,
@@ -18,7 +18,6 @@ from lerobot_pi0.tools.open_loop import (
 
 GRIPPERS = ("gripper", "jaw", "finger", "claw")  # words in the names of joints that open and close
 PHASES = ("start", "middle", "end")  # thirds of an episode
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Comparison:
     baseline: str
     error: float  # of the baseline, in standard deviations of the data
     ratio: float
-    low: float | None  # None: one episode tells nothing of others
+    low: float | None  # None for a single episode
     high: float | None
 
     @property
@@ -46,17 +45,17 @@ class Joint:
     normalised: float  # in standard deviations of the data
     by_phase: list[float | None]  # normalised
     baselines: dict[str, float]  # normalised
-    seam: float | None  # mean jump to the next chunk, normalised
+    discontinuity: float | None  # mean at chunk boundaries, normalised
 
 
 @dataclass(frozen=True)
-class Seams:
-    """How far the action jumps where a chunk ends and the next one takes over."""
+class Discontinuity:
+    """Discontinuity at chunk boundaries: from a chunk's last executed action to the next one's first."""
 
     count: int
-    jump: float  # mean over seams and joints, in standard deviations of the data
-    step: float  # the same of steps within chunks
-    recorded: float  # the same of the recorded actions at the same frames
+    mean: float  # over boundaries and joints, in standard deviations of the data
+    step: float  # the same for steps within a chunk
+    recorded: float  # the same for the recorded actions at the boundaries
     worst_episode: int
     worst_frame: int  # within the episode
     worst_joint: str
@@ -88,7 +87,7 @@ class Report:
     phases: dict[str, list[float | None]]  # at the start, middle and end of an episode
     spread: float  # standard deviation over noise samples, in those of the data
     spread_by_step: list[float | None]
-    seams: Seams | None
+    discontinuity: Discontinuity | None
     grippers: list[Gripper]
 
     @property
@@ -116,19 +115,18 @@ class Report:
             f"Worst joint: {worst.name}, off by {worst.error:.3g} on average, "
             f"{worst.normalised:.2f} of its standard deviation in the data."
         )
-        if self.seams:
-            s = self.seams
+        if self.discontinuity:
+            d = self.discontinuity
             lines.append(
-                f"Where one chunk takes over from another the action jumps by {s.jump:.2f} standard "
-                f"deviations; a step within a chunk is {s.step:.2f}, a recorded one there {s.recorded:.2f}. "
-                f"The largest jump: {s.worst:.3g} of {s.worst_joint} at frame {s.worst_frame} of episode "
-                f"{s.worst_episode}."
+                f"Discontinuity at chunk boundaries: {d.mean:.2f} standard deviations; a step within a chunk "
+                f"is {d.step:.2f}, a recorded one at the boundaries {d.recorded:.2f}. The largest: "
+                f"{d.worst:.3g} of {d.worst_joint} at frame {d.worst_frame} of episode {d.worst_episode}."
             )
         else:
             lines.append(
-                f"Where one chunk takes over from another was not looked at: they stand {self.stride} frames "
-                f"apart and have {len(self.horizon['policy'])} actions. To see it: --stride=N, as many "
-                "actions as the robot executes of each."
+                f"Chunk boundaries were not evaluated: chunks are {self.stride} frames apart and have "
+                f"{len(self.horizon['policy'])} actions. Set --stride to the number of actions that the "
+                "robot executes of each chunk."
             )
         for g in self.grippers:
             if g.recorded or g.extra:
@@ -161,7 +159,7 @@ def evaluate(recording: Recording, frames: np.ndarray, planned: np.ndarray, stri
     steps = [valid & (np.arange(length) == step) for step in range(length)]
     episodes = recording.episode[frames]
     per_chunk = {name: _per_chunk(error, valid) for name, error in errors.items()}
-    jumps = _jumps(recording, frames, planned, stride)
+    boundary_steps = _boundary_steps(recording, frames, planned, stride)
     joints = [
         Joint(
             name=name,
@@ -169,7 +167,9 @@ def evaluate(recording: Recording, frames: np.ndarray, planned: np.ndarray, stri
             normalised=float(errors["policy"][valid][:, j].mean()),
             by_phase=[_mean(errors["policy"][..., j], where) for where in inside],
             baselines={guess: float(errors[guess][valid][:, j].mean()) for guess in guesses},
-            seam=float(jumps[:, j].mean() / recording.scale[j]) if len(jumps) else None,
+            discontinuity=float(boundary_steps[:, j].mean() / recording.scale[j])
+            if len(boundary_steps)
+            else None,
         )
         for j, name in enumerate(recording.joints)
     ]
@@ -184,7 +184,7 @@ def evaluate(recording: Recording, frames: np.ndarray, planned: np.ndarray, stri
         phases={name: [_mean(error, where) for where in inside] for name, error in errors.items()},
         spread=float(spread[valid].mean()),
         spread_by_step=[_mean(spread, where) for where in steps],
-        seams=_seams(recording, frames, planned, stride, jumps),
+        discontinuity=_discontinuity(recording, frames, planned, stride, boundary_steps),
         grippers=[
             _gripper(recording, frames, planned, stride, j)
             for j, name in enumerate(recording.joints)
@@ -217,23 +217,10 @@ def _mean(values: np.ndarray, where: np.ndarray) -> float | None:
 
 
 def _compare(name: str, policy: np.ndarray, baseline: np.ndarray, episodes: np.ndarray) -> Comparison:
-    """Ratio of two mean errors per chunk (N,). Chunks of an episode resemble one another: episodes are
-    resampled."""
+    """Ratio of two mean errors per chunk (N,), with its interval."""
     of_episode = [episodes == episode for episode in np.unique(episodes)]
     sums = np.array([(policy[own].sum(), baseline[own].sum()) for own in of_episode])
-    low = high = None
-    if len(sums) > 1:
-        drawn = np.random.default_rng(0).integers(len(sums), size=(_RESAMPLES, len(sums)))
-        totals = sums[drawn].sum(1)
-        low, high = (float(q) for q in np.quantile(_ratio(totals[:, 0], totals[:, 1]), [0.025, 0.975]))
-    total = sums.sum(0)
-    return Comparison(name, float(baseline.mean()), float(_ratio(total[0], total[1])), low, high)
-
-
-def _ratio(policy: Any, baseline: Any) -> Any:
-    """Their quotient; two errors of zero are equal."""
-    tiny = np.finfo(np.float64).tiny
-    return (policy + tiny) / (baseline + tiny)
+    return Comparison(name, float(baseline.mean()), *ratio_interval(sums))
 
 
 def _followed(recording: Recording, frames: np.ndarray, stride: int) -> np.ndarray:
@@ -242,8 +229,8 @@ def _followed(recording: Recording, frames: np.ndarray, stride: int) -> np.ndarr
     return np.flatnonzero(same & (np.diff(frames) == stride))
 
 
-def _jumps(recording: Recording, frames: np.ndarray, planned: np.ndarray, stride: int) -> np.ndarray:
-    """From the last executed action of each chunk to the first of the next, absolute, (seams, D).
+def _boundary_steps(recording: Recording, frames: np.ndarray, planned: np.ndarray, stride: int) -> np.ndarray:
+    """From the last executed action of each chunk to the first of the next, absolute, (boundaries, D).
 
     As planned from the first noise: on a robot no two chunks share it either.
     """
@@ -253,25 +240,25 @@ def _jumps(recording: Recording, frames: np.ndarray, planned: np.ndarray, stride
     return np.abs(planned[at + 1, 0, 0] - planned[at, 0, stride - 1])
 
 
-def _seams(
-    recording: Recording, frames: np.ndarray, planned: np.ndarray, stride: int, jumps: np.ndarray
-) -> Seams | None:
-    if not len(jumps):
+def _discontinuity(
+    recording: Recording, frames: np.ndarray, planned: np.ndarray, stride: int, boundary_steps: np.ndarray
+) -> Discontinuity | None:
+    if not len(boundary_steps):
         return None
     at, scale = _followed(recording, frames, stride), recording.scale
     steps = np.abs(np.diff(planned[:, 0, : max(stride, 2)], axis=1))
     after = frames[at + 1]
-    seam, joint = np.unravel_index((jumps / scale).argmax(), jumps.shape)
-    episode = int(recording.episode[after[seam]])
-    return Seams(
-        count=len(jumps),
-        jump=float((jumps / scale).mean()),
+    largest, joint = np.unravel_index((boundary_steps / scale).argmax(), boundary_steps.shape)
+    episode = int(recording.episode[after[largest]])
+    return Discontinuity(
+        count=len(boundary_steps),
+        mean=float((boundary_steps / scale).mean()),
         step=float((steps / scale).mean()) if steps.size else 0.0,
         recorded=float((np.abs(recording.actions[after] - recording.actions[after - 1]) / scale).mean()),
         worst_episode=episode,
-        worst_frame=int(after[seam] - recording.frames(episode)[0]),
+        worst_frame=int(after[largest] - recording.frames(episode)[0]),
         worst_joint=recording.joints[int(joint)],
-        worst=float(jumps[seam, joint]),
+        worst=float(boundary_steps[largest, joint]),
     )
 
 
