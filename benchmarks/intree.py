@@ -37,7 +37,7 @@ def build(setup: Setup, complete: bool = False, **settings: Any) -> PI0Policy:
     with safe_open(setup.checkpoint / WEIGHTS_FILE, framework="pt") as file:
         for name, parameter in list(policy.named_parameters()):
             if name in _HEADS and not complete:
-                # Memory that nobody touches costs nothing.
+                # Untouched memory is not resident.
                 values = torch.empty(parameter.shape, dtype=parameter.dtype)
             else:
                 stored = file.get_tensor((_HEADS[0] if name == _EMBEDDING else name).removeprefix("model."))

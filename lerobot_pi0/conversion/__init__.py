@@ -1,1 +1,1 @@
-"""`lerobot-pi0 convert`: π0 policies of other projects ↔ ours, with all that belongs to a policy."""
+"""`lerobot-pi0 convert` and `merge`: checkpoints of other projects ↔ ours; adapters → a plain checkpoint."""

@@ -1,7 +1,7 @@
-"""`lerobot-pi0 convert`: a π0 policy from one layout to another, and a proof that it is the same.
+"""`lerobot-pi0 convert`: convert a π0 policy from one layout to another, and verify the result.
 
-Every source is read into one description (`sources`), and every target is written from it (`targets`).
-Tensors stream through in pieces. The target appears when it is complete and proven.
+Every source is read into a `sources.Policy`, and every target is written from one (`targets`). Tensors are
+streamed in pieces. The target appears when it is complete and verified.
 """
 
 import contextlib
@@ -39,10 +39,10 @@ def main(config: ConvertConfig) -> str:
 
 
 def convert(flags: ConvertConfig) -> str:
-    """Write the target; it appears when it is complete, and equal to the source. Returns the proof as a text.
+    """Write the target, which appears when it is complete and equal to the source. Returns a summary.
 
-    Raises FileExistsError for a target that exists, CheckpointError or ValueError for a source that is
-    damaged, of another family or lacks what the target needs, OSError for a tokenizer that cannot be had.
+    Raises OutputExistsError for a target that exists, CheckpointError or UserError for a source that is
+    damaged, of another family or lacks what the target needs, UnavailableError for a missing tokenizer.
     """
     with unfinished_folder(flags.target, "TARGET") as folder:
         policy = read_policy(flags, scratch=folder)
@@ -82,7 +82,7 @@ def _write_weights(policy: Policy, folder: Path, flags: ConvertConfig) -> dict[s
 
 
 def _proof(policy: Policy, folder: Path, digests: dict[str, str], flags: ConvertConfig) -> str:
-    """Read the target back, compare it with what was read from the source, and say so."""
+    """Read the target back and compare it with the source. Returns the result as text."""
     written = Checkpoint(folder)
     if written.keys() != digests.keys():
         raise CommandError(
@@ -124,7 +124,7 @@ def _proof(policy: Policy, folder: Path, digests: dict[str, str], flags: Convert
 
 
 def _give_back(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """From now on, each module's weights leave memory when it was run: those that were mapped from a file."""
+    """Free each module's memory-mapped weights after its forward."""
 
     def map_anew(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, *_: object) -> None:
@@ -150,7 +150,7 @@ def _compare(policy: Policy, target: Path, in_tree: Path) -> tuple[float, float]
         ours = Pi0Policy(config).eval()
     load_weights(ours.model, Checkpoint(target), dict.fromkeys(policy.meta, torch.float32))
     batch, noise = fixed_input(config)
-    size = config.vision.image_size  # the model's own, lest resizing be compared
+    size = config.vision.image_size  # the model's own, so that resizing is not compared
     batch = {key: of[:, :, :size] / 255 if key in config.image_features else of for key, of in batch.items()}
     wanted = ours.predict_action_chunk(batch, noise=noise)
     theirs_config = PI0Config.from_pretrained(in_tree)

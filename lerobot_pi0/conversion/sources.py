@@ -1,4 +1,4 @@
-"""A π0 policy in whatever layout: its config, its statistics, and its tensors by our names, read later."""
+"""Readers of π0 checkpoints of any layout: config, statistics, and tensors by our names (read lazily)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ LEROBOT_EPSILON = 1e-8  # LeRobot's normalizer adds this to deviations, and divi
 
 @dataclass
 class Policy:
-    """What a policy is, whatever layout it came from."""
+    """A policy, independent of the layout it was read from."""
 
     layout: str
     folder: Path
@@ -416,9 +416,7 @@ def _fitting(config: Pi0Config, found: Statistics, epsilon: float, source: str) 
             ).items()
         }
         if not all(np.isfinite(value).all() for value in prepared[key].values()):
-            raise UserError(
-                f"{source}: the statistics of '{key}' hold numbers that are infinite or none (NaN)"
-            )
+            raise UserError(f"{source}: the statistics of '{key}' hold NaN or infinite values")
     return NormalizationStatistics(prepared)
 
 

@@ -34,7 +34,7 @@ def write_safetensors(
     """Write `read(name)` for each name of `tensors`, which has its shape and dtype (meta tensors will do).
 
     What is read is cast to that dtype. Returns the digest of each tensor, as `digest` gives it.
-    Raises CheckpointError for a number that is none (NaN) or infinite.
+    Raises CheckpointError for NaN and infinite values.
     """
     # Wide ones first: then each tensor stands at a multiple of its own numbers' size.
     names = sorted(tensors, key=lambda name: -tensors[name].itemsize)
@@ -64,8 +64,7 @@ def _write(out: BinaryIO, name: str, like: Tensor, read: Callable[[str], Tensor]
         piece = piece.to(like.dtype)
         if not piece.isfinite().all():
             raise CheckpointError(
-                f"'{name}' holds numbers that are infinite or none (NaN): the checkpoint is of a training "
-                "that diverged, or damaged"
+                f"'{name}' holds NaN or infinite values: the training diverged, or the checkpoint is damaged"
             )
         data = _bytes(piece)
         hashed.update(data)
@@ -74,7 +73,7 @@ def _write(out: BinaryIO, name: str, like: Tensor, read: Callable[[str], Tensor]
 
 
 def digest(tensor: Tensor) -> str:
-    """What tells a tensor's numbers from others."""
+    """A digest of a tensor's values."""
     hashed = hashlib.blake2b(digest_size=16)
     for piece in _pieces(tensor):
         hashed.update(_bytes(piece))

@@ -182,7 +182,7 @@ def _in_tree_joints(config: Pi0Config) -> tuple[list[str], list[str] | None]:
         if [i for i in range(size) if not is_absolute(names, i, words)] == relative:
             return words, names
     raise UserError(
-        f"LeRobot's own π0 tells relative joints from absolute ones by words in their names, and {names} "
+        f"LeRobot's own π0 distinguishes relative from absolute joints by words in their names, and {names} "
         "has no "
         f"words for {[names[i] for i in relative]} alone"
     )

@@ -34,8 +34,8 @@ def read_dataset(source: DatasetSource) -> LeRobotDatasetMetadata:
     except (OSError, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise MissingFileError(
-            f"the dataset '{source.repo_id}' cannot be had, neither from LeRobot's folder for local datasets "
-            f"nor from the hub ({reason}). Check --dataset.repo_id; give --dataset.root for a folder "
+            f"the dataset '{source.repo_id}' is not in LeRobot's folder for local datasets, and could not be "
+            f"downloaded from the hub ({reason}). Check --dataset.repo_id; give --dataset.root for a folder "
             "elsewhere; a private dataset needs `hf auth login`"
         ) from error
     if not dataset.total_frames:

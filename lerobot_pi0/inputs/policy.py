@@ -44,8 +44,8 @@ def read_config(flags: PolicyFlags) -> tuple[Pi0Config, Path]:
     folder = find_checkpoint(flags.path, revision=flags.revision)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"'{flags.path}' has no config.json: it is no checkpoint of this policy")
-    read_json(folder / "config.json")  # whose errors name the file
     try:
+        read_json(folder / "config.json")  # LeRobot's errors on what is no JSON object do not say so
         config = PreTrainedConfig.from_pretrained(folder)
     except (ValueError, ParsingError) as error:
         raise CheckpointError(

@@ -29,7 +29,7 @@ class AttentionConfig:
 
 @dataclass
 class LanguageConfig:
-    """Tell a policy other instructions over the same pictures: do its actions follow?"""
+    """Give a policy other instructions with the same pictures, and measure whether its actions follow."""
 
     policy: PolicyFlags = field(default_factory=PolicyFlags)
     dataset: DatasetFlags = field(default_factory=DatasetFlags)
@@ -54,7 +54,7 @@ class LanguageConfig:
 
 @dataclass
 class ReportConfig:
-    """Compare the chunks of a policy with recorded actions and with guesses: a page, pictures and numbers."""
+    """Compare a policy's chunks with recorded actions and open-loop baselines: a page, pictures, numbers."""
 
     policy: PolicyFlags = field(default_factory=PolicyFlags)
     dataset: DatasetFlags = field(default_factory=DatasetFlags)
@@ -97,7 +97,7 @@ class PlanFlags:
 
 @dataclass
 class DoctorFlags:
-    """Say what is wrong with a policy, a dataset and a robot, worst first, and how to mend it.
+    """Check a policy, a dataset and a robot: what is wrong, worst first, and how to fix it.
 
     The robot that the policy is to drive is described by --robot.type=... and its options, as lerobot-rollout
     takes them; it is not connected to. --help-all lists them. Exit code 1 if there are errors; warnings and

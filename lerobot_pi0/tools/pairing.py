@@ -1,4 +1,4 @@
-"""Which joint of the state each action moves, in which way, and how many frames later: read off the data."""
+"""Pairs of actions and joints of the state: absolute or relative, and their lag, inferred from the data."""
 
 import itertools
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy as np
 
 from lerobot_pi0.tools.columns import Columns
 
-# Absolute: where to go. Relative: how far from here. Unknown: neither shows in the data.
+# Absolute: target positions. Relative: displacements. Unknown: the data shows neither.
 Kind = Literal["absolute", "relative", "unknown"]
 
 FRAMES = 20_000  # as many are enough for correlations
@@ -44,7 +44,7 @@ class Pairing:
         if not pairs and columns.action.shape[1] == columns.state.shape[1]:
             pairs = [(i, i) for i in range(columns.action.shape[1])]
         stride = -(-len(columns.episode) // FRAMES)
-        # By chance, lest tasks that take turns be left out.
+        # Random, because every n-th episode could miss tasks that alternate.
         order = np.random.default_rng(0).permutation(len(columns.episodes))
         drawn = sorted(order[: -(-len(order) // stride)].tolist())
         rows = np.concatenate([np.r_[columns.episodes[i]] for i in drawn])
@@ -88,7 +88,7 @@ class Pairing:
 
     @cached_property
     def lag(self) -> int:
-        """After how many frames the joints do what the actions say, where the two agree most.
+        """Frames from an action to the movement of its joint, where the two correlate most.
 
         0: from the frame of the action to the next one.
         """
@@ -96,7 +96,7 @@ class Pairing:
 
     @cached_property
     def agreements(self) -> dict[int, float]:
-        """Lag → correlation of what actions say with what joints do so many frames later, over the joints."""
+        """Lag in frames → mean correlation of actions with the movement of their joints that much later."""
         longest = np.bincount(self.episode - self.episode.min()).max() // 3
         reach = int(min(round(LATE * self.fps), longest))
         return {lag: self._agreement(lag) for lag in sorted(range(-reach, reach + 1), key=abs)}
@@ -113,7 +113,7 @@ class Pairing:
         return found
 
     def signals(self, lag: int) -> tuple[np.ndarray, np.ndarray]:
-        """What actions say should change, and what joints change `lag` frames later, each (rows, p)."""
+        """Commanded changes, and the changes of the joints `lag` frames later, each (rows, p)."""
         said = _ahead(self.action) if self.kind == "absolute" else self.action
         return self._aligned(said, _ahead(self.state), lag)
 

@@ -127,7 +127,7 @@ class Schedule:
 
 
 def main(config: PlanConfig) -> str:
-    """The plan as text. Raises ValueError or FileNotFoundError for a dataset that cannot be had or used."""
+    """The plan as text. Raises UserError for a dataset that cannot be opened or used."""
     dataset = read_dataset(config.dataset)
     memory = config.gpu_memory * GIGABYTE
     rows = make_rows(config, dataset)

@@ -66,7 +66,11 @@ def test_adapters_without_peft_are_an_error_that_says_what_to_install(tmp_path, 
     ("flags", "error", "message"),
     [
         (DatasetFlags(), ValueError, "--dataset.repo_id=user/name"),
-        (DatasetFlags(repo_id="nobody/nothing"), FileNotFoundError, "'nobody/nothing' cannot be had"),
+        (
+            DatasetFlags(repo_id="nobody/nothing"),
+            FileNotFoundError,
+            "is not in LeRobot's folder",
+        ),
     ],
 )
 def test_a_dataset_that_is_not_there_is_an_error_with_what_to_give(flags, error, message):

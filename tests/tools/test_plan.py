@@ -296,7 +296,7 @@ def test_a_longer_run_than_openpis_gets_a_longer_schedule_of_the_same_shape():
 def test_a_dataset_that_is_not_there_is_a_message(monkeypatch, capsys, tmp_path):
     code, text = plan(monkeypatch, capsys, "--dataset.repo_id=me/nothing", "--gpu_memory=24")
     assert code == 1
-    assert "the dataset 'me/nothing' cannot be had" in text
+    assert "the dataset 'me/nothing' is not in LeRobot's folder" in text
     assert "--dataset.root" in text
     with pytest.raises(FileNotFoundError, match=r"no dataset in .*meta/info.json.*--dataset.root"):
         read_dataset(DatasetSource("me/nothing", tmp_path))

@@ -1,7 +1,7 @@
-"""`lerobot-pi0 doctor`: what is wrong with a policy, its data and its robot, worst first, with the cure.
+"""`lerobot-pi0 doctor`: checks of a policy, its data and its robot; findings worst first, each with a cure.
 
-    inputs    what is examined, opened once          checks     the table of all checks, and their order
-    finding    what a check says                      page       findings as text, and as JSON
+    inputs     the inputs under test, opened once     checks     the table of all checks, and their order
+    finding    the result of a check                  page       findings as text, and as JSON
 
-Every other module holds the checks of one area: functions from a inputs to findings.
+Every other module holds the checks of one area: functions from the inputs to findings.
 """

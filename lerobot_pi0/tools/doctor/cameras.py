@@ -1,4 +1,4 @@
-"""Cameras: does each slot of the policy get the picture that it learned from, and does it show something?"""
+"""Cameras: each slot of the policy gets the picture that it was trained on, and the picture has content."""
 
 import itertools
 import json

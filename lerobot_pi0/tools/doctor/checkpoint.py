@@ -1,4 +1,4 @@
-"""The checkpoint: is everything there that it needs, does it load, and was it trained?"""
+"""The checkpoint: it is complete, it loads, and it was trained."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

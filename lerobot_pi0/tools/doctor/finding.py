@@ -1,4 +1,4 @@
-"""What a check says: how bad it is, what it is, the numbers that show it, and what mends it."""
+"""Findings of checks: severity, description, evidence and cure."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Severity(StrEnum):
-    """From the worst: it cannot work; it will hurt; worth knowing; as it should be."""
+    """Worst first: it cannot work; it reduces quality; for information; in order."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -16,7 +16,7 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a check found. What is fine is one too, without evidence or cure."""
+    """One result of a check. FINE is a result too, without evidence or cure."""
 
     severity: Severity
     what: str
@@ -30,17 +30,17 @@ def error(what: str, evidence: str, cure: str) -> Finding:
 
 
 def warning(what: str, evidence: str, cure: str) -> Finding:
-    """It may work, and will hurt."""
+    """It may work, with reduced quality."""
     return Finding(Severity.WARNING, what, evidence, cure)
 
 
 def note(what: str, evidence: str = "", cure: str = "") -> Finding:
-    """Worth knowing, and nothing to mend."""
+    """For information."""
     return Finding(Severity.NOTE, what, evidence, cure)
 
 
 def fine(what: str) -> Finding:
-    """What was looked at, and is as it should be."""
+    """The check passed."""
     return Finding(Severity.FINE, what)
 
 

@@ -1,6 +1,6 @@
-"""Joints: the same ones, in the same order, at the policy, in the dataset and at the robot?
+"""Joints: policy, dataset and robot have the same joints in the same order.
 
-Vectors carry no names on their way, so a wrong order raises nothing and gives each joint another's value.
+Vectors carry no names, so a wrong order raises no error and gives each joint the value of another.
 """
 
 import json
@@ -75,9 +75,9 @@ def _difference(kind: str, whose: str, trained: Sequence[str], found: Sequence[s
     if differ.renamed:
         pairs = [f"{old} → {new}" for old, new in differ.renamed.items()]
         return warning(
-            f"the {whose}'s {kind} calls its joints otherwise: {listed(pairs)}",
+            f"the {whose}'s {kind} names its joints differently: {listed(pairs)}",
             evidence,
-            "if they are the same joints in the same units, tell the policy: "
+            "if they are the same joints in the same units, rename them in the policy: "
             f"--policy.{kind}_feature_names='{json.dumps(list(found))}'; if not, train on this data",
         )
     faults = []
@@ -113,7 +113,7 @@ def actions_follow_their_names(inputs: Inputs) -> Iterator[Finding]:
     ]
     if swapped:
         yield error(
-            "actions and states are not in the same order, whatever their names say",
+            "actions and states are not in the same order, although their names are",
             f"correlation of an action with the joints: {listed(swapped)}",
             "the recording mixed up columns: mend the names in meta/info.json or the order of the data, or "
             "record again",

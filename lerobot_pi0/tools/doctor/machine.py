@@ -1,4 +1,4 @@
-"""The machine: is the policy's device here, and does the policy fit into its memory?"""
+"""The machine: the policy's device exists, and the policy fits into its memory."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Movement in the data: what the robot was shown, and whether actions and states belong together in time."""
+"""Movement in the data: pauses, spikes, limits, and the lag between actions and states."""
 
 from collections.abc import Iterator
 
@@ -52,7 +52,7 @@ def values_are_finite(inputs: Inputs) -> Iterator[Finding]:
             rows = np.flatnonzero(wrong.any(1))
             episodes = sorted({int(inputs.columns.episode[row]) for row in rows})
             yield error(
-                f"'{key}' holds values that are no numbers in {listed(_of(names, np.any(wrong, axis=0)))}",
+                f"'{key}' holds NaN or infinite values in {listed(_of(names, np.any(wrong, axis=0)))}",
                 f"NaN or infinity in {len(rows)} frames, first in {inputs.columns.place(rows[0])}",
                 DELETE.format(episodes),
             )
@@ -74,7 +74,7 @@ def values_have_no_spikes(inputs: Inputs) -> Iterator[Finding]:
                 continue  # a switch, such as an episode's last frame
             worst = rows[np.abs(values[rows, joint] - np.median(values[:, joint])).argmax()]
             yield warning(
-                f"'{key}' jumps in {names[joint]}: {values[worst, joint]:.4g} in "
+                f"'{key}' has a spike in {names[joint]}: {values[worst, joint]:.4g} in "
                 f"{inputs.columns.place(worst)}",
                 f"{len(rows)} frames; 98 % of all lie between {low[joint]:.4g} and {high[joint]:.4g}. "
                 "Statistics stretch to such values, and everything else becomes small",

@@ -1,4 +1,4 @@
-"""Time: frames at equal distances, and chunks that are neither longer than an episode nor over in no time."""
+"""Time: evenly spaced frames, and chunks of a length that fits the episodes."""
 
 from collections.abc import Iterator
 
@@ -24,7 +24,8 @@ def frames_are_evenly_spaced(inputs: Inputs) -> Iterator[Finding]:
         rows = np.flatnonzero(jumps)
         yield error(
             f"frames are missing in {len(np.unique(columns.episode[rows]))} episodes",
-            f"{len(rows)} gaps, the first after {columns.place(rows[0])}: a chunk then jumps in time",
+            f"{len(rows)} gaps, the first after {columns.place(rows[0])}: chunks across a gap are "
+            "discontinuous in time",
             "drop these episodes, or build the dataset again without gaps in frame_index",
         )
     elif uneven.any():
