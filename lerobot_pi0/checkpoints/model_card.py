@@ -90,7 +90,7 @@ def make_model_card(
 
 
 def _published(config: Pi0Config, base: Base | None) -> tuple[str | None, str | None]:
-    """The repository that the weights descend from, and its revision. A folder's name is of no use to others."""
+    """The repository that the weights descend from, and its revision. A folder's name helps nobody."""
     bases = [(config.base_checkpoint, config.base_revision)]
     if base is not None:
         bases.insert(0, (base.name, base.revision))
