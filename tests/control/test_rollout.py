@@ -194,11 +194,22 @@ def test_lerobots_flag_to_compile_compiles_and_the_robot_moves(flags, arms, monk
         return graph
 
     monkeypatch.setattr(torch, "compile", slow_at_first)
-    cfg = rollout.parse([*flags, "--use_torch_compile=true", "--duration=12", "--inference.type=rtc"])
+    duration = 6 if ours else 120  # of LeRobot's loop, which is stopped as soon as the robot has moved
+    cfg = rollout.parse(
+        [*flags, "--use_torch_compile=true", f"--duration={duration}", "--inference.type=rtc"]
+    )
     if ours:
         rollout.rollout(cfg)
     else:
-        ctx = context.build_rollout_context(cfg, threading.Event())
+        stop, send = threading.Event(), Arm.send_action
+
+        def send_and_stop(self, action):
+            if len(self.sent) > 40:
+                stop.set()
+            return send(self, action)
+
+        monkeypatch.setattr(Arm, "send_action", send_and_stop)
+        ctx = context.build_rollout_context(cfg, stop)
         strategy = create_strategy(cfg.strategy)
         strategy.setup(ctx)
         strategy.run(ctx)
