@@ -31,6 +31,7 @@ FLOORS = (
     "errors",
     "tables",
     "lerobot_compat",
+    "rendering",
     "model",
     "tokenizers",
     "training",

@@ -19,6 +19,7 @@ import numpy as np
 from gymnasium import spaces
 
 from lerobot_pi0.demo.metaworld import ACTION_NAMES, FPS, STATE_NAMES
+from lerobot_pi0.rendering import ADVICE, choose_renderer
 
 Observation = dict[str, np.ndarray]
 
@@ -32,15 +33,11 @@ CAMERA_POSITION = (0.75, 0.075, 0.7)
 def cannot_render(error: Exception) -> RuntimeError:
     """The error that says in one line how to get MuJoCo to render."""
     return RuntimeError(
-        f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r} ({error}). "
-        "On a machine without a display set MUJOCO_GL=egl and, on Debian or Ubuntu, run "
-        "`apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libgl1`."
+        f"MuJoCo cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r} ({error}). {ADVICE}."
     )
 
 
-if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-    # MuJoCo chooses its OpenGL library when it is imported, and would choose one that needs a display.
-    os.environ.setdefault("MUJOCO_GL", "egl")
+choose_renderer()
 try:
     import mujoco
 

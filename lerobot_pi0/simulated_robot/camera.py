@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lerobot_pi0.errors import CommandError
+from lerobot_pi0.rendering import ADVICE
 from lerobot_pi0.simulated_robot.simulation import CAMERA, Simulation, import_mujoco
 
 # In seconds. The first picture takes about one, on a busy machine several; later ones 5 ms.
@@ -140,8 +141,7 @@ class _Running:
         said = self._log.read().decode(errors="replace").strip().splitlines()
         return (
             f"the simulated camera's process ended (exit code {code}{': ' + said[-1] if said else ''}): "
-            "connect the robot again. If it cannot render on a machine without a display, set MUJOCO_GL=egl "
-            "and, on Debian or Ubuntu, run `apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri libgl1`"
+            f"connect the robot again. {ADVICE}"
         )
 
 

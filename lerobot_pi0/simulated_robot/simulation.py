@@ -8,8 +8,6 @@ Units are those of LeRobot's `so101_follower`: degrees from the middle of a join
 """
 
 import math
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +20,7 @@ from weakref import WeakSet
 import numpy as np
 
 from lerobot_pi0.errors import CommandError, UserError
+from lerobot_pi0.rendering import choose_renderer
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 # Folded, with the gripper above the table and away from where the block lies.
@@ -182,9 +181,7 @@ class Simulation:
 
 def import_mujoco() -> Any:
     """MuJoCo, with a way to render on a machine without a display."""
-    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        # It chooses its OpenGL library when it is imported, and would choose one that needs a display.
-        os.environ.setdefault("MUJOCO_GL", "egl")
+    choose_renderer()
     import mujoco
 
     return mujoco
