@@ -113,6 +113,8 @@ def _reports_errors(method: Callable[..., Any]) -> Callable[..., Any]:
         except (OSError, ValueError) as error:
             code, message = grpc.StatusCode.INVALID_ARGUMENT, str(error)
         except ImportError as error:  # a package is missing that the policy needs
+            if "pip install" not in str(error):
+                raise
             code, message = grpc.StatusCode.FAILED_PRECONDITION, str(error)
         except RuntimeError as error:
             code, message = grpc.StatusCode.INTERNAL, str(error)
