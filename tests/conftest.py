@@ -24,12 +24,6 @@ if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
-        return  # hands tests out to others and runs none itself
-    import_model_with_checked_shapes()
-
-
 def import_model_with_checked_shapes() -> None:
     """Import `lerobot_pi0.model` so that its calls can check the shapes in their signatures.
 
@@ -54,6 +48,9 @@ def import_model_with_checked_shapes() -> None:
     jaxtyping.config.update("jaxtyping_disable", True)
     spec.loader.exec_module(package)
 
+
+# Not in a hook: before those run, the conftest.py of a folder that pytest is given imports the package.
+import_model_with_checked_shapes()
 
 # What takes longest starts first, so that no worker has one of these left when the others are done.
 LONGEST = (
