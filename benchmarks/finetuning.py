@@ -195,8 +195,7 @@ def evaluate(policies: dict[str, Path], tasks: str, *extras: str) -> None:
             f"--output_dir={folder}",
         )
         command = Command("lerobot-eval", arguments, ONE_THREAD)
-        bars = len(tasks.split(","))
-        jobs.append(Job(name, command, ROOT / f"evaluate_{name}.log", "Stepping through eval batches", bars))
+        jobs.append(Job(name, command, ROOT / f"evaluate_{name}.log", "Stepping through eval batches"))
     for i in range(0, len(jobs), 2):
         run(*jobs[i : i + 2])
 

@@ -1,7 +1,7 @@
-"""The blind baseline: a task's average demonstration, replayed without looking.
+"""The open-loop baseline: a task's average demonstration, replayed without observations.
 
 Many Meta-World tasks can be solved this way, because objects lie at nearly the same place in each episode. A
-policy's success rate says something about its eyes only where it is above this one.
+policy's success rate shows that it uses its observations only where it is above this one.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ def recorded_actions(root: Path, task: str) -> list[np.ndarray]:
     return [actions[episodes == episode] for episode in np.unique(episodes)]
 
 
-def blind_success(task: str, demonstration: np.ndarray, seeds: range, episode_length: int) -> float:
+def open_loop_success(task: str, demonstration: np.ndarray, seeds: range, episode_length: int) -> float:
     """The share of episodes, one per seed, that the replayed demonstration (steps, 4) solves.
 
     After its last step the last action is repeated up to `episode_length`.
@@ -56,7 +56,7 @@ def blind_success(task: str, demonstration: np.ndarray, seeds: range, episode_le
 
     simulation = Simulation(task)
     solved = 0
-    for seed in tqdm(seeds, desc=f"Blind baseline {task}", unit="episode", leave=False):
+    for seed in tqdm(seeds, desc=f"Open-loop baseline {task}", unit="episode", leave=False):
         simulation.reset(seed)
         for step in range(episode_length):
             _, success = simulation.step(demonstration[min(step, len(demonstration) - 1)])

@@ -1,21 +1,20 @@
-"""LeRobot's commands as a person would type them, run as subprocesses with a log file and a progress bar."""
+"""LeRobot's commands as a person would type them, run as subprocesses: a log file each, one progress bar."""
 
 import io
 import logging
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from itertools import count, repeat
 from pathlib import Path
 from typing import IO
-
-from tqdm import tqdm
 
 from lerobot_pi0.errors import CommandError
 
@@ -63,69 +62,87 @@ class Command:
 
 @dataclass(frozen=True)
 class Job:
-    """A command, what to call it, where its output goes, and how to read its progress.
-
-    `bar` is how the description of the command's own progress bar begins; it draws `bars` of them one after
-    the other.
-    """
+    """A command, what to call it, where its output goes, and how its progress bar begins."""
 
     name: str
     command: Command
     log: Path
     bar: str
-    bars: int = 1
     first_step: int = 0
 
 
 def run(*jobs: Job) -> None:
-    """Run jobs side by side until all have succeeded.
+    """Run jobs side by side until all have succeeded. The last one's progress bar is shown.
 
     When one fails, or at Ctrl-C, the others are ended at once: what a command leaves behind counts only
     when it is complete.
 
     Raises:
-        RuntimeError: when one fails, with the last lines of its output and the path of its log.
+        CommandError: when one fails, with the last lines of its output and the path of its log.
     """
     for job in jobs:
         logger.info("%s: %s\n    (log: %s)", job.name, job.command, job.log)
     processes = [job.command.start() for job in jobs]
+    bars = [None] * (len(jobs) - 1) + [LastLine(sys.stderr)]
     with ThreadPoolExecutor(len(jobs)) as readers:
         try:
-            for result in as_completed(map(readers.submit, repeat(_follow), jobs, processes, count())):
+            for result in as_completed(map(readers.submit, [_follow] * len(jobs), jobs, processes, bars)):
                 result.result()
         finally:
             for process in processes:
                 process.terminate()
 
 
-def _follow(job: Job, process: subprocess.Popen[bytes], position: int) -> None:
-    """Copy a command's output into its log until it ends, but turn its progress bar into ours."""
-    own_bar = re.compile(re.escape(job.bar) + r".*?\| *(\d+)/(\d+) \[")
+class LastLine:
+    """The last line of a terminal, which each text replaces; in a log, a line every half minute."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._is_terminal = stream.isatty()
+        self._interval = 0.5 if self._is_terminal else 30.0
+        self._shown_at = float("-inf")
+        self._text = ""
+
+    def show(self, text: str) -> None:
+        """Replace the line, unless the last time was just now."""
+        self._text = text
+        if time.monotonic() - self._shown_at >= self._interval:
+            self._write("" if self._is_terminal else "\n")
+            self._shown_at = time.monotonic()
+
+    def finish(self) -> None:
+        """Leave the last text on a line of its own."""
+        if self._text:
+            self._write("\n")
+
+    def _write(self, end: str) -> None:
+        columns = shutil.get_terminal_size().columns - 1
+        start, text = ("\r\x1b[K", self._text[:columns]) if self._is_terminal else ("", self._text)
+        self._stream.write(start + text + end)
+        self._stream.flush()
+
+
+def _follow(job: Job, process: subprocess.Popen[bytes], last_line: LastLine | None) -> None:
+    """Copy a command's output into its log until it ends, but its progress bar to the terminal."""
     last_lines: deque[str] = deque(maxlen=LAST_LINES)
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    # In a CI log every refresh is a line.
-    interval = 0.5 if sys.stderr.isatty() else 30.0
     assert process.stdout is not None
-    with (
-        job.log.open("a", encoding="utf-8") as log,
-        tqdm(desc=job.name, position=position, mininterval=interval, dynamic_ncols=True) as progress,
-    ):
+    with job.log.open("a", encoding="utf-8") as log:
         log.write(f"{START.format(step=job.first_step)} {job.command}\n")
-        finished_bars = previous = 0
+        loss = ""
         # newline="": a carriage return, with which a progress bar ends, stays one.
         for line in _lines(io.TextIOWrapper(process.stdout, errors="replace", newline="")):
-            if found := own_bar.search(line):
-                done, total = map(int, found.groups())
-                finished_bars += done < previous
-                previous = done
-                progress.total = job.bars * total
-                progress.update(finished_bars * total + done - progress.n)
             if message := BAR.sub("", line).rstrip():
                 log.write(message + "\n")
                 log.flush()
                 last_lines.append(message)
-                if loss := TRAINING_LOSS.search(message):
-                    progress.set_postfix_str(f"loss {loss[1]}", refresh=False)
+                if found := TRAINING_LOSS.search(message):
+                    loss = f" loss {found[1]}"
+            bar = BAR.search(line)
+            if last_line is not None and bar and bar[0].startswith(job.bar):
+                last_line.show(f"{bar[0]}{loss}")
+    if last_line is not None:
+        last_line.finish()
     if process.wait() != 0:
         end = "\n".join(last_lines)
         raise CommandError(

@@ -6,11 +6,12 @@ step, the evaluation's `eval_info.json`. So a second start goes on where the fir
 
 import json
 import logging
+import math
+import os
 import shutil
 import time
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lerobot_pi0.demo.command import Command, Job, run
 from lerobot_pi0.demo.flags import DemoConfig, RecordConfig
@@ -26,8 +27,23 @@ EVALUATION_SEED = 1000
 QUICK_TASKS = "faucet-open-v3,faucet-close-v3"
 # Waiting threads sleep: beside other work on the machine, spinning made steps up to ten times as long.
 TRAINING_ENVIRONMENT = (("HF_HUB_OFFLINE", "1"), ("OMP_WAIT_POLICY", "PASSIVE"))
-QUICK_TRAINING = ("--steps=30", "--batch_size=8", "--log_freq=5", "--save_freq=15")
-QUICK_EPISODE_LENGTH = 40
+# The process that loads frames takes a core of its own, and small matrices gain little from many.
+TRAINING_THREADS = max(1, min(4, (os.cpu_count() or 1) - 1))
+QUICK_TRAINING = (
+    "--steps=10",
+    "--batch_size=4",
+    "--log_freq=5",
+    "--save_freq=5",
+    "--policy.log_joints_every=5",
+)
+QUICK_EPISODE_LENGTH = 20
+# Environments that share a pass of the policy.
+EVALUATION_BATCH = 10
+
+# The stages and what share of the time each takes: seconds on two cores of an AMD EPYC.
+STAGES = {"record": 70, "train": 270, "evaluate": 90, "report": 20}
+# The same for --quick, which mostly imports.
+QUICK_STAGES = {"record": 25, "train": 25, "evaluate": 25, "report": 10}
 
 
 class Demo:
@@ -39,13 +55,13 @@ class Demo:
         self.training = self.root / "training"
         self.recording = RecordConfig(
             root=self.root / "demonstrations",
-            episodes_per_task=config.episodes_per_task or (3 if config.quick else 40),
+            episodes_per_task=config.episodes_per_task or (2 if config.quick else 40),
         )
         if config.quick:
             self.recording.tasks = QUICK_TASKS
         self.tasks = parse_tasks(self.recording.tasks)
         self.pairs = [task for task in self.tasks if OPPOSITES.get(task) in self.tasks]
-        self.eval_episodes = config.eval_episodes or (2 if config.quick else 40)
+        self.eval_episodes = config.eval_episodes or (1 if config.quick else 40)
         self.episode_length = QUICK_EPISODE_LENGTH if config.quick else self.recording.episode_length
         self.train_config = config.train_config or shipped_config("demo")
         self.train_extras = list(QUICK_TRAINING) if config.quick else []
@@ -80,7 +96,7 @@ class Demo:
             shutil.rmtree(self.training, ignore_errors=True)
             dtype = [] if bfloat16_pays() else ["--policy.dtype=float32"]
             arguments = (f"--config_path={self.train_config}", *data, *dtype, *self.train_extras)
-            return [self._job("train", Command("lerobot-train", arguments, TRAINING_ENVIRONMENT), "Training")]
+            return [self._training_job(arguments)]
         saved_config = self.checkpoint / "train_config.json"
         for cause in (self.train_config, self.recording.root / SETTINGS_FILE):
             if cause.exists() and cause.stat().st_mtime > saved_config.stat().st_mtime:
@@ -94,20 +110,18 @@ class Demo:
         if step == self._train_settings()["steps"]:
             return []
         arguments = (f"--config_path={saved_config}", "--resume=true", *data, *self.train_extras)
-        return [
-            self._job(
-                "train",
-                Command("lerobot-train", arguments, TRAINING_ENVIRONMENT),
-                "Training",
-                first_step=step,
-            )
-        ]
+        return [self._training_job(arguments, step)]
 
     def evaluate(self) -> list[Job]:
-        """The missing evaluations: as instructed, and with the instructions of opposite tasks swapped."""
+        """The missing evaluations: as instructed, and with the instructions of opposite tasks swapped.
+
+        The latter takes longest, since its episodes end without success, and therefore shows its progress.
+        """
         wanted: list[tuple[str, list[str], list[str]]] = [("evaluate", self.tasks, [])]
         if self.pairs:
             wanted.append(("evaluate_swapped", self.pairs, ["--env.swap_instructions=true"]))
+        # A policy looks when it plans: pictures in between would be drawn for nobody.
+        steps_per_picture = self._train_settings()["policy"]["n_action_steps"]
         jobs = []
         for name, tasks, extras in wanted:
             folder = self.root / name
@@ -118,25 +132,26 @@ class Demo:
                 "--env.type=metaworld_fast",
                 f"--env.task={','.join(tasks)}",
                 f"--env.episode_length={self.episode_length}",
+                f"--env.steps_per_picture={steps_per_picture}",
                 *extras,
                 f"--eval.n_episodes={self.eval_episodes}",
-                "--eval.batch_size=1",
+                f"--eval.batch_size={min(self.eval_episodes, EVALUATION_BATCH)}",
                 f"--seed={EVALUATION_SEED}",
                 f"--output_dir={folder}",
             )
             # Two evaluations side by side: one thread each is as much as two cores have.
             environment = (("HF_HUB_OFFLINE", "1"), ("OMP_NUM_THREADS", "1"))
             command = Command("lerobot-eval", arguments, environment)
-            jobs.append(self._job(name, command, "Stepping through eval batches", bars=len(tasks)))
+            jobs.append(self._job(name, command, "Stepping through eval batches"))
         return jobs
 
-    def blind_baselines(self) -> dict[str, float]:
-        """Success of each task's average demonstration, replayed blindly in the evaluated episodes."""
-        from lerobot_pi0.demo.baseline import blind_success, mean_demonstration, recorded_actions
+    def open_loop_baselines(self) -> dict[str, float]:
+        """Success of each task's average demonstration, replayed open-loop in the evaluated episodes."""
+        from lerobot_pi0.demo.baseline import mean_demonstration, open_loop_success, recorded_actions
 
         seeds = range(EVALUATION_SEED, EVALUATION_SEED + self.eval_episodes)
         return {
-            task: blind_success(
+            task: open_loop_success(
                 task,
                 mean_demonstration(recorded_actions(self.recording.root, task)),
                 seeds,
@@ -146,34 +161,53 @@ class Demo:
         }
 
     def report(self) -> str:
-        """Write the loss curve and the contact sheet; return what is to be said."""
+        """Write the page with its pictures; return what the terminal shows."""
         from lerobot_pi0.demo import report
+        from lerobot_pi0.demo.page import write_page
 
         evaluation = report.read_evaluation(self.root / "evaluate")
         swapped = report.read_evaluation(self.root / "evaluate_swapped") if self.pairs else {}
-        table = report.success_table(evaluation, self.blind_baselines(), swapped)
-        loss_plot, sheet = self.root / "loss.png", self.root / "policy.gif"
+        table = report.success_table(evaluation, self.open_loop_baselines(), swapped)
         losses = report.training_losses(self._log("train"), self._train_settings()["log_freq"])
         if losses:
-            report.plot_losses(losses, loss_plot)
-        report.contact_sheet(evaluation, task_instructions(), sheet)
-        lines = [table, ""]
+            report.plot_losses(losses, self.root / "loss.png")
+        report.contact_sheet(evaluation, task_instructions(), self.root / "policy.gif")
+        page = write_page(
+            self.root / "index.html", table, "loss.png" if losses else None, self.next_commands(), self.quick
+        )
+        lines = [str(table), ""]
         if self.quick:
-            lines += ["A quick run: 30 training steps teach nothing. Leave out --quick for the real one.", ""]
+            lines += ["A quick run: 10 training steps teach nothing. Leave out --quick for the real one.", ""]
         lines += [
-            f"the policy at work   {sheet}",
-            f"training loss        {loss_plot if losses else 'its log is gone'}",
-            f"videos               {self.root / 'evaluate' / 'videos'}",
-            f"checkpoint           {self.checkpoint}",
+            f"all of this on a page {page}",
+            f"videos                {self.root / 'evaluate' / 'videos'}",
+            f"checkpoint            {self.checkpoint}",
+            "",
+            "Next, for example:",
+            "",
+            *self.next_commands(),
         ]
         return "\n".join(lines)
+
+    def next_commands(self) -> list[str]:
+        """What to type after the demo: shell lines."""
+        inputs = (
+            f"--policy.path={self.checkpoint} --dataset.repo_id={self.recording.repo_id} "
+            f"--dataset.root={self.recording.root}"
+        )
+        return [
+            *(["source .venv/bin/activate"] if Path(".venv", "bin", "activate").exists() else []),
+            f"lerobot-pi0 report {inputs} --output={self.root / 'open_loop'}",
+            f"lerobot-pi0 language {inputs}",
+            f"lerobot-pi0 attention {inputs} --dataset.episodes='[0]' --frame=20",
+        ]
 
     @property
     def checkpoint(self) -> Path:
         """The newest checkpoint, as --policy.path takes it."""
         return self.training / "checkpoints" / "last" / "pretrained_model"
 
-    def _train_settings(self) -> dict[str, int]:
+    def _train_settings(self) -> dict[str, Any]:
         return json.loads((self.checkpoint / "train_config.json").read_text(encoding="utf-8"))
 
     def _is_evaluated(self, folder: Path, tasks: list[str]) -> bool:
@@ -190,8 +224,13 @@ class Demo:
     def _log(self, name: str) -> Path:
         return self.root / "logs" / f"{name}.log"
 
-    def _job(self, name: str, command: Command, bar: str, bars: int = 1, first_step: int = 0) -> Job:
-        return Job(name, command, self._log(name), bar, bars, first_step)
+    def _job(self, name: str, command: Command, bar: str, first_step: int = 0) -> Job:
+        return Job(name, command, self._log(name), bar, first_step)
+
+    def _training_job(self, arguments: tuple[str, ...], first_step: int = 0) -> Job:
+        environment = (*TRAINING_ENVIRONMENT, ("OMP_NUM_THREADS", str(TRAINING_THREADS)))
+        command = Command("lerobot-train", arguments, environment)
+        return self._job("train", command, "Training", first_step)
 
 
 def bfloat16_pays() -> bool:
@@ -211,23 +250,37 @@ def bfloat16_pays() -> bool:
 
 
 def main(config: DemoConfig) -> str:
-    """`lerobot-pi0 demo`: runs what is missing, and says what came out."""
+    """`lerobot-pi0 demo`: runs the stages that are missing, and reports the results."""
     demo = Demo(config)
+    expected = QUICK_STAGES if demo.quick else STAGES
     seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(name: str) -> Generator[None]:
+    text = ""
+    for number, stage in enumerate(expected, 1):
+        left = minutes_left(expected, seconds, stage)
+        logger.info("stage %d of %d, %s: about %s left in all", number, len(expected), stage, left)
         start = time.monotonic()
-        yield
-        seconds[name] = time.monotonic() - start
-
-    for step in (demo.record, demo.train, demo.evaluate):
-        if jobs := step():
-            with timed(step.__name__):
-                run(*jobs)
+        if stage == "report":
+            text = demo.report()
+        elif jobs := getattr(demo, stage)():
+            run(*jobs)
         else:
-            logger.info("%s: already done, reused", step.__name__)
-    with timed("report"):
-        text = demo.report()
+            logger.info("%s: already done, reused", stage)
+            continue
+        seconds[stage] = time.monotonic() - start
     times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
-    return f"\n{text}\nwall time            {times}"
+    return f"\n{text}\n\nwall time: {times}"
+
+
+def minutes_left(expected: dict[str, int], seconds: dict[str, float], stage: str) -> str:
+    """How long this stage and those after it take, if this machine is as fast as it was until now.
+
+    Args:
+        expected: seconds by stage, in order.
+        seconds: those that stages have taken here; stages that were done before are missing.
+        stage: the next one.
+    """
+    names = list(expected)
+    rest = sum(expected[name] for name in names[names.index(stage) :])
+    speed = sum(seconds.values()) / sum(expected[name] for name in seconds) if seconds else 1.0
+    minutes = math.ceil(rest * speed / 60)
+    return f"{minutes} minute{'s' if minutes > 1 else ''}"

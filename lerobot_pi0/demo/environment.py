@@ -1,7 +1,7 @@
 """`--env.type=metaworld_fast`: Meta-World for LeRobot, quick enough for software rendering.
 
 LeRobot's own `metaworld` environment renders 480×480 pixels with shadows and multisampling: about 7 frames
-per second on a CPU. This one renders 128×128 without either, ends an episode at success, and shows no goal
+per second on a CPU. This one renders 96×96 without either, ends an episode at success, and shows no goal
 marker, so that the two faucet tasks look the same and only the instruction tells them apart.
 
 Plugin discovery imports this module, so it holds the settings only. The simulator is imported by
@@ -39,7 +39,10 @@ class MetaworldFastEnvConfig(EnvConfig):
     # Steps after which an episode counts as failed. The scripted experts need about 40 to 90.
     episode_length: int = 200
     # Width and height of the camera image in pixels. Must be that of the training data.
-    image_size: int = 128
+    image_size: int = 96
+    # Control steps per picture; in between, observations hold the last one. Rendering takes most of the time,
+    # and a policy looks only when it plans: give its n_action_steps.
+    steps_per_picture: int = 1
     # Draw the coloured dots that mark the goal. reach, push and pick-place cannot be solved without them;
     # elsewhere they would tell the policy which task it is, whatever the instruction says.
     show_goal: bool = False
@@ -55,7 +58,7 @@ class MetaworldFastEnvConfig(EnvConfig):
 
     def __post_init__(self) -> None:
         tasks = parse_tasks(self.task)
-        for name in ("episode_length", "image_size"):
+        for name in ("episode_length", "image_size", "steps_per_picture"):
             if getattr(self, name) < 1:
                 raise UserError(f"--env.{name} must be at least 1, not {getattr(self, name)}.")
         single = [name for name in tasks if name not in OPPOSITES]
@@ -76,6 +79,7 @@ class MetaworldFastEnvConfig(EnvConfig):
         return {
             "episode_length": self.episode_length,
             "image_size": self.image_size,
+            "steps_per_picture": self.steps_per_picture,
             "show_goal": self.show_goal,
             "position_actions": self.position_actions,
         }
@@ -91,8 +95,7 @@ class MetaworldFastEnvConfig(EnvConfig):
 
         Args:
             n_envs: copies of each task that run side by side. They run in this process: a simulator step
-            costs far
-                less than sending its image between processes.
+                costs far less than sending its image between processes.
             use_async_envs: not used, for that reason.
         """
         from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv

@@ -17,7 +17,7 @@ class DemoConfig:
 
     # Where everything goes. Default: outputs/demo, with --quick outputs/demo_quick.
     output_dir: Path | None = None
-    # Two tasks, a few episodes, 30 training steps: shows that all parts work, not that the policy learns.
+    # Two tasks, a few episodes, 10 training steps: shows that all parts work, not that the policy learns.
     quick: bool = False
     # Log the training to Weights & Biases, through LeRobot.
     wandb: bool = False
@@ -25,9 +25,9 @@ class DemoConfig:
     wandb_mode: WandbMode = "offline"
     # Settings of lerobot-train. Default: the package's configs/demo.yaml.
     train_config: Path | None = None
-    # Demonstrations of each task. Default: 40, with --quick 3.
+    # Demonstrations of each task. Default: 40, with --quick 2.
     episodes_per_task: int | None = None
-    # Episodes in which each task is evaluated. Default: 40, with --quick 2.
+    # Episodes in which each task is evaluated. Default: 40, with --quick 1.
     eval_episodes: int | None = None
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class RecordConfig:
     # Seed of the first episode. lerobot-eval starts at 1000, so that it meets other scenes.
     seed: int = 100_000
     # Width and height of the camera image in pixels.
-    image_size: int = 128
+    image_size: int = 96
     # Standard deviation of the disturbance of the executed hand movement; actions lie in [-1, 1].
     noise: float = 0.2
     # Steps within which the expert has to succeed.

@@ -33,7 +33,7 @@ OPPOSITES = {
 @cache
 def task_instructions() -> dict[str, str]:
     """Meta-World's tasks and LeRobot's sentence for each: {"faucet-open-v3": "Rotate the faucet ..."}."""
-    text = files("lerobot.envs").joinpath("metaworld_config.json").read_text(encoding="utf-8")
+    text = files("lerobot").joinpath("envs", "metaworld_config.json").read_text(encoding="utf-8")
     return json.loads(text)["TASK_DESCRIPTIONS"]
 
 

@@ -57,7 +57,7 @@ import metaworld.types  # noqa: E402
 
 def scripted_expert(task: str) -> Callable[[np.ndarray], np.ndarray]:
     """Meta-World's hand-written policy for a task: simulator state (39,) → action (4,) float32 in [-1, 1]."""
-    text = files("lerobot.envs").joinpath("metaworld_config.json").read_text(encoding="utf-8")
+    text = files("lerobot").joinpath("envs", "metaworld_config.json").read_text(encoding="utf-8")
     policy = getattr(metaworld.policies, json.loads(text)["TASK_POLICY_MAPPING"][task])()
 
     def expert(state: np.ndarray) -> np.ndarray:
@@ -109,8 +109,9 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
     Observation: `pixels` (H, W, 3) uint8 and `agent_pos` (4,) float32: the hand's x, y, z in metres and the
     gripper's opening, 0 to 1. Action: (4,) in [-1, 1], clipped: the hand's displacement in centimetres, and
     the gripper's effort; with `position_actions` the hand's next position in metres, and effort. An episode
-    ends at success or after `episode_length` steps. A seed passed to `reset`
-    fixes where the objects lie.
+    ends at success or after `episode_length` steps. A seed passed to `reset` fixes where the objects lie.
+    The camera takes a picture every `steps_per_picture` steps from the first observation on, and one at the
+    end; in between, observations hold the last one.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}  # noqa: RUF012  (gymnasium's way)
@@ -122,7 +123,8 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
         task_description: str,
         *,
         episode_length: int = 200,
-        image_size: int = 128,
+        image_size: int = 96,
+        steps_per_picture: int = 1,
         show_goal: bool = False,
         position_actions: bool = False,
     ) -> None:
@@ -130,6 +132,7 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
         self.task_description = task_description
         self._max_episode_steps = episode_length  # the name under which lerobot-eval looks for it
         self._image_size = image_size
+        self._steps_per_picture = steps_per_picture
         self._show_goal = show_goal
         self._position_actions = position_actions
         self.observation_space = spaces.Dict(
@@ -165,7 +168,8 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
         reward, success = self.act(action)
         self._steps += 1
         truncated = not success and self._steps >= self._max_episode_steps
-        return self.observe(), reward, success, truncated, {"is_success": success}
+        takes_picture = success or truncated or self._steps % self._steps_per_picture == 0
+        return self.observe(takes_picture), reward, success, truncated, {"is_success": success}
 
     def act(self, action: np.ndarray) -> tuple[float, bool]:
         """Move without looking, in a tenth of the time. Returns the reward and whether the task is solved."""
@@ -185,14 +189,15 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
             self._renderer.close()
         self._renderer = self._simulation = None
 
-    def observe(self) -> Observation:
-        """What the camera and the arm's sensors say now."""
+    def observe(self, takes_picture: bool = True) -> Observation:
+        """What the arm's sensors say now, and the camera; or the last picture, if it takes none."""
         simulation = self.simulation
-        assert self._renderer is not None
-        self._renderer.update_scene(simulation.data, camera=CAMERA)
-        # This camera is mounted upside down.
-        self._frame = np.ascontiguousarray(self._renderer.render()[::-1, ::-1])
-        return {"pixels": self._frame, "agent_pos": simulation.state[:4].astype(np.float32)}
+        if takes_picture:
+            assert self._renderer is not None
+            self._renderer.update_scene(simulation.data, camera=CAMERA)
+            # This camera is mounted upside down.
+            self._frame = np.ascontiguousarray(self._renderer.render()[::-1, ::-1])
+        return {"pixels": self.render(), "agent_pos": simulation.state[:4].astype(np.float32)}
 
     def _make_renderer(self, model: mujoco.MjModel) -> mujoco.Renderer:
         # Meta-World's own render() draws into the wrong context when a process has several environments.

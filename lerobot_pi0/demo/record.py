@@ -7,9 +7,13 @@ episodes are not kept. Equal settings give equal demonstrations.
 
 import json
 import logging
+import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from functools import partial
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +35,17 @@ from lerobot_pi0.errors import CommandError, OutputExistsError
 logger = logging.getLogger(__name__)
 
 Frame = dict[str, Any]
+# The built-in `map`, or one whose calls run side by side and whose results keep their order.
+type Map = Callable[
+    [Callable[[Iterable[int]], list[list[Frame]]], Iterable[Iterable[int]]], Iterable[list[list[Frame]]]
+]
 
 # Where the settings of a finished recording are kept, below the dataset's root.
 SETTINGS_FILE = Path("meta", "recording.json")
 # An expert that fails this often is not worth waiting for.
 MAX_TRIES_PER_EPISODE = 5
+# Making an environment takes half as long as an episode in it.
+SEEDS_PER_ENVIRONMENT = 10
 
 
 def record(config: RecordConfig) -> Path:
@@ -85,10 +95,16 @@ def record(config: RecordConfig) -> Path:
         encoder_queue_maxsize=config.episode_length + 1,
     )
     tasks = parse_tasks(config.tasks)
-    with tqdm(total=len(tasks) * config.episodes_per_task, unit="episode") as progress:
+    # What the workers need is imported once, in a process without this one's threads and OpenGL.
+    workers = multiprocessing.get_context("forkserver")
+    workers.set_forkserver_preload([__name__, "lerobot_pi0.demo.metaworld_env"])
+    with (
+        workers.Pool(min(os.cpu_count() or 1, 4)) as pool,
+        tqdm(total=len(tasks) * config.episodes_per_task, unit="episode") as progress,
+    ):
         for task in tasks:
             progress.set_description(f"Recording {task}")
-            for episode in demonstrations(task, config):
+            for episode in demonstrations(task, config, pool.imap):
                 for frame in episode:
                     dataset.add_frame(frame)
                 dataset.save_episode()
@@ -127,8 +143,29 @@ def is_recorded(config: RecordConfig) -> bool:
     return True
 
 
-def demonstrations(task: str, config: RecordConfig) -> Iterator[list[Frame]]:
-    """Yield `config.episodes_per_task` successful episodes of a task, as lists of frames for `add_frame`."""
+def demonstrations(task: str, config: RecordConfig, run: Map = map) -> Iterator[list[Frame]]:
+    """Yield `config.episodes_per_task` successful episodes of a task, as lists of frames for `add_frame`.
+
+    They are those of the first seeds that succeed, whatever `run` does side by side.
+    """
+    max_tries = MAX_TRIES_PER_EPISODE * config.episodes_per_task
+    found = tries = 0
+    while missing := min(config.episodes_per_task - found, max_tries - tries):
+        seeds = range(config.seed + tries, config.seed + tries + missing)
+        for episodes in run(partial(successes, task, config), batched(seeds, SEEDS_PER_ENVIRONMENT)):
+            yield from episodes
+            found += len(episodes)
+        tries += missing
+    if found < config.episodes_per_task:
+        raise CommandError(
+            f"The scripted expert solved {task} only {found} times in {max_tries} tries with "
+            f"--noise={config.noise} and --episode_length={config.episode_length}. "
+            "Lower the former or raise the latter."
+        )
+
+
+def successes(task: str, config: RecordConfig, seeds: Iterable[int]) -> list[list[Frame]]:
+    """The frames of the episodes that the expert solves, of one per seed."""
     from lerobot_pi0.demo.metaworld_env import PER_METRE, MetaworldFastEnv, scripted_expert
 
     instruction = task_instructions()[task]
@@ -139,10 +176,9 @@ def demonstrations(task: str, config: RecordConfig) -> Iterator[list[Frame]]:
         image_size=config.image_size,
         show_goal=config.show_goal,
     )
-    max_tries = MAX_TRIES_PER_EPISODE * config.episodes_per_task
-    found = 0
-    try:
-        for seed in range(config.seed, config.seed + max_tries):
+    episodes = []
+    with closing(env):
+        for seed in seeds:
             expert = scripted_expert(task)
             noise = np.random.default_rng(seed)
             observation, _ = env.reset(seed=seed)
@@ -167,17 +203,8 @@ def demonstrations(task: str, config: RecordConfig) -> Iterator[list[Frame]]:
                 success |= succeeded
                 left -= success
             if success:
-                yield frames
-                found += 1
-                if found == config.episodes_per_task:
-                    return
-    finally:
-        env.close()
-    raise CommandError(
-        f"The scripted expert solved {task} only {found} times in {max_tries} tries with "
-        f"--noise={config.noise} and --episode_length={config.episode_length}. "
-        "Lower the former or raise the latter."
-    )
+                episodes.append(frames)
+    return episodes
 
 
 def main(config: RecordConfig) -> str:

@@ -12,7 +12,7 @@ from lerobot.configs.train import TrainPipelineConfig
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.demo.command import Job
-from lerobot_pi0.demo.demo import EVALUATION_SEED, Demo, DemoConfig
+from lerobot_pi0.demo.demo import EVALUATION_SEED, Demo, DemoConfig, minutes_left
 from lerobot_pi0.demo.environment import MetaworldFastEnvConfig
 from lerobot_pi0.demo.record import SETTINGS_FILE, RecordConfig
 from lerobot_pi0.inputs.shipped_configs import shipped_config
@@ -36,7 +36,9 @@ def finish_recording(demo: Demo) -> None:
 def finish_training(demo: Demo, step: int, of: int) -> None:
     folder = demo.training / "checkpoints" / f"{step:06d}" / "pretrained_model"
     folder.mkdir(parents=True)
-    (folder / "train_config.json").write_text(json.dumps({"steps": of, "log_freq": 5}))
+    (folder / "train_config.json").write_text(
+        json.dumps({"steps": of, "log_freq": 5, "policy": {"n_action_steps": 4}})
+    )
     (folder / "model.safetensors").touch()
     demo.training.joinpath("checkpoints", "last").symlink_to(f"{step:06d}")
 
@@ -70,6 +72,7 @@ def test_the_training_command_gives_a_small_policy_that_stays_on_this_machine(de
 
 
 def test_the_evaluation_commands_cover_all_tasks_and_the_swapped_pair_in_unseen_scenes(demo, monkeypatch):
+    finish_training(demo, step=30, of=30)
     monkeypatch.setattr(sys, "argv", ["lerobot-eval"])  # LeRobot looks there for --policy.path
     plain, swapped = (
         draccus.parse(EvalPipelineConfig, args=job.command.arguments[1:]) for job in demo.evaluate()
@@ -80,6 +83,7 @@ def test_the_evaluation_commands_cover_all_tasks_and_the_swapped_pair_in_unseen_
     assert not plain.env.swap_instructions
     assert swapped.env.task == "faucet-open-v3,faucet-close-v3"
     assert swapped.env.swap_instructions
+    assert plain.env.steps_per_picture == swapped.env.steps_per_picture == 4  # the policy's n_action_steps
     for config in (plain, swapped):
         assert config.eval.n_episodes == 40
         assert config.seed == EVALUATION_SEED
@@ -87,6 +91,7 @@ def test_the_evaluation_commands_cover_all_tasks_and_the_swapped_pair_in_unseen_
 
 
 def test_the_commands_name_the_checkpoint_that_training_leaves(demo):
+    finish_training(demo, step=30, of=30)
     for job in demo.evaluate():
         assert job.command.arguments[0] == f"--policy.path={demo.checkpoint}"
 
@@ -162,6 +167,13 @@ def test_the_quick_demo_is_small_and_kept_apart(tmp_path, monkeypatch):
     config = parse_training(quick, *quick.train())
     assert config.steps <= 50
     assert config.save_freq < config.steps  # so that a run can be resumed
+
+
+def test_the_time_that_is_left_follows_the_speed_of_this_machine():
+    expected = {"record": 60, "train": 120, "report": 60}
+    assert minutes_left(expected, {}, "record") == "4 minutes"
+    assert minutes_left(expected, {"record": 120.0}, "train") == "6 minutes"
+    assert minutes_left(expected, {"train": 120.0}, "report") == "1 minute"  # the recording was reused
 
 
 def test_wandb_goes_through_lerobots_own_settings(tmp_path):

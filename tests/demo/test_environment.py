@@ -131,6 +131,15 @@ def test_render_gives_the_image_of_the_last_observation(make):
     assert env.render() is observation["pixels"]
 
 
+def test_between_pictures_observations_hold_the_last_one_and_the_arm_as_it_is(make):
+    env = make(steps_per_picture=3, episode_length=5)
+    observations = [env.reset(seed=0)[0], *(env.step(np.ones(4))[0] for _ in range(5))]
+    pictures = [observation["pixels"].tobytes() for observation in observations]
+    # The last step ends the episode.
+    assert [pictures.index(picture) for picture in pictures] == [0, 0, 0, 3, 3, 5]
+    assert len({observation["agent_pos"].tobytes() for observation in observations}) == 6
+
+
 def test_environments_side_by_side_each_draw_their_own_scene(make):
     config = MetaworldFastEnvConfig(image_size=64)
     envs = make_env(config, n_envs=2)

@@ -10,7 +10,7 @@ import pytest
 from lerobot.datasets import LeRobotDataset
 
 from lerobot_pi0.demo import record as recorder
-from lerobot_pi0.demo.baseline import blind_success, mean_demonstration, recorded_actions
+from lerobot_pi0.demo.baseline import mean_demonstration, open_loop_success, recorded_actions
 from lerobot_pi0.demo.metaworld import FPS, task_instructions
 from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv, scripted_expert
 from lerobot_pi0.demo.record import RecordConfig, record
@@ -58,6 +58,24 @@ def test_labels_are_the_experts_clean_actions_in_the_states_that_noise_led_to(ro
     env.close()
     assert success
     assert off_course > 1
+
+
+def test_attempts_that_run_side_by_side_give_the_episodes_of_the_first_seeds_that_succeed(root, tmp_path):
+    lengths = read(root).meta.episodes["length"]
+    # One of the first two attempts runs out of time.
+    short = RecordConfig(root=tmp_path, **SETTINGS | {"image_size": 32, "episode_length": max(lengths) - 1})
+    attempts = []
+
+    def backwards(function, chunks):
+        """Makes the last call first, as a faster process may, and gives the results in order."""
+        attempts.extend(chunks := list(chunks))
+        return reversed([function(chunk) for chunk in reversed(chunks)])
+
+    first, second = recorder.demonstrations(TASK, short, backwards)
+    assert [seed for chunk in attempts for seed in chunk][:3] == [short.seed, short.seed + 1, short.seed + 2]
+    assert len(first) == min(lengths)
+    (alone,) = recorder.successes(TASK, short, [attempts[-1][-1]])
+    np.testing.assert_array_equal([frame["action"] for frame in second], [frame["action"] for frame in alone])
 
 
 def test_a_finished_recording_is_reused(root, monkeypatch):
@@ -135,8 +153,8 @@ def test_replaying_a_demonstration_in_its_own_scene_solves_it_and_standing_still
     )
     (demonstration,) = recorded_actions(record(calm), TASK)
     scene = range(calm.seed, calm.seed + 1)
-    assert blind_success(TASK, demonstration, scene, 200) == 1
-    assert blind_success(TASK, np.zeros((1, 4)), scene, 50) == 0
+    assert open_loop_success(TASK, demonstration, scene, 200) == 1
+    assert open_loop_success(TASK, np.zeros((1, 4)), scene, 50) == 0
 
 
 def test_an_expert_goes_on_after_success_for_as_long_as_asked(root, tmp_path):

@@ -1,6 +1,7 @@
 """What the demo shows, from made-up results."""
 
 import json
+import re
 from pathlib import Path
 
 import av
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lerobot_pi0.demo.page import write_page
 from lerobot_pi0.demo.report import (
     Evaluation,
     contact_sheet,
@@ -53,7 +55,7 @@ def test_the_table_shows_each_task_beside_its_baselines_and_marks_what_is_not_ab
         "plate-slide-v3": Evaluation([True] * 5 + [False] * 5, []),
     }
     swapped = {"faucet-open-v3": Evaluation([False] * 10, [])}
-    table = success_table(evaluation, {"faucet-open-v3": 0.8, "plate-slide-v3": 0.5}, swapped)
+    table = str(success_table(evaluation, {"faucet-open-v3": 0.8, "plate-slide-v3": 0.5}, swapped))
     rows = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line}
     assert rows["faucet-open-v3"] == ["90%", "10", "80%", "0%"]
     assert rows["plate-slide-v3"] == ["50%", "*", "10", "50%"]
@@ -62,9 +64,21 @@ def test_the_table_shows_each_task_beside_its_baselines_and_marks_what_is_not_ab
 
 
 def test_a_table_without_marks_does_not_explain_them():
-    table = success_table({"reach-v3": Evaluation([True], [])}, {"reach-v3": 0.1}, {})
+    table = str(success_table({"reach-v3": Evaluation([True], [])}, {"reach-v3": 0.1}, {}))
     assert "*" not in table
     assert "opposite instruction:" not in table
+
+
+def test_the_page_shows_the_table_the_pictures_and_the_commands(tmp_path):
+    table = success_table({"reach-v3": Evaluation([True], [])}, {"reach-v3": 0.1}, {})
+    page = write_page(
+        tmp_path / "index.html", table, "loss.png", ["lerobot-pi0 report --a='<b>'"], quick=False
+    )
+    text = page.read_text(encoding="utf-8")
+    assert "<td>reach-v3</td><td>100%  </td><td>1</td><td>10%</td>" in text
+    assert re.findall(r'src="(.*?)"', text) == ["policy.gif", "loss.png"]
+    assert "lerobot-pi0 report --a=&#39;&lt;b&gt;&#39;" in text
+    assert "quick run" not in text
 
 
 def test_losses_of_a_resumed_training_continue_at_its_checkpoint(tmp_path):
