@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,22 @@ from lerobot_pi0.tools.memory import AllocationTracker, MemoryEstimate, estimate
 from lerobot_pi0.tools.plan import GIGABYTE, PlanConfig, Row, Schedule, choose
 
 LORA = PeftConfig()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def each_estimate_is_made_once() -> Iterator[None]:
+    """A plan needs a dozen, which take 20 seconds, and several tests plan for the same policy."""
+    made: dict[str, MemoryEstimate] = {}
+
+    def estimate(*given: Any, **rest: Any) -> MemoryEstimate:
+        key = repr((given, rest))
+        if key not in made:
+            made[key] = estimate_memory(*given, **rest)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "estimate_memory", estimate)
+        yield
 
 
 def planned(peft: PeftConfig | None = None, device: Any = "cpu", **changes: Any) -> MemoryEstimate:
