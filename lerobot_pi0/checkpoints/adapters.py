@@ -4,7 +4,6 @@ LeRobot's `--peft` and the PEFT library make, save and load them. Adapters are u
 those they were trained over, so a policy's config keeps a fingerprint of these, and it is checked at loading.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, WHOLE, Checkpoint, find_checkpoint
+from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WHOLE, Checkpoint, find_checkpoint
 from lerobot_pi0.checkpoints.layouts import PROJECTIONS
+from lerobot_pi0.checkpoints.reading import COPY_AGAIN, open_safetensors, read_json
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import CheckpointError, MissingFileError, UserError
 from lerobot_pi0.model import Pi0
@@ -91,6 +92,49 @@ def check_settings(peft_config: Any) -> None:
         )
 
 
+def read_settings(folder: Path) -> Any:
+    """PEFT's config of saved adapters.
+
+    Raises CheckpointError for damaged files, for adapters that do not name their base, and for what sampling
+    and `merge` would not take into account.
+    """
+    from peft import PeftConfig
+
+    file = folder / ADAPTER_CONFIG
+    given = read_json(file)
+    if missing := [key for key in ("peft_type", "base_model_name_or_path") if not given.get(key)]:
+        raise CheckpointError(f"{file} has no {missing}: {COPY_AGAIN}")
+    with open_safetensors(folder / ADAPTER_WEIGHTS):
+        pass
+    try:
+        settings = PeftConfig.from_pretrained(str(folder))
+        check_settings(settings)
+    except UserError as error:
+        raise CheckpointError(f"{file}: {error}, and train again") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged or of another version of PEFT ({error!r})") from error
+    return settings
+
+
+def put_in(network: nn.Module, folder: Path, settings: Any) -> None:
+    """Put saved adapters into a network that is their base. Raises CheckpointError where they do not fit."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    file = folder / ADAPTER_WEIGHTS
+    with open_safetensors(file) as opened:
+        found = set(opened.keys())
+    try:
+        wrapped = PeftModel.from_pretrained(network, str(folder), config=settings)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{file} does not fit {ADAPTER_CONFIG} or its base ({error})") from error
+    if differing := sorted(found ^ get_peft_model_state_dict(wrapped).keys()):
+        # PEFT leaves out what has no place, and initializes what is missing.
+        raise CheckpointError(
+            f"{file} does not hold what {ADAPTER_CONFIG} names: {len(differing)} tensors are missing or have "
+            f"no place, the first one {differing[0]}. {COPY_AGAIN.capitalize()}"
+        )
+
+
 def find_base(name: str | Path, config: Any, **download: Any) -> Path:
     """`find_checkpoint`; where it is the base of a config's adapters, its errors say so."""
     try:
@@ -140,7 +184,7 @@ def dtypes_in_full(model: Pi0, config: Pi0Config) -> dict[str, torch.dtype]:
     in bfloat16 it would be rounded."""
     assert config.pretrained_path is not None
     folder = find_checkpoint(config.pretrained_path, revision=config.pretrained_revision)
-    modules = json.loads((folder / ADAPTER_CONFIG).read_text()).get("modules_to_save") or []
+    modules = read_json(folder / ADAPTER_CONFIG).get("modules_to_save") or []
     return {
         name: torch.float32
         for name, _ in model.named_parameters()

@@ -1,7 +1,6 @@
 """Checkpoint files: found on disk or on the hub, opened, and loaded strictly."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lerobot_pi0.checkpoints.layouts import from_published
+from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json
 from lerobot_pi0.errors import CheckpointError, MissingFileError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -30,6 +30,7 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's, beside adapters that stand alone
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 WHOLE = "whole:"  # begins a fingerprint of whole tensors; those of earlier versions have no beginning
@@ -150,13 +151,12 @@ class Checkpoint(Mapping[str, Tensor]):
         if (folder / WEIGHTS_FILE).is_file():
             names: Iterable[str] = (WEIGHTS_FILE,)
         elif index.is_file():
-            try:
-                shard_of = dict(json.loads(index.read_text())["weight_map"])
-                names = sorted(set(shard_of.values()))
-            except (ValueError, KeyError, TypeError) as error:
-                raise CheckpointError(f"{index} is damaged ({error!r}): copy or download it again") from error
+            shard_of = read_json(index).get("weight_map")
+            if not isinstance(shard_of, dict) or not shard_of:
+                raise CheckpointError(f"{index} is damaged (no object 'weight_map'): {COPY_AGAIN}")
+            names = {str(name): name for name in shard_of.values()}.values()
         elif (folder / ADAPTER_CONFIG).is_file():
-            base = json.loads((folder / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+            base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
             raise CheckpointError(
                 f"{folder} holds adapters over the weights of '{base}' and no weights of its own. LeRobot's "
                 "commands load both with --policy.path; for anything else, make one checkpoint of them: "

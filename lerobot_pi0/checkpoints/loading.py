@@ -17,6 +17,7 @@ from lerobot_pi0.checkpoints import adapters
 from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, Checkpoint, find_checkpoint, load_weights
 from lerobot_pi0.checkpoints.golden_actions import GOLDEN_ACTIONS_FILE
 from lerobot_pi0.checkpoints.processors import check_processors
+from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import CheckpointError
 from lerobot_pi0.lerobot_compat import build_new_processors
@@ -77,15 +78,17 @@ def open_source(
                 f"'{name}' is {kind}. To take its weights for this policy, give it a config: "
                 f"--policy.type={policy_type} --policy.pretrained_path={name}"
             )
-        config = PreTrainedConfig.from_pretrained(folder)
+        config = read_config(folder)
     if not isinstance(config, Pi0Config):
         raise TypeError(f"config is a {type(config).__name__}, this policy takes a Pi0Config")
     source = Source(folder, config, adapters.Base.of(name, revision, folder, Checkpoint(folder)))
     # LeRobot's commands load the pipelines next: those of the adapters, or the checkpoint's own.
     if source.is_below_adapters:
-        adapters.check_base(config, source.base)
         assert config.pretrained_path is not None
-        check_processors(find_checkpoint(config.pretrained_path, revision=config.pretrained_revision))
+        above = find_checkpoint(config.pretrained_path, revision=config.pretrained_revision)
+        adapters.read_settings(above)
+        adapters.check_base(config, source.base)
+        check_processors(above)
     elif source.is_ours:
         check_processors(folder)
     if not source.is_ours:
@@ -100,10 +103,21 @@ def open_source(
 def read_policy_type(folder: Path) -> str | None:
     """What LeRobot calls the policy in a checkpoint; None where it is not LeRobot's."""
     file = folder / CONFIG_NAME
+    return read_json(file).get("type") if file.is_file() else None
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The config of a policy of any type. Raises CheckpointError that names the file."""
+    file = folder / CONFIG_NAME
+    read_json(file)  # LeRobot's errors on what is no JSON object do not name the file
     try:
-        return json.loads(file.read_text()).get("type") if file.is_file() else None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} cannot be read ({error}): copy or download it again") from error
+        return PreTrainedConfig.from_pretrained(folder)
+    except (ValueError, draccus.ParsingError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{file} is damaged or of another version ({reason}): {COPY_AGAIN}, or install the version that "
+            "wrote it"
+        ) from error
 
 
 def save(folder: Path, config: Pi0Config, tensors: Mapping[str, Tensor]) -> None:

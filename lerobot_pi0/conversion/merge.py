@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.configs import PreTrainedConfig
 from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, WEIGHTS_FILE, find_checkpoint, load_weights
+from lerobot_pi0.checkpoints.loading import read_config
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.conversion.flags import MergeConfig
 from lerobot_pi0.conversion.output import copy_processors, unfinished_folder
@@ -81,7 +81,7 @@ def _load(adapter: str, folder: Path) -> tuple[Pi0Policy, str | None]:
             "leaves them in outputs/…/checkpoints/last/pretrained_model"
             + (", and this is a plain checkpoint already" if (folder / WEIGHTS_FILE).is_file() else "")
         )
-    config: Any = PreTrainedConfig.from_pretrained(folder)
+    config: Any = read_config(folder)
     if not isinstance(config, Pi0Config):
         raise CheckpointError(
             f"'{adapter}' holds adapters of another policy, of type '{config.type}'. For LeRobot's own π0: "

@@ -11,6 +11,7 @@ from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.device_utils import is_torch_device_available
 from lerobot.utils.import_utils import require_package
 
+from lerobot_pi0.checkpoints.adapters import put_in, read_settings
 from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, find_checkpoint
 from lerobot_pi0.checkpoints.processors import PIPELINES, check_processors
 from lerobot_pi0.checkpoints.reading import read_json, read_state, read_steps
@@ -111,14 +112,12 @@ def load_adapters(name: str, folder: Path, config: Pi0Config) -> Pi0Policy:
         require_package("peft", extra="peft")
     except ImportError as error:
         raise CheckpointError(f"'{name}' holds adapters: {error}") from error
-    from peft import PeftConfig, PeftModel
-
     config.pretrained_path = folder
-    settings: Any = PeftConfig.from_pretrained(str(folder))
+    settings = read_settings(folder)
     policy = Pi0Policy.from_pretrained(
         settings.base_model_name_or_path, config=config, revision=settings.revision
     )
-    PeftModel.from_pretrained(policy, str(folder), config=settings)  # puts them into the policy
+    put_in(policy, folder, settings)
     return policy.eval()
 
 

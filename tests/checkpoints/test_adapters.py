@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,8 @@ from lerobot_pi0.checkpoints import adapters
 from lerobot_pi0.checkpoints.files import Checkpoint
 from lerobot_pi0.checkpoints.layouts import to_openpi
 from lerobot_pi0.conversion import merge
-from lerobot_pi0.errors import CheckpointError
+from lerobot_pi0.errors import CheckpointError, MissingFileError
+from lerobot_pi0.inputs.policy import load_adapters
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 
@@ -316,6 +317,51 @@ def test_a_config_of_dora_is_refused(base):
     policy = Pi0Policy.from_pretrained(base)
     with pytest.raises(ValueError, match="plain LoRA adapters only, not DoRA"):
         policy.wrap_with_peft(LoraConfig(target_modules=["q_proj"], use_dora=True))
+
+
+def change_settings(**settings: Any) -> Callable[[Path], Any]:
+    def change(folder: Path) -> None:
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+    return change
+
+
+def change_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], Any]:
+    def changed(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), r"config\.json is damaged"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), r"config\.json holds list"),
+        (change_settings(base_model_name_or_path=None), r"config\.json has no \['base_model_name_or_path'\]"),
+        (change_settings(peft_type="NOBODYS"), r"config\.json is damaged or of another version of PEFT"),
+        (change_settings(use_dora=True), r"config\.json: this policy has plain LoRA.*not DoRA"),
+        (change_settings(r=5), r"model\.safetensors does not fit adapter_config\.json"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"{"),
+            r"model\.safetensors is dam",
+        ),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"model\.safetensors is missing"),
+        (change_weights(lambda tensors: tensors.popitem()), r"model\.safetensors does not hold.*1 tensors"),
+        (
+            change_weights(lambda tensors: tensors.update({"base_model.model.more": torch.zeros(1)})),
+            r"model\.safetensors does not hold.*1 tensors.*base_model\.model\.more",
+        ),
+    ],
+)
+def test_damaged_adapters_are_refused_with_the_name_of_the_file(saved, damage, message):
+    damage(saved)
+    config: Any = PreTrainedConfig.from_pretrained(saved)
+    with pytest.raises((CheckpointError, MissingFileError), match=rf"adapter_{message}"):
+        load_adapters(str(saved), saved, config)
 
 
 def test_adapters_over_a_published_layout_keep_their_own_processors(published, tmp_path):

@@ -107,12 +107,21 @@ def test_missing_shard(saved):
         load(saved)
 
 
-@pytest.mark.parametrize("text", ["{", "{}"])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": []}'])
 def test_damaged_index(saved, text):
     (saved / "model.safetensors").unlink()
     (saved / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"index.json is damaged.*download it again"):
+    with pytest.raises(CheckpointError, match=r"index.json (is damaged|holds list).*download it again"):
         load(saved)
+
+
+@pytest.mark.parametrize(
+    "text", [b"{", b"[]", b"null", b"\xff", b'{"type": "lerobot_pi0", "chunk_size": "x"}']
+)
+def test_damaged_config(saved, text):
+    (saved / "config.json").write_bytes(text)
+    with pytest.raises(CheckpointError, match=r"config.json (is damaged|holds).*download it again"):
+        Pi0Policy.from_pretrained(saved)
 
 
 def change_tensors(folder: Path, change: Any) -> None:
