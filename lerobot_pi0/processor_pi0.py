@@ -24,7 +24,7 @@ from lerobot.processor import (
     make_default_policy_processor_steps,
     make_policy_processor_pipelines,
 )
-from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -46,6 +46,8 @@ class Pi0TokenizerStep(ProcessorStep):
     The tokenizer itself is the step's saved state, so a checkpoint needs neither a network nor a gated
     repository. Prompts are padded on the right (id 0) to the batch's longest, rounded up to a multiple of 8
     so that shapes are few.
+    Integer states and actions become float32: LeRobot's normalizer, which comes after this step, would round
+    its statistics to their type.
     """
 
     tokenizer: str
@@ -67,11 +69,16 @@ class Pi0TokenizerStep(ProcessorStep):
         length = min(self.max_length, 8 * math.ceil(max(map(len, rows)) / 8))
         tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows])
         mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
-        observation: Any = transition.get(TransitionKey.OBSERVATION) or {}
+        given: Any = transition.get(TransitionKey.OBSERVATION) or {}
+        observation: dict[str, Any] = {**given}
+        if OBS_STATE in observation:
+            observation[OBS_STATE] = _floating(observation[OBS_STATE])
         added = {OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: mask}
         transition = transition.copy()
         # LeRobot indexes by the enum and types by its values.
         transition[TransitionKey.OBSERVATION] = observation | added  # pyrefly: ignore[bad-typed-dict-key]
+        if (action := transition.get(TransitionKey.ACTION)) is not None:
+            transition[TransitionKey.ACTION] = _floating(action)  # pyrefly: ignore[bad-typed-dict-key]
         return transition
 
     def encode(self, prompt: str) -> list[int]:
@@ -151,6 +158,12 @@ class Pi0TokenizerStep(ProcessorStep):
         self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
     ) -> dict[PipelineFeatureType, dict[str, PolicyFeature]]:
         return features
+
+
+def _floating(values: Any) -> Any:
+    """A tensor of floats; anything else stays as it is."""
+    integers = isinstance(values, Tensor) and not values.is_floating_point()
+    return values.float() if integers else values
 
 
 def clean_prompt(prompt: str) -> str:

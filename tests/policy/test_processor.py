@@ -325,3 +325,15 @@ def test_an_instruction_without_end_is_cut_in_the_text_too_and_shown_in_part(cap
     assert "is none of the training data's" in caplog.text
     assert "\x1b" not in caplog.text
     assert len(caplog.text) < 2000
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_whole_numbers_are_normalised_as_floats_are(dtype):
+    raw = raw_batch()
+    for key in ("observation.state", "action"):
+        raw[key] = (20 + 3 * raw[key]).round()
+    preprocess, _ = make_pre_post_processors(tiny_config(), dataset_stats=statistics())
+    wanted = preprocess(raw)
+    found = preprocess(raw | {key: raw[key].to(dtype) for key in ("observation.state", "action")})
+    for key in ("observation.state", "action"):
+        torch.testing.assert_close(found[key], wanted[key], rtol=0, atol=0)
