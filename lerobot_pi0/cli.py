@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.lerobot_compat import silence_torchcodec_notice
+from lerobot_pi0.lerobot_compat import parsing_failure, silence_torchcodec_notice
 
 PROGRAM = "lerobot-pi0"
 
@@ -147,9 +147,7 @@ def run(name: str, flags: list[str]) -> None:
     try:
         config = draccus.parse(config_class, args=flags, prog=f"{PROGRAM} {name}", preferred_help="above")
     except draccus.ParsingError as error:
-        # If it was the dataclass that objected, draccus only says that it could not be made.
-        reason = error.__cause__ if type(error) is draccus.ParsingError else error
-        fail(f"{PROGRAM} {name}: error: {reason} (`{PROGRAM} {name} --help`)", 2)
+        fail(f"{PROGRAM} {name}: error: {parsing_failure(error)} (`{PROGRAM} {name} --help`)", 2)
     text = function(config)
     text, code = text if isinstance(text, tuple) else (text, 0)
     if text is not None:

@@ -1,5 +1,6 @@
 """Every setting of the policy: default, meaning, validation. The defaults are openpi's π0 as published."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from lerobot.utils.constants import (
     OBS_LANGUAGE_TOKENS,
     OBS_STATE,
 )
+from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
 
 from lerobot_pi0.errors import UserError
@@ -201,6 +203,13 @@ class Pi0Config(PreTrainedConfig):
         super().__post_init__()
         self._translate_retired()
         self.normalization_mapping = DEFAULT_NORMALIZATION | self.normalization_mapping
+
+    def validate_settings(self) -> None:
+        """Check the settings that do not depend on features. Raises UserError that names the flag.
+
+        Not part of construction: draccus replaces the message of a ValueError that it meets there by
+        "Couldn't instantiate class".
+        """
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise UserError(
                 f"n_action_steps ({self.n_action_steps}) must be between 1 and chunk_size "
@@ -237,10 +246,12 @@ class Pi0Config(PreTrainedConfig):
         self.anchor = None
 
     def validate_features(self) -> None:
-        """Check the dataset's or environment's features against the model, and give each camera its slot.
+        """Check settings and the dataset's or environment's features, and give each camera its slot.
 
-        Raises ValueError when there is no camera, no state or no action, or when one does not fit.
+        Raises UserError for an impossible setting, when there is no camera, no state or no action, or when
+        one does not fit.
         """
+        self.validate_settings()
         for kind, feature, limit, flag in (
             (OBS_STATE, self.robot_state_feature, self.max_state_dim, "max_state_dim"),
             (ACTION, self.action_feature, self.max_action_dim, "max_action_dim"),
@@ -273,9 +284,50 @@ class Pi0Config(PreTrainedConfig):
             logger.warning("cameras left out, because they are not RGB: %s", not_rgb)
 
     def set_dataset_feature_metadata(self, features: dict[str, dict[str, Any]]) -> None:
-        """Called by LeRobot with the dataset's features before it builds the policy: keeps their names."""
+        """Called by LeRobot with the dataset's features before it builds a policy to train: keeps the names
+        of their dimensions, and checks the cameras. Raises UserError for a slot that does not exist.
+        """
+        self._check_slots()
+        self._add_cameras(features)
         self.action_feature_names = _dimension_names(features.get(ACTION, {}))
         self.state_feature_names = _dimension_names(features.get(OBS_STATE, {}))
+
+    def _check_slots(self) -> None:
+        wrong = [
+            slot
+            for slot, name in self.cameras.items()
+            if slot not in CAMERA_SLOTS and slot != name.removeprefix(f"{OBS_IMAGES}.")
+        ]
+        if wrong:
+            raise UserError(
+                f"--policy.cameras names the slots {wrong}, which do not exist: the slots are "
+                f"{', '.join(CAMERA_SLOTS)}, and for a further camera its own name"
+            )
+
+    def _add_cameras(self, features: dict[str, dict[str, Any]]) -> None:
+        """Add the dataset's cameras that --policy.cameras names to those of the checkpoint, whose features
+        LeRobot keeps with --policy.path; log the ones that are left out.
+        """
+        cameras = {key: of for key, of in features.items() if of.get("dtype") in ("image", "video")}
+        before = list(self.image_features)
+        others = [key for key in cameras if key not in before]
+        named = [key for key in others if any(_is_called(key, name) for name in self.cameras.values())]
+        if named:
+            added = dataset_to_policy_features({key: cameras[key] for key in named})
+            self.input_features = {**(self.input_features or {}), **added}
+        left = [key for key in others if key not in named]
+        # Where the checkpoint's are not in the dataset, --rename_map gives it their names.
+        if before and left and {*before} <= {*cameras}:
+            both = {
+                slot: key.removeprefix(f"{OBS_IMAGES}.")
+                for slot, key in slots_by_name([*before, *left]).items()
+            }
+            logger.warning(
+                "cameras of the dataset that the policy does not have, and that are left out: %s. To train "
+                "with them: --policy.cameras='%s'",
+                left,
+                json.dumps(both),
+            )
 
     def example_observation(
         self,
@@ -301,6 +353,7 @@ class Pi0Config(PreTrainedConfig):
         return {name: x.repeat_interleave(batch_size, 0).to(device) for name, x in batch.items()}
 
     def get_optimizer_preset(self) -> ResumableAdamWConfig:
+        self.validate_settings()  # lerobot-train calls this first, before it loads the dataset
         return ResumableAdamWConfig(
             lr=self.optimizer_lr,
             betas=self.optimizer_betas,
@@ -366,29 +419,37 @@ def assign_cameras(keys: list[str], given: dict[str, str]) -> dict[str, str]:
 
     `given` maps slots to features, which may be named by their last part ("front" for
     "observation.images.front").
-    Without it, a wrist camera goes to a wrist slot by its name, the first other one to the base, and the rest
-    where there is room. Raises ValueError for a camera that does not exist or that stands in two slots.
+    Without it, they go by their names (`slots_by_name`). Raises UserError for a camera that does not exist
+    or that stands in two slots.
     """
     if given:
         chosen = {slot: _find_camera(name, slot, keys) for slot, name in given.items()}
         if len(set(chosen.values())) < len(chosen):
             raise UserError(f"--policy.cameras puts one camera into two slots: {given}")
     else:
-        chosen = {}
-        wrists = [key for key in keys if any(word in key.lower() for word in ("wrist", "hand", "gripper"))]
-        others = [key for key in keys if key not in wrists]
-        # Cameras with a side first: they know where they belong.
-        for key in sorted(wrists, key=lambda key: "right" not in key.lower() and "left" not in key.lower()):
-            sides = ["right_wrist", "left_wrist"] if "right" in key.lower() else ["left_wrist", "right_wrist"]
-            _fill(chosen, sides, key)
-        for key in others:
-            _fill(chosen, list(CAMERA_SLOTS), key)
+        chosen = slots_by_name(keys)
         logger.info("cameras, assigned by name: %s (change with --policy.cameras)", chosen)
     slots = [
         *(slot for slot in CAMERA_SLOTS if slot in chosen),
         *(slot for slot in chosen if slot not in CAMERA_SLOTS),
     ]
     return {slot: chosen[slot] for slot in slots}
+
+
+def slots_by_name(keys: list[str]) -> dict[str, str]:
+    """Slot → image feature: a wrist camera goes to a wrist slot by its name, the first other one to the base,
+    and the rest where there is room.
+    """
+    chosen: dict[str, str] = {}
+    wrists = [key for key in keys if any(word in key.lower() for word in ("wrist", "hand", "gripper"))]
+    others = [key for key in keys if key not in wrists]
+    # Cameras with a side first: they know where they belong.
+    for key in sorted(wrists, key=lambda key: "right" not in key.lower() and "left" not in key.lower()):
+        sides = ["right_wrist", "left_wrist"] if "right" in key.lower() else ["left_wrist", "right_wrist"]
+        _fill(chosen, sides, key)
+    for key in others:
+        _fill(chosen, list(CAMERA_SLOTS), key)
+    return chosen
 
 
 def _fill(chosen: dict[str, str], slots: list[str], key: str) -> None:
@@ -399,9 +460,13 @@ def _fill(chosen: dict[str, str], slots: list[str], key: str) -> None:
 
 def _find_camera(name: str, slot: str, keys: list[str]) -> str:
     for key in keys:
-        if name in (key, key.removeprefix(f"{OBS_IMAGES}."), key.removeprefix("observation.")):
+        if _is_called(key, name):
             return key
     raise UserError(f"--policy.cameras puts '{name}' into slot '{slot}', but the cameras are {keys}")
+
+
+def _is_called(key: str, name: str) -> bool:
+    return name in (key, key.removeprefix(f"{OBS_IMAGES}."), key.removeprefix("observation."))
 
 
 def _dimension_names(feature: dict[str, Any]) -> list[str] | None:

@@ -98,6 +98,28 @@ def parse_flags[T](program: str, arguments: Sequence[str], config_class: type[T]
         sys.argv = before
 
 
+def parsing_failure(error: BaseException) -> BaseException:
+    """The error that says why flags or a config were not parsed.
+
+    draccus raises a bare ParsingError, "Couldn't instantiate class …", for a ValueError or TypeError of a
+    dataclass (parsers/decoding.py, `decode_dataclass`), and wraps that again for a field with several types:
+    the message of the dataclass is in the cause.
+    """
+    from draccus.utils import ParsingError
+
+    link: BaseException | None = error
+    while link is not None:
+        if type(link) is ParsingError and link.__cause__ is not None:
+            return link.__cause__
+        link = link.__cause__
+    return error
+
+
+def parsing_failure_line(error: BaseException) -> str:
+    """The first line of what `parsing_failure` says."""
+    return str(parsing_failure(error)).strip().partition("\n")[0]
+
+
 def policy_path(arguments: Sequence[str]) -> tuple[str, str | None] | None:
     """`--policy.path` and `--policy.pretrained_revision` among the arguments of a command of LeRobot.
 
@@ -110,6 +132,17 @@ def policy_path(arguments: Sequence[str]) -> tuple[str, str | None] | None:
 
 
 # Training
+
+
+def chosen_episodes() -> str | None:
+    """`--dataset.episodes` of the command line, as it was typed; None without.
+
+    LeRobot hands a policy the metadata of the whole dataset, and not the choice (scripts/lerobot_train.py,
+    `make_policy`). A choice in the file of --config_path is not seen.
+    """
+    from lerobot.configs import parser
+
+    return parser.parse_arg("dataset.episodes")
 
 
 def normalize_by(dataset_meta: Any, statistics: Mapping[str, Any]) -> None:

@@ -84,6 +84,10 @@ SOURCES = {
         "processor_pretrained_path = active_cfg.pretrained_path",
     ),
     "lerobot.utils.import_utils:get_safe_default_video_backend": ("logging.getLogger(__name__)",),
+    "draccus.parsers.decoding:decode_dataclass": (
+        "except (TypeError, ValueError) as e:",
+        "raise ParsingError(f\"Couldn't instantiate class",
+    ),
     "lerobot.configs.parser:get_cli_overrides": ("args = sys.argv[1:]",),
 }
 

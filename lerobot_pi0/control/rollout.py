@@ -43,6 +43,7 @@ from lerobot_pi0.lerobot_compat import (
     inference_errors,
     is_policy_joint,
     parse_flags,
+    parsing_failure,
     policy_path,
 )
 from lerobot_pi0.modeling_pi0 import Pi0Policy
@@ -67,9 +68,7 @@ def parse(arguments: list[str]) -> RolloutConfig:
     try:
         return parse_flags("lerobot-pi0 rollout", arguments, RolloutConfig)
     except (ArgumentError, draccus.ParsingError, OSError, HFValidationError) as error:
-        # If it was the dataclass that objected, draccus only says that it could not be made.
-        reason = error.__cause__ if isinstance(error, draccus.ParsingError) else None
-        reason = reason or error
+        reason = parsing_failure(error)
         if isinstance(reason, OSError | HFValidationError) and (named := policy_path(arguments)):
             path, revision = named
             find_checkpoint(path, revision=revision, ignore_patterns="*.safetensors")  # says what is wrong

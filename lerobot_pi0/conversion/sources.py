@@ -22,6 +22,7 @@ from lerobot_pi0.data.normalization import EPSILON, NEEDED, NormalizationStatist
 from lerobot_pi0.data.relative_actions import reference_state_of
 from lerobot_pi0.data.statistics import PREPROCESSOR, read_statistics, unnormalizer_differences
 from lerobot_pi0.errors import CheckpointError, MissingFileError, UserError
+from lerobot_pi0.lerobot_compat import parsing_failure_line
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
 
 OURS, IN_TREE = "lerobot_pi0", "LeRobot's pi0"
@@ -112,7 +113,7 @@ def _read_ours(source: _Source, flags: ConvertConfig) -> Policy:
         config = cast(Pi0Config, Pi0Config.from_pretrained(folder))
     except (ValueError, ParsingError) as error:
         raise CheckpointError(
-            f"{folder / 'config.json'} cannot be read ({str(error).strip().partition(chr(10))[0]}): copy or "
+            f"{folder / 'config.json'} cannot be read ({parsing_failure_line(error)}): copy or "
             "download it again, or install the version that wrote it"
         ) from error
     config.dtype, config.tokenizer = flags.dtype or config.dtype, flags.tokenizer or config.tokenizer

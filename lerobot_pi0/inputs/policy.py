@@ -19,6 +19,7 @@ from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.data.statistics import check_statistics
 from lerobot_pi0.errors import CheckpointError, UserError
 from lerobot_pi0.inputs.flags import PolicyFlags
+from lerobot_pi0.lerobot_compat import parsing_failure_line
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 
@@ -50,7 +51,7 @@ def read_config(flags: PolicyFlags) -> tuple[Pi0Config, Path]:
         config = PreTrainedConfig.from_pretrained(folder)
     except (ValueError, ParsingError) as error:
         raise CheckpointError(
-            f"the config.json of '{flags.path}' cannot be read ({str(error).strip().partition(chr(10))[0]}): "
+            f"the config.json of '{flags.path}' cannot be read ({parsing_failure_line(error)}): "
             "copy or download it again, or install the version that wrote it"
         ) from error
     if not isinstance(config, Pi0Config):
@@ -99,7 +100,7 @@ def load_policy(flags: PolicyFlags) -> LoadedPolicy:
                 try:
                     check_statistics(config, statistics, f"'{flags.path}'")
                 except ValueError as error:
-                    raise CheckpointError(f"{error}, or the checkpoint's own") from error
+                    raise CheckpointError(str(error)) from error
     return LoadedPolicy(policy, cast(Any, preprocess), cast(Any, postprocess))
 
 

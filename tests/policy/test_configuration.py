@@ -16,6 +16,8 @@ from tiny_policy import EXPERT, VISION, VLM, tiny_config
 
 from lerobot_pi0 import Pi0Config
 from lerobot_pi0.configuration_pi0 import ReferenceState, assign_cameras
+from lerobot_pi0.errors import UserError
+from lerobot_pi0.lerobot_compat import parsing_failure
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 from lerobot_pi0.training.schedule import CosineAfterWarmupConfig
 
@@ -83,8 +85,34 @@ def test_choices_are_listed_when_none_of_them_is_given(argument, capsys):
     ],
 )
 def test_impossible_settings_name_their_flag(changes, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_config(**changes)
+    with pytest.raises(UserError, match=message):
+        tiny_config(**changes).validate_features()
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["n_action_steps=99", "ema_decay=1", "rtc_training_max_delay=50", "tokenizer_max_length=2"],
+)
+def test_impossible_settings_are_reported_by_name_and_not_as_a_class_that_was_not_made(flag, monkeypatch):
+    """From the command line of lerobot-train, before it loads the dataset."""
+    arguments = ["--policy.type=lerobot_pi0", "--policy.device=cpu", "--policy.push_to_hub=false"]
+    arguments += ["--dataset.repo_id=me/mine", "--output_dir=outputs/none", f"--policy.{flag}"]
+    monkeypatch.setattr("sys.argv", ["lerobot-train", *arguments])
+    config: Any = cast(Callable[[], Any], read_training_config)()
+    with pytest.raises(UserError, match=flag.partition("=")[0]):
+        config.validate()
+
+
+def test_what_a_dataclass_objects_to_is_found_in_draccus_error():
+    with pytest.raises(draccus.ParsingError) as raised:
+        draccus.parse(Pi0Config, args=["--vision.image_size=30"])
+    assert "image_size (30) must be a multiple" in str(parsing_failure(raised.value))
+
+
+def test_other_errors_of_draccus_are_kept_as_they_are():
+    with pytest.raises(draccus.ParsingError) as raised:
+        draccus.parse(Pi0Config, args=["--chunk_size=many"])
+    assert parsing_failure(raised.value) is raised.value
 
 
 def test_vectors_beyond_the_padded_size_name_the_flag():
@@ -225,6 +253,69 @@ def test_retired_names_of_saved_configs_and_flags_load_and_are_not_written(tmp_p
     assert config.backend == "compile"
     assert config.reference_state == ReferenceState(**reference)
     assert replace(config, backend="auto").backend == "auto"
+
+
+def image(*shape: int) -> PolicyFeature:
+    return PolicyFeature(FeatureType.VISUAL, shape)
+
+
+def with_cameras(features: dict[str, PolicyFeature], **changes: Any) -> Pi0Config:
+    state = {"observation.state": PolicyFeature(FeatureType.STATE, (5,))}
+    named = {f"observation.images.{name}": feature for name, feature in features.items()}
+    return tiny_config(input_features=named | state, **changes)
+
+
+@pytest.mark.parametrize("shape", [(1, 48, 64), (4, 48, 64), (48, 64, 1)])
+def test_a_camera_that_is_not_rgb_is_left_out_with_a_line(shape, caplog):
+    config = with_cameras({"depth": image(*shape), "front": image(3, 48, 64)})
+    config.validate_features()
+    assert config.cameras == {"base": "observation.images.front"}
+    assert "not RGB" in caplog.text
+    assert "observation.images.depth" in caplog.text
+
+
+def test_a_camera_that_is_not_rgb_is_refused_where_it_is_asked_for_or_the_only_one():
+    cameras = {"depth": image(1, 48, 64), "front": image(3, 48, 64)}
+    for config in (
+        with_cameras(cameras, cameras={"base": "front", "left_wrist": "depth"}),
+        with_cameras({"depth": image(1, 48, 64)}),
+    ):
+        with pytest.raises(UserError, match=r"RGB.*images.depth' has shape \(1, 48, 64\)"):
+            config.validate_features()
+
+
+def camera_features(*names: str) -> dict[str, Any]:
+    of = {"dtype": "video", "shape": (48, 64, 3), "names": ["height", "width", "channels"]}
+    return {f"observation.images.{name}": of for name in names}
+
+
+def test_a_camera_that_the_checkpoint_does_not_have_is_logged_with_the_flag_that_adds_it(caplog):
+    config = tiny_config()
+    config.set_dataset_feature_metadata(camera_features("front", "wrist"))
+    (message,) = caplog.messages
+    assert "left out: ['observation.images.wrist']" in message
+    flag = json.loads(message.partition("--policy.cameras=")[2].strip("'"))
+    caplog.clear()
+    again = tiny_config(cameras=flag)
+    again.set_dataset_feature_metadata(camera_features("front", "wrist"))
+    again.validate_features()
+    assert list(again.cameras.values()) == ["observation.images.front", "observation.images.wrist"]
+    assert again.image_features["observation.images.wrist"].shape == (3, 48, 64)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("names", [["front"], ["top", "side"]])  # the second needs --rename_map
+def test_nothing_is_logged_of_the_checkpoints_cameras_or_of_renamed_ones(names, caplog):
+    config = tiny_config()
+    config.set_dataset_feature_metadata(camera_features(*names))
+    assert not caplog.messages
+    assert list(config.image_features) == ["observation.images.front"]
+
+
+def test_a_slot_that_does_not_exist_is_refused_with_those_that_do():
+    with pytest.raises(UserError, match=r"\['bas'\].*base, left_wrist, right_wrist"):
+        tiny_config(cameras={"bas": "front"}).set_dataset_feature_metadata({})
+    tiny_config(cameras={"base": "a", "d": "observation.images.d"}).set_dataset_feature_metadata({})
 
 
 def test_the_example_observation_fits_the_features():

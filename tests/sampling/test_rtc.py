@@ -346,4 +346,4 @@ def test_beyond_its_training_it_goes_on_from_what_it_has_learnt_to_and_says_so(o
 
 def test_a_delay_without_anything_to_learn_is_refused():
     with pytest.raises(ValueError, match=r"rtc_training_max_delay \(6\) must be less than a chunk"):
-        tiny_config(rtc_training_max_delay=CHUNK)
+        tiny_config(rtc_training_max_delay=CHUNK).validate_features()
