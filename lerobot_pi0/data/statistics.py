@@ -52,6 +52,7 @@ def prepare_statistics(
     Raises ValueError or CheckpointError where there are none that fit.
     """
     raw = dataset_stats.raw if isinstance(dataset_stats, NormalizationStatistics) else dataset_stats or {}
+    _check_dimensions(config, dataset)
     modes = normalization_modes(config)
     data = dict(raw)
     if config.statistics == "checkpoint":
@@ -163,12 +164,26 @@ def _processor_step(folder: Path, pipeline: str, name: str) -> dict[str, Any]:
     return next((step for step in steps if step.get("registry_name") == name), {"config": {}})
 
 
+def _check_dimensions(config: Pi0Config, dataset: Any) -> None:
+    """Raises UserError when the dataset is of a robot with other joints than the policy's features."""
+    features = getattr(dataset, "features", {})
+    for key, feature in ((OBS_STATE, config.robot_state_feature), (ACTION, config.action_feature)):
+        if key in features and feature is not None and tuple(features[key]["shape"]) != tuple(feature.shape):
+            raise UserError(
+                f"'{key}' has {features[key]['shape'][0]} dimensions in the dataset and {feature.shape[0]} "
+                "in the policy: --policy.path keeps the features of its checkpoint. To train the same "
+                "weights on another robot, replace it by --policy.type=lerobot_pi0 "
+                "--policy.pretrained_path=CHECKPOINT, and give the checkpoint's other settings as flags "
+                "(sizes, tokenizer: see its config.json)"
+            )
+
+
 def check_statistics(config: Pi0Config, statistics: Statistics, source: str) -> None:
     """Check that there are the statistics of state and action that the config normalises by.
 
-    `source` says where they are from, as in "the dataset". Raises ValueError for one that is missing or of
-    another size than the robot's vector. LeRobot would pass the values on without normalising them, or fail
-    in mid-batch.
+    `source` says where they are from, as in "the dataset". Raises UserError for one that is missing, of
+    another size than the robot's vector, NaN or infinite. LeRobot would pass the values on without
+    normalising them, or fail in mid-batch.
     """
     modes = normalization_modes(config)
     for kind, key, feature in (
@@ -187,11 +202,23 @@ def check_statistics(config: Pi0Config, statistics: Statistics, source: str) -> 
                 f"{mode.value}): compute them with lerobot-edit-dataset --operation.type=recompute_stats, or "
                 "choose another mode"
             )
+        for name in (low, high):
+            values = np.asarray(of[name], np.float64).ravel()  # JSON's null becomes NaN
+            bad = [dimension_name(config, key, int(i)) for i in np.flatnonzero(~np.isfinite(values))]
+            if bad:
+                raise UserError(
+                    f"{source} has a NaN or infinite {name} of '{key}' in {bad}. If it is a dataset, "
+                    "`lerobot-pi0 doctor` names the frames: correct them, or delete their episodes "
+                    "(lerobot-edit-dataset --operation.type=delete_episodes), and compute the statistics "
+                    "again (--operation.type=recompute_stats). If it is a checkpoint, copy or download it "
+                    "again"
+                )
         size = np.asarray(of[high]).size
         if size != feature.shape[0]:
             raise UserError(
                 f"{source} has statistics of {size} dimensions for '{key}', the robot has "
-                f"{feature.shape[0]}: take the dataset's (--policy.statistics=dataset)"
+                f"{feature.shape[0]}: compute the dataset's again (lerobot-edit-dataset "
+                "--operation.type=recompute_stats) and take those (--policy.statistics=dataset)"
             )
 
 

@@ -14,7 +14,7 @@ from lerobot_pi0.data.normalization import NormalizationStatistics, affine, dime
 from lerobot_pi0.data.relative_actions import make_reference_state
 from lerobot_pi0.data.statistics import prepare_statistics
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.lerobot_compat import normalize_by
+from lerobot_pi0.lerobot_compat import chosen_episodes, normalize_by
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,8 @@ def check_first_batch(
     """Check that a processed batch is normalised by these statistics, against the dataset's raw frames.
 
     `dataset` is its metadata. Without data on disk (streaming), or without `batch["index"]`, nothing can be
-    checked. Raises ValueError that names the dimension that differs most, and both of its values.
+    checked. Raises UserError that names the dimension that differs most and both of its values, or the frame
+    that is NaN or infinite in the dataset itself.
     """
     if batch.get("index") is None or not data_files(dataset):
         return
@@ -41,7 +42,15 @@ def check_first_batch(
     worst, message = 0.0, ""
     for key in keys:
         gain, offset = affine(config, statistics, key)
-        raw = frames[key][rows].astype(np.float64) * gain
+        values = frames[key][rows].astype(np.float64)
+        for i, j in np.argwhere(~np.isfinite(values) & known[:, None])[:1]:
+            raise UserError(
+                f"frame {indices[i]} of the dataset has {values[i, j]} in "
+                f"'{dimension_name(config, key, int(j))}' of '{key}'. `lerobot-pi0 doctor` names all such "
+                "frames: correct them, or delete their episodes "
+                "(lerobot-edit-dataset --operation.type=delete_episodes)"
+            )
+        raw = values * gain
         wanted = raw + offset
         found = batch[key].detach().cpu().double().numpy()  # Apple's GPUs have no float64
         found = found[:, 0] if found.ndim == 3 else found
@@ -87,6 +96,12 @@ def describe_training(
         raise UserError(
             "--policy.normalization_mapping normalizes images (VISUAL), but the vision tower takes them in "
             "[-1, 1], as the policy scales them: set VISUAL to IDENTITY, or leave it out"
+        )
+    if (episodes := chosen_episodes()) is not None:
+        logger.warning(
+            "--dataset.episodes=%s: statistics, action limits and instructions are still those of all "
+            "episodes. To leave some out of them: lerobot-edit-dataset --operation.type=delete_episodes",
+            episodes,
         )
     statistics = prepare_statistics(config, dataset_stats, dataset, checkpoint, config.pretrained_revision)
     config.reference_state = make_reference_state(config, statistics)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies import make_policy, make_pre_post_processors
 from lerobot_commands import checkpoint, run
@@ -23,9 +23,11 @@ from torch import Tensor
 
 from lerobot_pi0.configuration_pi0 import Pi0Config, ReferenceState
 from lerobot_pi0.data import normalization, relative_actions
+from lerobot_pi0.data.normalization import NormalizationStatistics
 from lerobot_pi0.data.relative_actions import relative_joints, relative_statistics
 from lerobot_pi0.data.statistics import prepare_statistics
 from lerobot_pi0.data.training_data import check_first_batch
+from lerobot_pi0.errors import UserError
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 
@@ -538,6 +540,29 @@ def test_first_batch_that_holds_no_numbers_is_refused(dataset):
     batch["action"][0, 0, 1] = float("nan")
     with pytest.raises(ValueError, match=r"frame 2 has nan in 'lift' of 'action'"):
         check_first_batch(policy.config, meta.stats, meta, batch)
+
+
+def test_a_frame_that_is_nan_in_the_dataset_is_named_and_not_called_a_resumed_run(tmp_path):
+    generator = np.random.default_rng(0)
+    states, actions = generator.standard_normal((2, 8, 3))
+    states[5, 1] = np.nan
+    names = ["a", "b", "c"]
+    write_dataset(tmp_path / "x", [("reach", states, actions)], names, names)
+    meta = LeRobotDatasetMetadata("local/tiny", tmp_path / "x")
+    features = {
+        "input_features": {"observation.state": PolicyFeature(FeatureType.STATE, (3,))},
+        "output_features": {"action": PolicyFeature(FeatureType.ACTION, (3,))},
+        "state_feature_names": names,
+    }
+    config = tiny_config(**features, normalization_mapping=mapping("IDENTITY"))
+    batch = {
+        "index": torch.arange(8),
+        "observation.state": torch.tensor(states),
+        "action": torch.tensor(actions),
+    }
+    with pytest.raises(UserError, match=r"frame 5 of the dataset has nan in 'b' of 'observation.state'") as e:
+        check_first_batch(config, NormalizationStatistics({}), meta, batch)
+    assert "resumed" not in str(e.value)
 
 
 def test_first_batch_of_a_streamed_dataset_is_not_checked(dataset, tmp_path):

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lerobot.configs import NormalizationMode
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
 from tiny_policy import ACTION, raw_batch, statistics, tiny_config
 
 from lerobot_pi0.data.normalization import FLOOR, NEARLY_CONSTANT, NormalizationStatistics
 from lerobot_pi0.data.statistics import check_statistics, prepare_statistics, read_statistics
+from lerobot_pi0.errors import UserError
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 RANGES = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
@@ -181,6 +182,52 @@ def test_statistics_of_another_size_are_refused():
         ValueError, match=r"the dataset has statistics of 7 dimensions for 'action', the .* 4"
     ):
         check_statistics(tiny_config(), stats, "the dataset")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_statistics_that_are_not_finite_are_refused_with_the_dimension(value):
+    stats: Any = {key: {name: v.tolist() for name, v in of.items()} for key, of in statistics().items()}
+    stats["action"]["std"][2] = value
+    with pytest.raises(
+        UserError, match=r"the dataset has a NaN or infinite std of 'action' in \['c'\].*doctor"
+    ):
+        prepare_statistics(tiny_config(action_feature_names=list("abcd")), stats)
+
+
+def dataset_of(state: int) -> Any:
+    features = {"observation.state": {"shape": (state,)}, "action": {"shape": (ACTION,)}}
+    return SimpleNamespace(features=features)
+
+
+def test_another_robot_is_refused_with_flags_that_work(tmp_path):
+    """The statistics of the dataset were taken already: advice to take them would lead in a circle."""
+    Pi0Policy(tiny_config()).save_pretrained(tmp_path)
+    stats = statistics()
+    stats["observation.state"] = {name: torch.arange(7.0) + 1 for name in stats["observation.state"]}
+    with pytest.raises(
+        UserError,
+        match=r"'observation.state' has 7 dimensions in the dataset and 5.*"
+        r"--policy.type=lerobot_pi0 --policy.pretrained_path=",
+    ):
+        Pi0Policy.from_pretrained(
+            tmp_path, config=tiny_config(), dataset_stats=stats, dataset_meta=dataset_of(7)
+        )
+    # Those flags: a new config, with the dataset's features.
+    inputs = dict(tiny_config().input_features or {})
+    inputs["observation.state"] = PolicyFeature(FeatureType.STATE, (7,))
+    config = tiny_config(input_features=inputs, pretrained_path=tmp_path)
+    policy = Pi0Policy.from_pretrained(
+        tmp_path, config=config, dataset_stats=stats, dataset_meta=dataset_of(7)
+    )
+    assert policy.config.robot_state_feature == inputs["observation.state"]
+
+
+def test_a_choice_of_episodes_is_warned_about(monkeypatch, caplog):
+    for flags in ([], ["--dataset.episodes=[0, 2]"]):
+        caplog.clear()
+        monkeypatch.setattr("sys.argv", ["lerobot-train", *flags])
+        Pi0Policy(tiny_config(), statistics(), dataset_of(5))
+        assert ("--dataset.episodes=[0, 2]: statistics" in caplog.text) == bool(flags)
 
 
 def test_statistics_of_a_checkpoint_are_refused_where_there_is_none():
