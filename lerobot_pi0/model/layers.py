@@ -90,18 +90,7 @@ def recomputable[Forward: Callable[..., Any]](forward: Forward) -> Forward:
     return cast(Forward, checkpointed)
 
 
-class LinearBackend(nn.Module):
-    """In the place of a `Linear`, or in that of several with one input, outputs side by side: then None is in
-    the others' places. It may fuse what a layer computes after the product."""
-
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        return residual + self(x)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        return F.gelu(self(x), approximate="tanh")
-
-    def gated(self, up: nn.Module | None, x: Tensor) -> Tensor:
-        raise NotImplementedError
+# A linear backend (`sampling.linear`) may have methods that compute these together with its product.
 
 
 def side_by_side(x: Float[Tensor, "*s i"], *linears: nn.Module | None) -> Float[Tensor, "*s o"]:
@@ -110,19 +99,31 @@ def side_by_side(x: Float[Tensor, "*s i"], *linears: nn.Module | None) -> Float[
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-def add(linear: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+def add(linear: Any, x: Tensor, residual: Tensor) -> Tensor:
     """The output of a linear layer, added to `residual`."""
-    return linear.add(x, residual) if isinstance(linear, LinearBackend) else residual + linear(x)
+    return linear.add(x, residual) if hasattr(linear, "add") else residual + linear(x)
 
 
-def gelu(linear: nn.Module, x: Tensor) -> Tensor:
+def gelu(linear: Any, x: Tensor) -> Tensor:
     """GELU (the tanh approximation) of the output of a linear layer."""
-    return linear.gelu(x) if isinstance(linear, LinearBackend) else F.gelu(linear(x), approximate="tanh")
+    return linear.gelu(x) if hasattr(linear, "gelu") else F.gelu(linear(x), approximate="tanh")
 
 
-def gated(gate: nn.Module, up: nn.Module | None, x: Tensor) -> Tensor:
+def gated(gate: Any, up: nn.Module | None, x: Tensor) -> Tensor:
     """The hidden layer of a gated MLP: gelu(gate x) · (up x)."""
-    return gate.gated(up, x) if isinstance(gate, LinearBackend) else gelu(gate, x) * side_by_side(x, up)
+    return gate.gated(up, x) if hasattr(gate, "gated") else gelu(gate, x) * side_by_side(x, up)
+
+
+def ahead(linear: Any, second: Tensor) -> Tensor:
+    """What a linear layer over two inputs computes of the second ahead of the first: by itself nothing."""
+    return linear.ahead(second) if hasattr(linear, "ahead") else second
+
+
+def joined(linear: Any, first: Float[Tensor, "*s w"], ahead: Tensor) -> Float[Tensor, "*s o"]:
+    """The output of a linear layer over two inputs side by side, the second as `ahead` gives it."""
+    if hasattr(linear, "joined"):
+        return linear.joined(first, ahead)
+    return linear(torch.cat((first, ahead.expand_as(first)), -1))
 
 
 def attend(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ class Network(Protocol):
     """
 
     dtype: torch.dtype  # of activations
+    # Linear layers over two inputs side by side, each with the layer whose output the first of them is: two
+    # products that sampling computes as one.
+    folds: ClassVar[Mapping[str, str]]
     vision: Siglip
     token_embedding: nn.Embedding
     vlm: Decoder

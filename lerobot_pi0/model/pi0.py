@@ -13,7 +13,7 @@ above left, and the only mask is the one of valid keys. The loss takes the last 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lerobot_pi0.model.flow import embed_time, integrate, interpolate
 from lerobot_pi0.model.gemma import Cache, Decoder, ExpertConfig, GemmaConfig
-from lerobot_pi0.model.layers import Linear
+from lerobot_pi0.model.layers import Linear, ahead, joined
 from lerobot_pi0.model.observation import Observation
 from lerobot_pi0.model.siglip import Siglip, SiglipConfig
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 class Pi0(nn.Module):
     """The network. It computes in `dtype`; norms, rotary angles, time and action head stay float32."""
+
+    folds: ClassVar = {"action_time_mlp_in": "action_in_proj"}
 
     def __init__(
         self,
@@ -85,8 +87,9 @@ class Pi0(nn.Module):
         return self.velocity_at(context, actions, self.prepare(time))
 
     def prepare(self, time: Float[Tensor, "b ..."]) -> Float[Tensor, "b _ w"]:
-        """What of a velocity depends on the time alone, one per sample or one per action: its embedding."""
-        return embed_time(time if time.ndim == 2 else time[:, None], self.expert_width)
+        """What of a velocity depends on the time alone, one per sample or one per action."""
+        embedding = embed_time(time if time.ndim == 2 else time[:, None], self.expert_width)
+        return ahead(self.action_time_mlp_in, embedding)
 
     def velocity_at(
         self, context: Cache, actions: Float[Tensor, "b a e"], prepared: Float[Tensor, "..."]
@@ -103,9 +106,8 @@ class Pi0(nn.Module):
         self, actions: Float[Tensor, "b a e"], prepared: Float[Tensor, "..."]
     ) -> Float[Tensor, "b a w"]:
         """Tokens of noisy actions, which know their time."""
-        action = self.action_in_proj(actions.float())
-        x = torch.cat((action, prepared.expand_as(action)), -1)
-        return self.action_time_mlp_out(F.silu(self.action_time_mlp_in(x))).to(self.dtype)
+        hidden = joined(self.action_time_mlp_in, self.action_in_proj(actions.float()), prepared)
+        return self.action_time_mlp_out(F.silu(hidden)).to(self.dtype)
 
     def loss(
         self,
@@ -116,7 +118,6 @@ class Pi0(nn.Module):
         prefix: Cache | None = None,
     ) -> Float[Tensor, "n a e"]:
         """Squared error of the velocity, unreduced; n = k·b draws k (noise, time) pairs per observation.
-
         `time` is one per sample or one per action; actions at time 0 are given as they are. A `prefix` that
         was computed before, without a graph, leaves the gradients of the expert as they are.
         """

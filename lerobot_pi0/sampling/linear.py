@@ -13,12 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lerobot_pi0.model.layers import LinearBackend
-
 type BackendName = Literal["fused", "packed", "int8"]
 
 
-class Backend(LinearBackend):
+class Backend(nn.Module):
     """Linear layers with one input, side by side: weights (out, in), all with biases (out) or none.
 
     They are given in the dtype of the `x` to come.
@@ -148,6 +146,22 @@ class Int8(Backend):
         assert isinstance(up, Int8)
         rows = self.quantise(x)
         return F.gelu(self.multiply(*rows), approximate="tanh").mul_(up.multiply(*rows))
+
+
+class Folded(nn.Module):
+    """A layer over two inputs side by side, of which the first comes as its share of the output already: its
+    weight is folded into the layer before."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        """`weight` (out, in of the second input) and `bias` (out) of all that is folded."""
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def ahead(self, second: Tensor) -> Tensor:
+        return F.linear(second, self.weight, self.bias)
+
+    def joined(self, first: Tensor, ahead: Tensor) -> Tensor:
+        return first + ahead
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:

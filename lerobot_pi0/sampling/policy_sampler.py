@@ -36,7 +36,8 @@ class PolicySampler:
         self.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_sampler": None, "_version": None, "_source": None, "_source_version": None}
+        kept = {"_sampler": None, "_version": None, "_source": None, "_source_version": None}
+        return vars(self) | kept | {"_places": [], "_probes": []}
 
     def release(self) -> None:
         """Give back what sampling keeps of the weights, which are about to change."""
@@ -44,6 +45,9 @@ class PolicySampler:
         self._version: Any = None
         self._source: Mapping[str, Tensor] | None = None
         self._source_version: Any = None
+        # Of the parameters at these places: rebuilt when one has moved.
+        self._places: list[int] = []
+        self._probes: list[Tensor] = []
 
     def read_from(self, source: Mapping[str, Tensor]) -> None:
         """As long as the parameters stay as they are, take the weights from this checkpoint that they came
@@ -184,12 +188,21 @@ class PolicySampler:
         does not count (to `.data`, through numpy, by a fused optimizer).
         """
         parameters = list(self.network.parameters())
-        version: list[Any] = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
-        return [*version, *numbers_of(parameters), *adapter_state(self.network)]
+        places = [parameter.data_ptr() for parameter in parameters]
+        if places != self._places:
+            self._places, self._probes = places, probes_of(parameters)
+        counts = [parameter._version for parameter in parameters]
+        return [places, counts, numbers_at(self._probes), adapter_state(self.network)]
 
 
-def numbers_of(parameters: Sequence[Tensor]) -> list[int]:
-    """The bits of one number of each parameter; on a GPU, which has to be waited for, of every 16th."""
+def probes_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Views of one number of each parameter; on a GPU, which has to be waited for, of every 16th."""
     looked_at = parameters if parameters[0].device.type == "cpu" else parameters[::16]
-    numbers = [parameter.detach().flatten()[parameter.numel() // 2].float() for parameter in looked_at]
-    return torch.stack(numbers).view(torch.int32).tolist()
+    return [parameter.detach()[tuple(size // 2 for size in parameter.shape)] for parameter in looked_at]
+
+
+def numbers_at(probes: Sequence[Tensor]) -> list[list[int]]:
+    """The bits of the numbers that probes see now, by their dtype."""
+    dtypes = sorted({probe.dtype for probe in probes}, key=str)
+    seen = [torch.stack([probe for probe in probes if probe.dtype == dtype]) for dtype in dtypes]
+    return [numbers.float().view(torch.int32).tolist() for numbers in seen]

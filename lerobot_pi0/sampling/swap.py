@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lerobot_pi0.model import Network
 from lerobot_pi0.model.gemma import Decoder
-from lerobot_pi0.sampling.linear import BACKENDS, Backend, BackendName
+from lerobot_pi0.sampling.linear import BACKENDS, Backend, BackendName, Folded
 from lerobot_pi0.training.lora import fold
 
 
@@ -31,14 +31,19 @@ def swapped(model: Network, backend: BackendName, tensors: Mapping[str, Tensor] 
         )
         for i, layer in enumerate(model.vision.layers)
     ]
-    around = {name for name, _ in cast(nn.Module, model).named_children()} - Network.__annotations__.keys()
     exact = _Reader(model, "fused" if backend == "fused" else "packed", tensors, torch.float32)
+    around: dict[str, nn.Module] = {}
+    for joined, first in model.folds.items():
+        around[first], around[joined] = exact.fold(first, joined)
+    named = {name for name, _ in cast(nn.Module, model).named_children()}
+    for name in named - Network.__annotations__.keys() - around.keys():
+        around[name] = exact(name)
     return _copy(
         model,
         vision=_copy(model.vision, layers=nn.ModuleList(vision), projector=read("vision.projector")),
         vlm=_decoder(model.vlm, "vlm", read, keys_values_last=True),
         expert=_decoder(model.expert, "expert", read),
-        **{name: exact(name) for name in around},
+        **around,
     )
 
 
@@ -60,6 +65,12 @@ class _Reader:
     def gate_and_up(self, gate: str, up: str) -> tuple[Backend, Backend | None]:
         """The two layers of a gated MLP with one input."""
         return self._backend.gate_and_up(self._tensor(f"{gate}.weight"), self._tensor(f"{up}.weight"))
+
+    def fold(self, first: str, joined: str) -> tuple[Backend, Folded]:
+        """A layer, and one over its output and a second input, with one product over the first's input."""
+        over_first, over_second = self._tensor(f"{joined}.weight").chunk(2, dim=1)
+        bias = self._tensor(f"{joined}.bias") + over_first @ self._tensor(f"{first}.bias")
+        return self._backend([over_first @ self._tensor(f"{first}.weight")]), Folded(over_second, bias)
 
     def _tensor(self, name: str) -> Tensor:
         """A parameter as the network computes with it: PEFT's adapters are part of it."""

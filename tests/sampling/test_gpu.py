@@ -11,9 +11,10 @@ from tiny_policy import CHUNK, batch, first, tiny_policy
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from lerobot_pi0 import modeling_pi0
 from lerobot_pi0.data import action_space
 from lerobot_pi0.modeling_pi0 import Pi0Policy
-from lerobot_pi0.sampling import guard, policy_sampler
+from lerobot_pi0.sampling import policy_sampler
 from lerobot_pi0.sampling.rtc import Decided
 
 GPU = torch.device("cuda", 0)
@@ -66,16 +67,16 @@ def test_a_chunk_is_made_on_one_device_and_waited_for_when_it_is_there(gpu, dtyp
     policy, given = on_gpu(gpu, dtype=dtype)
     with pytest.raises(DataDependentOutputException):  # are these numbers?
         policy.predict_action_chunk(first(given))
-    monkeypatch.setattr(policy_sampler, "numbers_of", lambda _: [])
-    for module in (guard, action_space):
-        monkeypatch.setattr(module, "not_finite", lambda *_: None)
+    monkeypatch.setattr(policy_sampler, "numbers_at", lambda _: [])
+    monkeypatch.setattr(modeling_pi0, "check_observation", lambda *_: None)
+    monkeypatch.setattr(action_space, "not_finite", lambda *_: None)
     assert policy.predict_action_chunk(first(given)).device == GPU
     assert policy.plan(policy.encode(first(given)), num_samples=3).device == GPU
     assert policy.select_action(first(given)).device == GPU
 
 
 def test_a_chunk_that_begins_with_decided_actions_is_made_on_one_device(gpu, monkeypatch):
-    monkeypatch.setattr(policy_sampler, "numbers_of", lambda _: [])
+    monkeypatch.setattr(policy_sampler, "numbers_at", lambda _: [])
     policy, given = on_gpu(gpu)
     start = torch.zeros(1, CHUNK, 8, device=GPU)
     begun = Decided(start, torch.arange(CHUNK, device=GPU) < 2)
