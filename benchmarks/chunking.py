@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lerobot_pi0.model.flow import integrate
 from lerobot_pi0.modeling_pi0 import Pi0Policy
-from lerobot_pi0.sampling.rtc import read_leftover
+from lerobot_pi0.sampling.rtc import read_remainder
 
-# (processed batch, delay in steps, leftover (steps, size) or None) -> chunk (1, steps, size), normalised
+# (processed batch, delay in steps, remainder (steps, size) or None) -> chunk (1, steps, size), normalised
 Predict = Callable[[dict[str, Any], int, Tensor | None], Tensor]
 
 PREDICT = Pi0Policy.predict_action_chunk
@@ -32,11 +32,11 @@ def predictor(policy: Pi0Policy, way: str, rtc: RTCConfig) -> Predict:
             return predict(batch)
         size, config = left.shape[-1], policy.config
         noise = torch.randn(1, config.chunk_size, config.max_action_dim)
-        anchor = policy.action_space.reference(batch[OBS_STATE])
-        if read_leftover(left, delay, noise, anchor) is None:
+        reference = policy.action_space.reference(batch[OBS_STATE])
+        if read_remainder(left, delay, noise, reference) is None:
             return predict(batch, noise=noise)
-        anchor = 0 if anchor is None else anchor[0]
-        left = left - anchor
+        reference = 0 if reference is None else reference[0]
+        left = left - reference
         cache = policy.encode(batch).buffer.read()
 
         def velocity(x: Tensor, time: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def predictor(policy: Pi0Policy, way: str, rtc: RTCConfig) -> Predict:
             )
 
         with torch.no_grad():
-            return integrate(velocity, noise, config.num_inference_steps)[..., :size] + anchor
+            return integrate(velocity, noise, config.num_inference_steps)[..., :size] + reference
 
     ways: dict[str, Predict] = {
         "naive": lambda batch, delay, left: predict(batch),

@@ -152,9 +152,9 @@ class Pi0Config(PreTrainedConfig):
     # Leave actions beyond the end of an episode out of the loss. openpi trains on them (false).
     mask_padded_actions: bool = True
 
-    # Training-time real-time chunking: the policy learns to go on from up to so many actions that are decided
-    # already, which then costs nothing at run time. Set it to the largest delay (latency · fps, in steps)
-    # that you expect. 0: without; --inference.type=rtc then guides.
+    # Training-time real-time chunking: the policy learns to continue an action prefix of up to so many
+    # committed actions, which then costs nothing at run time. Set it to the largest delay (latency · fps, in
+    # steps) that you expect. 0 disables it; --inference.type=rtc then uses guidance.
     rtc_training_max_delay: int = 0
 
     # EMA of the trained weights, which is evaluated and saved as the policy's; openpi's decay.
@@ -223,7 +223,7 @@ class Pi0Config(PreTrainedConfig):
         if not 0 <= self.rtc_training_max_delay < self.chunk_size:
             raise UserError(
                 f"--policy.rtc_training_max_delay ({self.rtc_training_max_delay}) must be less than a chunk "
-                f"(--policy.chunk_size={self.chunk_size}): of a chunk that is all decided nothing is learnt"
+                f"(--policy.chunk_size={self.chunk_size}): a chunk of committed actions alone has no loss"
             )
         for name in ("num_inference_steps", "num_flow_samples", "max_state_dim", "max_action_dim"):
             if getattr(self, name) < 1:

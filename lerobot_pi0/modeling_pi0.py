@@ -252,7 +252,7 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
     def encode(self, batch: Batch) -> Context:
         """What all chunks from an observation share. `plan` after it is `predict_action_chunk`."""
         context = self.sampler.context(self._checked_observation(batch))
-        return replace(context, anchor=self.action_space.reference(batch[OBS_STATE]))
+        return replace(context, reference=self.action_space.reference(batch[OBS_STATE]))
 
     def plan(self, context: Context, noise: Tensor | None = None, num_samples: int = 1) -> Tensor:
         """Actions (B · num_samples, chunk, action size) from what was encoded, as often as you like.
@@ -262,7 +262,7 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
         """
         context = context.repeat(num_samples)
         noise = self.sampler.noise(context.batch_size) if noise is None else noise
-        return self.action_space.from_network(self.sampler.sample_from(context, noise), context.anchor)
+        return self.action_space.from_network(self.sampler.sample_from(context, noise), context.reference)
 
     @torch.no_grad()
     def predict_with_network(self, batch: Batch, noise: Tensor, num_steps: int) -> Tensor:

@@ -15,7 +15,7 @@ from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.sampling.linear import BackendName, Packed
-from lerobot_pi0.sampling.rtc import Leftover, decided, guidance, read_leftover, tell_of_horizon
+from lerobot_pi0.sampling.rtc import Remainder, action_prefix, guidance, read_remainder, warn_of_horizon
 from lerobot_pi0.sampling.sampler import Context, Sampler
 from lerobot_pi0.training.lora import adapter_state
 
@@ -85,7 +85,7 @@ class PolicySampler:
         noise: Float[Tensor, "b a e"],
         reference: Float[Tensor, "b d"] | None,
         execution_horizon: int | None = None,
-    ) -> Leftover | None:
+    ) -> Remainder | None:
         """The remainder of the previous chunk that the next one continues; None without real-time chunking.
 
         `actions` ((B,) steps, action size) and `delay` are those of `Pi0Policy.predict_action_chunk`. Raises
@@ -101,19 +101,19 @@ class PolicySampler:
             return None
         if self.network.training:
             raise UserError("real-time chunking is for running a policy: call policy.eval() first")
-        remainder = read_leftover(actions, delay, noise, reference)
+        remainder = read_remainder(actions, delay, noise, reference)
         if remainder is not None:
             self._is_warm = True
             horizon = execution_horizon or self._rtc.execution_horizon
             if delay > horizon:
-                tell_of_horizon(delay, horizon, min(2 * delay, self.config.chunk_size))
+                warn_of_horizon(delay, horizon, min(2 * delay, self.config.chunk_size))
         return remainder
 
     def sample(
         self,
         observation: Observation,
         noise: Float[Tensor, "b a e"],
-        remainder: Leftover | None = None,
+        remainder: Remainder | None = None,
         execution_horizon: int | None = None,
     ) -> Float[Tensor, "b a e"]:
         """A chunk that continues the remainder, if there is one, over `execution_horizon` steps (default: the
@@ -127,7 +127,7 @@ class PolicySampler:
                 return sampler.sample(observation, noise, steps)
             horizon = execution_horizon or self._rtc.execution_horizon
             if max_delay := self.config.rtc_training_max_delay:
-                actions = sampler.sample(observation, noise, steps, decided(remainder, max_delay))
+                actions = sampler.sample(observation, noise, steps, action_prefix(remainder, max_delay))
             else:
                 schedule = self._rtc.prefix_attention_schedule.value
                 by = guidance(remainder, schedule, horizon, self._rtc.max_guidance_weight)
@@ -174,7 +174,7 @@ class PolicySampler:
         self._is_warm = True
         observation, shape = example(), (1, self.config.chunk_size, self.config.max_action_dim)
         noise = observation.state.new_zeros(shape)
-        remainder = read_leftover(torch.ones_like(noise[0, :, :action_size]), 1, noise, None)
+        remainder = read_remainder(torch.ones_like(noise[0, :, :action_size]), 1, noise, None)
         for _ in range(3 if self._compiles else 1):  # a CUDA graph is recorded in the second call
             self.sample(observation, noise)
             self.sample(observation, noise, remainder, self.config.chunk_size)

@@ -2,7 +2,7 @@
 
 Two ways, both beside the model: guidance, which bends the velocity of any flow policy towards the actions
 that are left over (Black et al., 2025, "Real-Time Execution of Action Chunking Flow Policies"), and
-conditioning, for a policy that was trained with actions already decided (Black et al., 2025, "Training-Time
+conditioning, for a policy that was trained to continue an action prefix (Black et al., 2025, "Training-Time
 Action Conditioning for Efficient Real-Time Chunking"). Time runs from 1 (noise) to 0 (actions); the papers'
 runs the other way. Shapes as in `model/`: b batch, a actions of a chunk, e their padded size.
 """
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How the pull of the leftover fades behind what is certain to be executed.
+# How the pull of the remainder fades behind what is certain to be executed.
 Schedule = Literal["ZEROS", "ONES", "LINEAR", "EXP"]
 
 
 @dataclass(frozen=True)
-class Leftover:
+class Remainder:
     """Actions of the last chunk that were not executed when the observation was taken, as the network's are.
 
     The first `delay` of them will have been executed before the new chunk arrives.
@@ -46,16 +46,16 @@ class Leftover:
         return int(self.known.any(1).sum())
 
 
-def read_leftover(
+def read_remainder(
     left: Float[Tensor, "*b s d"],
     delay: int,
     noise: Float[Tensor, "b a e"],
-    anchor: Float[Tensor, "b d"] | None,
-) -> Leftover | None:
-    """The leftover that LeRobot hands over, of a chunk like `noise`; None if nothing is left.
+    reference: Float[Tensor, "b d"] | None,
+) -> Remainder | None:
+    """The remainder that LeRobot hands over, of a chunk like `noise`; None if nothing is left.
 
     LeRobot fills a short one up with rows of zeros: these are no actions, and would pull the arm to the mean
-    pose of the data. Relative actions are so to the `anchor` of the observation at hand.
+    pose of the data. Relative actions are so to the `reference` of the observation at hand.
     """
     left = (left if left.ndim == 3 else left[None]).to(noise)
     real = left.ne(0).any(2).any(0).nonzero()
@@ -64,14 +64,14 @@ def read_leftover(
     chunk_size, padded_size = noise.shape[1:]
     steps, size = min(int(real.max()) + 1, chunk_size), left.shape[2]
     actions = torch.zeros_like(noise)
-    actions[:, :steps, :size] = left[:, :steps] if anchor is None else left[:, :steps] - anchor[:, None]
+    actions[:, :steps, :size] = left[:, :steps] if reference is None else left[:, :steps] - reference[:, None]
     known = torch.zeros(chunk_size, padded_size, dtype=torch.bool, device=left.device)
     known[:steps, :size] = True
-    return Leftover(actions, known, min(delay, steps))
+    return Remainder(actions, known, min(delay, steps))
 
 
 def prefix_weights(delay: int, end: int, chunk_size: int, schedule: Schedule) -> Float[Tensor, " a"]:
-    """How much each action of the leftover counts: all before `delay`, none from `end` on (paper, eq. 5)."""
+    """How much each action of the remainder counts: all before `delay`, none from `end` on (paper, eq. 5)."""
     step = torch.arange(chunk_size, dtype=torch.float32)
     fading = ((end - step) / (end - min(delay, end) + 1)).clamp(0, 1)
     weights = {
@@ -96,11 +96,11 @@ class Guidance:
     max_weight: float
 
 
-def guidance(leftover: Leftover, schedule: Schedule, execution_horizon: int, max_weight: float) -> Guidance:
-    """Guidance towards a leftover, over the first `execution_horizon` steps of it."""
-    steps, end = len(leftover.known), min(execution_horizon, leftover.length)
-    weights = prefix_weights(leftover.delay, end, steps, schedule).to(leftover.known.device)
-    return Guidance(leftover.actions, weights[:, None] * leftover.known, max_weight)
+def guidance(remainder: Remainder, schedule: Schedule, execution_horizon: int, max_weight: float) -> Guidance:
+    """Guidance towards a remainder, over the first `execution_horizon` steps of it."""
+    steps, end = len(remainder.known), min(execution_horizon, remainder.length)
+    weights = prefix_weights(remainder.delay, end, steps, schedule).to(remainder.known.device)
+    return Guidance(remainder.actions, weights[:, None] * remainder.known, max_weight)
 
 
 def guided(velocity: Velocity, by: Guidance) -> Velocity:
@@ -128,7 +128,7 @@ def guided(velocity: Velocity, by: Guidance) -> Velocity:
 
 
 @dataclass(frozen=True)
-class Decided:
+class ActionPrefix:
     """Actions that the network is given as they are, at time 0, instead of denoising them.
 
     Which they are is a mask: of the same shape whatever the delay.
@@ -138,21 +138,21 @@ class Decided:
     mask: Bool[Tensor, " a"]
 
     def put(self, x: Float[Tensor, "b a e"]) -> Float[Tensor, "b a e"]:
-        """Actions in which the decided ones stand as they are."""
+        """The actions, with the committed ones in their places."""
         return torch.where(self.mask[:, None], self.actions, x)
 
 
-def decided(leftover: Leftover, max_delay: int) -> Decided:
-    """What of a leftover is certain to be executed, as far as the policy has learnt to go on from it."""
-    if leftover.delay > max_delay:
-        _tell_of_training(leftover.delay, max_delay)
-    step = torch.arange(leftover.actions.shape[1], device=leftover.actions.device)
-    return Decided(leftover.actions, step < min(leftover.delay, max_delay))
+def action_prefix(remainder: Remainder, max_delay: int) -> ActionPrefix:
+    """The committed actions of a remainder, as many of them as the policy was trained to continue."""
+    if remainder.delay > max_delay:
+        _warn_of_training(remainder.delay, max_delay)
+    step = torch.arange(remainder.actions.shape[1], device=remainder.actions.device)
+    return ActionPrefix(remainder.actions, step < min(remainder.delay, max_delay))
 
 
 @functools.cache  # once for each
-def tell_of_horizon(delay: int, horizon: int, enough: int) -> None:
-    """Warn of a delay beyond the execution horizon, which is all that LeRobot hands over of a leftover."""
+def warn_of_horizon(delay: int, horizon: int, enough: int) -> None:
+    """Warn of a delay beyond the execution horizon, which is all that LeRobot hands over of a remainder."""
     logger.warning(
         "real-time chunking: %d actions will be executed before the new chunk arrives, but it is held to %d "
         "of them, and will jump: set --inference.rtc.execution_horizon=%d or more",
@@ -163,7 +163,7 @@ def tell_of_horizon(delay: int, horizon: int, enough: int) -> None:
 
 
 @functools.cache
-def _tell_of_training(delay: int, max_delay: int) -> None:
+def _warn_of_training(delay: int, max_delay: int) -> None:
     logger.warning(
         "real-time chunking: %d actions will be executed before the new chunk arrives, but the policy has "
         "learnt to go on from %d of them, and may jump: train with --policy.rtc_training_max_delay=%d or "

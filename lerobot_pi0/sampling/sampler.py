@@ -20,7 +20,7 @@ from lerobot_pi0.model.flow import integrate, step_times
 from lerobot_pi0.model.gemma import Cache
 from lerobot_pi0.sampling.buffer import Buffer
 from lerobot_pi0.sampling.linear import BackendName
-from lerobot_pi0.sampling.rtc import Decided, Guidance, guided
+from lerobot_pi0.sampling.rtc import ActionPrefix, Guidance, guided
 from lerobot_pi0.sampling.swap import swapped
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Context:
     """
 
     buffer: Buffer  # prefix, state, room for the actions
-    anchor: Float[Tensor, "b d"] | None = None  # relative actions are made absolute by adding it
+    reference: Float[Tensor, "b d"] | None = None  # relative actions are made absolute by adding it
 
     @property
     def batch_size(self) -> int:
@@ -43,8 +43,8 @@ class Context:
 
     def repeat(self, times: int) -> Context:
         """The context of a batch in which every observation stands `times` times in a row."""
-        anchor = None if self.anchor is None else self.anchor.repeat_interleave(times, 0)
-        return Context(self.buffer.repeat(times), anchor)
+        reference = None if self.reference is None else self.reference.repeat_interleave(times, 0)
+        return Context(self.buffer.repeat(times), reference)
 
 
 def gradient_free[**P, T](method: Callable[P, T]) -> Callable[P, T]:
@@ -133,13 +133,13 @@ class Sampler:
         observation: Observation,
         noise: Float[Tensor, "b a e"],
         num_steps: int,
-        decided: Decided | None = None,
+        action_prefix: ActionPrefix | None = None,
     ) -> Float[Tensor, "b a e"]:
-        """A chunk of normalised actions for each observation, or what of it is not decided already."""
+        """A chunk of normalised actions for each observation; it continues the action prefix, if given."""
         observation = observation.trimmed() if self.trims else observation
-        observation, noise, decided = ordinary(observation), ordinary(noise), ordinary(decided)
-        steps = self._steps(num_steps, noise.device, decided)
-        chunk = self._graph(self, observation, noise, steps, decided)
+        observation, noise, action_prefix = ordinary(observation), ordinary(noise), ordinary(action_prefix)
+        steps = self._steps(num_steps, noise.device, action_prefix)
+        chunk = self._graph(self, observation, noise, steps, action_prefix)
         # A graph writes over its own memory.
         return chunk if self._graph is Sampler._sample else chunk.clone()
 
@@ -148,9 +148,9 @@ class Sampler:
         observation: Observation,
         noise: Float[Tensor, "b a e"],
         steps: Float[Tensor, "n _ ..."],
-        decided: Decided | None,
+        action_prefix: ActionPrefix | None,
     ) -> Float[Tensor, "b a e"]:
-        return self._actions(self._context(observation, noise.shape[1]), noise, steps, decided)
+        return self._actions(self._context(observation, noise.shape[1]), noise, steps, action_prefix)
 
     def _guided_velocity(
         self, cache: Cache, x: Float[Tensor, "b a e"], time: Float[Tensor, " b"], guidance: Guidance
@@ -158,14 +158,14 @@ class Sampler:
         return guided(lambda x, time: self.model.velocity(cache, x, time), guidance)(x, time)
 
     def _steps(
-        self, num_steps: int, device: torch.device, decided: Decided | None = None
+        self, num_steps: int, device: torch.device, action_prefix: ActionPrefix | None = None
     ) -> Float[Tensor, "n _ ..."]:
-        """What the network prepares of each step's time, which is 0 for actions that are decided."""
+        """What the network prepares of each step's time, which is 0 for committed actions."""
         if num_steps not in self._prepared:
             times = torch.tensor([*step_times(num_steps), 0.0], dtype=torch.float32, device=device)
             self._prepared[num_steps] = self.network.prepare(times)
         steps, at_zero = self._prepared[num_steps].split((num_steps, 1))
-        return steps if decided is None else torch.where(decided.mask[:, None], at_zero, steps)
+        return steps if action_prefix is None else torch.where(action_prefix.mask[:, None], at_zero, steps)
 
     def _context(self, observation: Observation, num_actions: int) -> Buffer:
         x, mask = self.network.embed_prefix(observation)
@@ -181,11 +181,11 @@ class Sampler:
         context: Buffer,
         noise: Float[Tensor, "b a e"],
         steps: Float[Tensor, "n _ ..."],
-        decided: Decided | None = None,
+        action_prefix: ActionPrefix | None = None,
     ) -> Float[Tensor, "b a e"]:
         def velocity(x: Tensor, step: Tensor) -> Tensor:
-            x = x if decided is None else decided.put(x)
+            x = x if action_prefix is None else action_prefix.put(x)
             return self.network.velocity_at(context, x, step)
 
         x = integrate(velocity, noise.float(), len(steps), steps.unbind())
-        return x if decided is None else decided.put(x)
+        return x if action_prefix is None else action_prefix.put(x)

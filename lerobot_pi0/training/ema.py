@@ -30,7 +30,7 @@ class TrainedWeights:
     def take(self, module: nn.Module, frozen_dtype: torch.dtype) -> "ParameterGroups":
         """What trains in a module from now on, as groups for an optimizer; the EMA starts with it.
 
-        Here precision is decided: a parameter that trains is float32, so that no step is lost in rounding; a
+        This sets the precision: a parameter that trains is float32, so that no step is lost in rounding; a
         frozen one is held in `frozen_dtype` if it was wider.
         """
         for parameter in module.parameters():

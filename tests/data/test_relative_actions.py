@@ -381,7 +381,7 @@ def test_queued_actions_stay_anchored_at_the_observation_of_their_chunk(dataset)
     wanted = policy.predict_action_chunk(then, noise=start_at)
     found = [policy.select_action(then, noise=start_at)] + [policy.select_action(later) for _ in range(2)]
     assert torch.equal(torch.stack(found, 1), wanted[:, :3])
-    following = policy.select_action(later, noise=start_at)  # the next chunk has the next anchor
+    following = policy.select_action(later, noise=start_at)  # the next chunk has the next reference state
     assert torch.equal(following, policy.predict_action_chunk(later, noise=start_at)[:, 0])
 
 

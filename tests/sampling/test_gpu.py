@@ -15,7 +15,7 @@ from lerobot_pi0 import modeling_pi0
 from lerobot_pi0.data import action_space
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.sampling import policy_sampler
-from lerobot_pi0.sampling.rtc import Decided
+from lerobot_pi0.sampling.rtc import ActionPrefix
 
 GPU = torch.device("cuda", 0)
 
@@ -75,10 +75,10 @@ def test_a_chunk_is_made_on_one_device_and_waited_for_when_it_is_there(gpu, dtyp
     assert policy.select_action(first(given)).device == GPU
 
 
-def test_a_chunk_that_begins_with_decided_actions_is_made_on_one_device(gpu, monkeypatch):
+def test_a_chunk_that_begins_with_committed_actions_is_made_on_one_device(gpu, monkeypatch):
     monkeypatch.setattr(policy_sampler, "numbers_at", lambda _: [])
     policy, given = on_gpu(gpu)
     start = torch.zeros(1, CHUNK, 8, device=GPU)
-    begun = Decided(start, torch.arange(CHUNK, device=GPU) < 2)
+    begun = ActionPrefix(start, torch.arange(CHUNK, device=GPU) < 2)
     observation = policy.observation(first(given))
     assert policy.sampler.current().sample(observation, start, 10, begun).device == GPU

@@ -17,8 +17,8 @@ from lerobot_pi0.sampling.rtc import (
     Guidance,
     guided,
     prefix_weights,
-    read_leftover,
-    tell_of_horizon,
+    read_remainder,
+    warn_of_horizon,
 )
 from lerobot_pi0.training.loss import action_times, sample_delays
 
@@ -35,7 +35,7 @@ def observation():
     return first(batch())
 
 
-def leftover(steps: int = CHUNK, seed: int = 3) -> torch.Tensor:
+def remainder(steps: int = CHUNK, seed: int = 3) -> torch.Tensor:
     """As LeRobot hands it over."""
     return torch.randn(steps, ACTION, generator=torch.Generator().manual_seed(seed))
 
@@ -85,7 +85,7 @@ def test_guidance_is_the_papers_by_a_dense_jacobian():
 
 def test_guided_chunk_goes_on_where_the_last_one_is(policy, observation):
     free = policy.predict_action_chunk(observation, noise=noise(1))
-    left = free[0] + 0.3 * leftover()
+    left = free[0] + 0.3 * remainder()
     with_rtc(policy)
     held = policy.predict_action_chunk(
         observation, noise=noise(1), inference_delay=3, prev_chunk_left_over=left
@@ -98,21 +98,21 @@ def test_guided_chunk_goes_on_where_the_last_one_is(policy, observation):
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
 def test_a_chunk_is_guided_in_inference_mode_too(dtype, tolerance, observation):
     policy = with_rtc(tiny_policy(dtype=dtype))
-    given = {"noise": noise(1), "inference_delay": 2, "prev_chunk_left_over": leftover()}
+    given = {"noise": noise(1), "inference_delay": 2, "prev_chunk_left_over": remainder()}
     chunk = policy.predict_action_chunk(observation, **given)
     with torch.inference_mode():
         again = policy.predict_action_chunk(observation, **given)
     assert torch.allclose(again, chunk, atol=tolerance)
 
 
-def test_a_leftover_in_training_mode_is_refused(policy, observation):
+def test_a_remainder_in_training_mode_is_refused(policy, observation):
     with pytest.raises(ValueError, match=r"policy\.eval\(\)"):
-        with_rtc(policy).train().predict_action_chunk(observation, prev_chunk_left_over=leftover())
+        with_rtc(policy).train().predict_action_chunk(observation, prev_chunk_left_over=remainder())
 
 
-def test_a_leftover_guides_also_when_there_is_no_delay(policy, observation):
+def test_a_remainder_guides_also_when_there_is_no_delay(policy, observation):
     free = policy.predict_action_chunk(observation, noise=noise(1))
-    given = {"noise": noise(1), "inference_delay": 0, "prev_chunk_left_over": leftover()}
+    given = {"noise": noise(1), "inference_delay": 0, "prev_chunk_left_over": remainder()}
     assert not torch.equal(with_rtc(policy).predict_action_chunk(observation, **given), free)
 
 
@@ -138,7 +138,7 @@ def test_prefix_is_computed_once(policy, observation, monkeypatch):
     sampler = policy.sampler.current()
     context = sampler._context
     monkeypatch.setattr(sampler, "_context", lambda *args: calls.append(1) or context(*args))
-    with_rtc(policy).predict_action_chunk(observation, inference_delay=2, prev_chunk_left_over=leftover())
+    with_rtc(policy).predict_action_chunk(observation, inference_delay=2, prev_chunk_left_over=remainder())
     assert len(calls) == 1
 
 
@@ -150,10 +150,10 @@ def test_rows_of_zeros_are_no_actions(policy, observation, rows):
     """An empty queue gives (0, size), which LeRobot fills up to the execution horizon with zeros."""
     with_rtc(policy)
     padded = torch.zeros(CHUNK, ACTION)
-    padded[:rows] = leftover(rows)
+    padded[:rows] = remainder(rows)
     given = {"noise": noise(1), "inference_delay": 1}
     found = policy.predict_action_chunk(observation, prev_chunk_left_over=padded, **given)
-    short = leftover(rows) if rows else None
+    short = remainder(rows) if rows else None
     assert torch.equal(found, policy.predict_action_chunk(observation, prev_chunk_left_over=short, **given))
     if not rows:
         empty = torch.zeros(0, ACTION)
@@ -165,11 +165,11 @@ def test_rows_of_zeros_are_no_actions(policy, observation, rows):
 def test_disabled_rtc_leaves_the_chunk_alone(policy, observation):
     free = policy.predict_action_chunk(observation, noise=noise(1))
     with_rtc(policy, enabled=False)
-    given = {"inference_delay": 2, "prev_chunk_left_over": leftover()}
+    given = {"inference_delay": 2, "prev_chunk_left_over": remainder()}
     assert torch.equal(policy.predict_action_chunk(observation, noise=noise(1), **given), free)
 
 
-@pytest.mark.parametrize("left", [None, leftover()])
+@pytest.mark.parametrize("left", [None, remainder()])
 def test_a_delay_of_a_whole_chunk_is_refused(policy, observation, left):
     with pytest.raises(ValueError, match=rf"delay of {CHUNK} steps is a whole chunk of {CHUNK}.*latency"):
         policy.predict_action_chunk(observation, inference_delay=CHUNK, prev_chunk_left_over=left)
@@ -183,31 +183,31 @@ def test_a_horizon_longer_than_a_chunk_is_refused(policy):
 @pytest.mark.parametrize("max_delay", [0, 5])
 def test_a_horizon_shorter_than_the_delay_is_told_once(max_delay, observation, caplog):
     """LeRobot cuts what is left to the horizon, and fills it up to that."""
-    tell_of_horizon.cache_clear()
+    warn_of_horizon.cache_clear()
     policy = with_rtc(tiny_policy(rtc_training_max_delay=max_delay), execution_horizon=3)
     caplog.set_level(logging.WARNING)
     caplog.clear()
-    policy.predict_action_chunk(observation, inference_delay=3, prev_chunk_left_over=leftover(3))
+    policy.predict_action_chunk(observation, inference_delay=3, prev_chunk_left_over=remainder(3))
     assert caplog.messages == []
     for _ in range(2):
-        policy.predict_action_chunk(observation, inference_delay=4, prev_chunk_left_over=leftover(3))
+        policy.predict_action_chunk(observation, inference_delay=4, prev_chunk_left_over=remainder(3))
     (message,) = caplog.messages
     assert "4 actions" in message
     assert "held to 3 of them" in message
     assert "execution_horizon=6 or more" in message
 
 
-def test_relative_leftovers_are_taken_from_the_new_observation():
-    """The leftover is absolute; what the network is held to is relative to the state at hand."""
-    anchor = ReferenceState([0, 2], [1, 0], [1.5, 0.5], [0.1, -0.2])
+def test_relative_remainders_are_taken_from_the_new_observation():
+    """The remainder is absolute; what the network is held to is relative to the state at hand."""
+    reference = ReferenceState([0, 2], [1, 0], [1.5, 0.5], [0.1, -0.2])
     at = torch.randn(1, ACTION)
-    left = leftover()
-    found = read_leftover(left, 2, noise(1), at)
+    left = remainder()
+    found = read_remainder(left, 2, noise(1), at)
     assert found is not None
     assert torch.allclose(found.actions[0, :, :ACTION], left - at)
     assert not found.actions[..., ACTION:].any()
 
-    policy = with_rtc(tiny_policy(relative_actions=True, reference_state=anchor))
+    policy = with_rtc(tiny_policy(relative_actions=True, reference_state=reference))
     observation = first(batch())
     given = {"noise": noise(1), "inference_delay": CHUNK - 1}
     chunk = policy.predict_action_chunk(observation, prev_chunk_left_over=left, **given)
@@ -246,7 +246,7 @@ def test_settings_of_a_run_are_not_saved(policy, tmp_path):
 # Training-time real-time chunking.
 
 
-def test_decided_actions_are_given_and_the_rest_is_learnt():
+def test_committed_actions_are_given_and_the_rest_is_learnt():
     time, learnt = action_times(torch.tensor([0.5, 0.9]), torch.tensor([0, 2]), 4)
     assert time.tolist() == [[0.5] * 4, [0.0, 0.0, pytest.approx(0.9), pytest.approx(0.9)]]
     assert learnt.tolist() == [[True] * 4, [False, False, True, True]]
@@ -264,7 +264,7 @@ def loss_gradient(policy, given) -> torch.Tensor:
     return policy.model.action_out_proj.weight.grad.clone()
 
 
-def test_what_is_decided_is_no_part_of_the_loss(monkeypatch):
+def test_committed_actions_are_no_part_of_the_loss(monkeypatch):
     """With a delay of all but the last step, other actions before it change the loss only as an input."""
     policy = tiny_policy(rtc_training_max_delay=CHUNK - 1, ema_decay=0.0, augmentation=False)
     policy.train()
@@ -307,10 +307,10 @@ def test_without_a_delay_training_is_as_it_was():
     assert torch.equal(policy.forward(given)[0], plain.forward(given)[0])  # a held-out loss is comparable
 
 
-def test_a_policy_trained_for_it_is_given_what_is_decided(observation):
-    """The same actions at no cost: no gradient, and the decided ones come back as they were."""
+def test_a_policy_trained_for_it_is_given_the_committed_actions(observation):
+    """The same actions at no cost: no gradient, and the committed ones come back as they were."""
     policy = with_rtc(tiny_policy(rtc_training_max_delay=3))
-    left = leftover()
+    left = remainder()
     chunk = policy.predict_action_chunk(
         observation, noise=noise(1), inference_delay=2, prev_chunk_left_over=left
     )
@@ -335,7 +335,7 @@ def test_beyond_its_training_it_goes_on_from_what_it_has_learnt_to_and_says_so(o
     policy = with_rtc(tiny_policy(rtc_training_max_delay=2))
     chunks = [
         policy.predict_action_chunk(
-            observation, noise=noise(1), inference_delay=delay, prev_chunk_left_over=leftover()
+            observation, noise=noise(1), inference_delay=delay, prev_chunk_left_over=remainder()
         )
         for delay in (2, 3, 3)
     ]

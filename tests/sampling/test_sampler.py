@@ -33,7 +33,7 @@ from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 from lerobot_pi0.sampling import buffer
 from lerobot_pi0.sampling.linear import BackendName, Int8, Packed
 from lerobot_pi0.sampling.policy_sampler import PolicySampler
-from lerobot_pi0.sampling.rtc import Decided
+from lerobot_pi0.sampling.rtc import ActionPrefix
 from lerobot_pi0.sampling.sampler import Sampler, in_any_thread
 
 STEPS = 10
@@ -261,7 +261,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from tiny_policy import batch, noise, tiny_policy
 from lerobot_pi0.sampling.sampler import Sampler
-from lerobot_pi0.sampling.rtc import decided, guidance, read_leftover
+from lerobot_pi0.sampling.rtc import action_prefix, guidance, read_remainder
 
 graphs, copied = [], []
 
@@ -288,13 +288,13 @@ for valid in range(1, length + 1, 3):
     actions = sampler.sample(given, noise() * valid, 10)
     torch.testing.assert_close(actions, policy.model.sample(given, noise() * valid, 10), atol=1e-5, rtol=1e-5)
 for delay in (1, 3, 5):
-    given = decided(read_leftover(noise()[:, :, :4], delay, noise(), None), 5)
+    given = action_prefix(read_remainder(noise()[:, :, :4], delay, noise(), None), 5)
     actions = sampler.sample(observation, noise(), 10, given)
     eager = Sampler(policy.model, "fused").sample(observation, noise(), 10, given)
     torch.testing.assert_close(actions, eager, atol=1e-5, rtol=1e-5)
 for valid, delay in ((2, 1), (length, 3), (5, 5)):
     given = replace(observation, token_mask=torch.arange(length).expand(2, -1) < valid)
-    by = guidance(read_leftover(noise()[:, : delay + 1, :4], delay, noise(), None), "LINEAR", 6, 10.0)
+    by = guidance(read_remainder(noise()[:, : delay + 1, :4], delay, noise(), None), "LINEAR", 6, 10.0)
     eager = Sampler(policy.model, "fused")
     chunks = (made.guided_actions(made.context(given, 6), noise(), 10, by) for made in (sampler, eager))
     torch.testing.assert_close(*chunks, atol=1e-4, rtol=1e-4)
@@ -440,13 +440,13 @@ def test_a_graph_is_the_same_in_inference_mode(form, model, observation, monkeyp
 
     def graph(*given):
         for value in given:
-            seen.extend(vars(value).values() if isinstance(value, Observation | Decided) else [value])
+            seen.extend(vars(value).values() if isinstance(value, Observation | ActionPrefix) else [value])
         return Sampler._sample(*given)
 
     monkeypatch.setattr(sampler, "_graph", graph)
     with torch.inference_mode():
         given = Observation(**{name: value.clone() for name, value in vars(observation).items()})
-        begun = Decided(noise(), torch.arange(CHUNK) < 2)
+        begun = ActionPrefix(noise(), torch.arange(CHUNK) < 2)
         sampler.sample(given, noise(), STEPS, begun)
     tensors = [value for value in seen if isinstance(value, Tensor)]
     assert len(tensors) == 9

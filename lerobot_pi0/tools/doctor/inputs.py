@@ -219,8 +219,8 @@ class Inputs:
         chunk = policy.predict_action_chunk(batch, noise=noise.to(batch[OBS_STATE].device))
         predicted = self.loaded.postprocess(chunk).float().cpu().numpy()
         padded = raw.get("action_is_pad", torch.zeros(raw[ACTION].shape[:2], dtype=torch.bool))
-        target, anchor = batch[ACTION].float(), policy.action_space.reference(batch[OBS_STATE])
-        target = target if anchor is None else target - anchor[:, None]
+        target, reference = batch[ACTION].float(), policy.action_space.reference(batch[OBS_STATE])
+        target = target if reference is None else target - reference[:, None]
         return Trial(
             predicted=predicted,
             demonstrated=raw[ACTION].float().numpy(),

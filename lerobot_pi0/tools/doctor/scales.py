@@ -234,9 +234,9 @@ def _statistics(values: np.ndarray) -> dict[str, np.ndarray]:
 def _relative(inputs: Inputs) -> dict[int, dict[str, float]]:
     """Statistics of each relative joint: dimension of the action → its values."""
     columns, config = inputs.columns, inputs.config
-    anchor = config.reference_state
-    assert anchor is not None  # of every checkpoint with relative actions; names are not
-    joints = list(zip(anchor.actions, anchor.states, strict=True))
+    reference = config.reference_state
+    assert reference is not None  # of every checkpoint with relative actions; names are not
+    joints = list(zip(reference.actions, reference.states, strict=True))
     found = relative_statistics(
         np.ascontiguousarray(columns.action[:, [a for a, _ in joints]].T),
         np.ascontiguousarray(columns.state[:, [s for _, s in joints]].T),
