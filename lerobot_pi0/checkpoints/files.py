@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lerobot_pi0.checkpoints.layouts import from_published
+from lerobot_pi0.checkpoints.layouts import from_published, unused_head
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json
 from lerobot_pi0.errors import CheckpointError, MissingFileError
 
@@ -190,6 +190,8 @@ class Checkpoint(Mapping[str, Tensor]):
             places |= {name: (file, name) for name in held}
         self.is_ours = "model.token_embedding.weight" in places
         self._places = from_published(places)
+        head = unused_head(places)
+        self._head = None if head is None else places[head]
 
     def __getitem__(self, name: str) -> Tensor:
         file, theirs = self._places[name]
@@ -207,6 +209,15 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_open": {}}
+
+    def head_differs(self) -> bool:
+        """Whether the files hold a text head that is not equal to the embedding that it is tied to."""
+        if self._head is None:
+            return False
+        file, name = self._head
+        table = self["token_embedding.weight"]
+        with self._reader(file) as opened:
+            return not torch.equal(opened.get_tensor(name).to(table.dtype), table)
 
     def fingerprint(self) -> str:
         """Identifies these weights: a digest of names, shapes, dtypes and all values."""

@@ -94,6 +94,14 @@ def from_published[T](state_dict: Mapping[str, T]) -> dict[str, T]:
     return _renamed(used, _ours)
 
 
+def unused_head(names: Iterable[str]) -> str | None:
+    """The tied text head among the names of a published checkpoint, where the embedding stands there too: the
+    embedding is used. None otherwise.
+    """
+    theirs = {_to_openpi(name): name for name in names}
+    return theirs.get(_VLM_HEAD) if _LANGUAGE + "embed_tokens.weight" in theirs else None
+
+
 def to_openpi[T](state_dict: Mapping[str, T]) -> dict[str, T]:
     """The reverse: names of openpi's PyTorch checkpoint, the embedding under the tied text head's name."""
     back = {ours: theirs for theirs, ours in _MODULES.items()}

@@ -1,5 +1,6 @@
 """Readers of π0 checkpoints of any layout: config, statistics, and tensors by our names (read lazily)."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isqrt
@@ -24,6 +25,8 @@ from lerobot_pi0.data.statistics import PREPROCESSOR, read_statistics, unnormali
 from lerobot_pi0.errors import CheckpointError, MissingFileError, UserError
 from lerobot_pi0.lerobot_compat import parsing_failure_line
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
+
+logger = logging.getLogger(__name__)
 
 OURS, IN_TREE = "lerobot_pi0", "LeRobot's pi0"
 LEROBOT_EPSILON = 1e-8  # LeRobot's normalizer adds this to deviations, and divides by it where a range is 0
@@ -67,6 +70,12 @@ def read_policy(flags: ConvertConfig, scratch: Path) -> Policy:
         root = folder if params != folder else folder.parent
         return _read_openpi_jax(root, OrbaxCheckpoint(params, scratch, flags.lora_alpha), flags)
     checkpoint, saved = Checkpoint(folder), _read_json(folder / "config.json")
+    if checkpoint.head_differs():
+        logger.warning(
+            "the text head of %s differs from the embedding, to which it should be tied: the embedding is "
+            "used, and the head is left out",
+            flags.source,
+        )
     meta = {name: tensor.to("meta") for name, tensor in checkpoint.items()}
     source = _Source(folder, saved, checkpoint, meta)
     if saved.get("type") in ("lerobot_pi0", "pi0"):

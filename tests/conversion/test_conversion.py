@@ -231,6 +231,21 @@ def test_policy_of_old_lerobot_with_statistics_among_its_weights(ours, in_tree, 
     assert Pi0Policy.from_pretrained(tmp_path / "back").config.num_inference_steps == 7
 
 
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_text_head_that_is_not_the_embedding_is_warned_about(ours, in_tree, tmp_path, caplog, equal):
+    copy(in_tree, tmp_path / "both")
+    file = tmp_path / "both" / "model.safetensors"
+    tensors = load_file(file)
+    (head,) = (name for name in tensors if name.endswith("paligemma.lm_head.weight"))
+    table = head.replace("lm_head", "model.language_model.embed_tokens")
+    tensors[table] = tensors[head].clone()
+    tensors[head] += not equal
+    save_file(tensors, file)
+    run(tmp_path / "both", tmp_path / "back", **BACK)
+    assert ("the text head of" in caplog.text) == (not equal)
+    assert_same_weights(tmp_path / "back", ours)
+
+
 def cut_off(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
