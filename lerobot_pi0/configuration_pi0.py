@@ -259,8 +259,10 @@ class Pi0Config(PreTrainedConfig):
             if feature is None:
                 features = [*(self.input_features or ()), *(self.output_features or ())]
                 raise UserError(
-                    f"π0 needs '{kind}'. The features are {features}: record it, or start from a checkpoint "
-                    "of this policy with --policy.path and --rename_map"
+                    f"π0 needs '{kind}'. The features are {features}. LeRobot trains on '{OBS_STATE}', "
+                    f"'{ACTION}' and '{OBS_IMAGES}.NAME' alone, and --rename_map does not change what it "
+                    "reads: write the dataset again under these names, by the script in docs/finetuning.md "
+                    '("Datasets with other names")'
                 )
             if len(feature.shape) != 1 or feature.shape[0] > limit:
                 raise UserError(
