@@ -8,10 +8,11 @@ accepted.
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+import torch
+from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor
 
-from lerobot_pi0.checkpoints.reading import read_steps
+from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_steps, read_tensors
 from lerobot_pi0.errors import CheckpointError
 
 PIPELINES = ("policy_preprocessor.json", "policy_postprocessor.json")
@@ -29,59 +30,83 @@ STEPS = frozenset(
 
 
 ENDS = {"max": "min", "q99": "q01", "q90": "q10"}
-# What each pipeline needs: without it actions are in other units than the robot's.
-NEEDED = dict(zip(PIPELINES, ("normalizer_processor", "unnormalizer_processor"), strict=True))
+# What each pipeline must have once: without the first one, actions are in other units than the robot's.
+NEEDED = dict(
+    zip(
+        PIPELINES,
+        (("normalizer_processor", "lerobot_pi0_tokenizer", "device_processor"), ("unnormalizer_processor",)),
+        strict=True,
+    )
+)
+VECTORS = (OBS_STATE, ACTION)
 
 
 def check_processors(folder: Path) -> None:
     """Check the steps of a checkpoint's pipelines, before LeRobot loads them. A missing file passes.
 
     Raises CheckpointError for a damaged file, a step that is not one of `STEPS`, a state file outside the
-    folder, a missing step of `NEEDED`, one with other settings than its counterpart, and statistics that are
-    NaN or infinite or cannot be divided by.
+    folder, a missing step of `NEEDED`, a normalizer that leaves the state out, one with other settings or
+    statistics than its counterpart, and statistics that are NaN or infinite or cannot be divided by.
     """
     settings: dict[str, Any] = {}
+    statistics: list[dict[str, Tensor]] = []
     for file in map(folder.joinpath, PIPELINES):
         if not file.is_file():
             continue
         steps = read_steps(file)
-        normalizing = [step for step in steps if step.get("registry_name") == NEEDED[file.name]]
-        if len(normalizing) != 1:
-            raise CheckpointError(
-                f"{file} has {len(normalizing)} steps '{NEEDED[file.name]}' instead of one: actions would "
-                "not be in the robot's units. Copy or download it again"
-            )
-        config = normalizing[0].get("config") or {}
-        settings[file.name] = config.get("eps"), config.get("norm_map")
         for step in steps:
-            name = step.get("registry_name")
-            if name not in STEPS:
+            _check_step(file, step)
+        names = [step["registry_name"] for step in steps]
+        for name in NEEDED[file.name]:
+            if (found := names.count(name)) != 1:
                 raise CheckpointError(
-                    f"{file} names the step {name or step.get('class')!r}, which is not loaded: a checkpoint "
-                    f"must not run code of its own, and a policy of this type has only {sorted(STEPS)}. Take "
-                    "the step out of the file if you trust it and need not have it"
+                    f"{file} has {found} steps '{name}' instead of one: the policy would not act as it was "
+                    f"trained to. {COPY_AGAIN.capitalize()}"
                 )
-            state = step.get("state_file")
-            if state is not None and (not isinstance(state, str) or Path(state).name != state):
-                raise CheckpointError(f"{file} names the state file {state!r}, outside of its folder")
-        if (state := normalizing[0].get("state_file")) and (folder / state).is_file():
-            _check_statistics(folder / state, has_epsilon=bool(config.get("eps")))
+        normalizing = steps[names.index(NEEDED[file.name][0])]
+        config, state = normalizing["config"], normalizing.get("state_file")
+        settings[file.name] = config.get("eps"), config.get("norm_map"), state is not None
+        keys = config.get("normalize_observation_keys")
+        if names.count("normalizer_processor") and (
+            OBS_STATE not in (config.get("features") or ()) or (keys is not None and OBS_STATE not in keys)
+        ):
+            raise CheckpointError(f"{file} leaves '{OBS_STATE}' as it is, not normalized: {COPY_AGAIN}")
+        if state and (folder / state).is_file():
+            statistics.append(_read_statistics(folder / state, has_epsilon=bool(config.get("eps"))))
     if len(settings) == 2 and len({repr(of) for of in settings.values()}) == 2:
         raise CheckpointError(
-            f"the pipelines in {folder} normalize by one setting and unnormalize by another ({settings}): "
-            "copy or download them again"
+            f"the pipelines in {folder} normalize by one setting and unnormalize by another ({settings}: "
+            "epsilon, modes, whether there are statistics): copy or download them again"
         )
+    if len(statistics) == 2:
+        for name in statistics[0].keys() & statistics[1].keys():
+            if not torch.equal(statistics[0][name], statistics[1][name]):
+                raise CheckpointError(
+                    f"the pipelines in {folder} have different statistics ('{name}'), so what is normalized "
+                    "by one is not unnormalized by the other: copy or download them again"
+                )
 
 
-def _check_statistics(file: Path, has_epsilon: bool) -> None:
-    """Raises CheckpointError for what cannot be divided by."""
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged ({error}): copy or download it again") from error
+def _check_step(file: Path, step: dict[str, Any]) -> None:
+    """Raises CheckpointError for a step that is not one of `STEPS`, and a state file outside the folder."""
+    name, state = step.get("registry_name"), step.get("state_file")
+    if name not in STEPS:
+        raise CheckpointError(
+            f"{file} names the step {name or step.get('class')!r}, which is not loaded: a checkpoint must "
+            f"not run code of its own, and a policy of this type has only {sorted(STEPS)}. Delete the step "
+            "from the file if the policy does not need it"
+        )
+    if state is not None and (not isinstance(state, str) or Path(state).name != state):
+        raise CheckpointError(f"{file} names the state file {state!r}, outside of its folder")
+
+
+def _read_statistics(file: Path, has_epsilon: bool) -> dict[str, Tensor]:
+    """The statistics of state and action. Raises CheckpointError for what cannot be divided by."""
+    tensors = read_tensors(file)
+    tensors = {name: value for name, value in tensors.items() if name.rpartition(".")[0] in VECTORS}
     for name, value in tensors.items():
         key, _, statistic = name.rpartition(".")
-        if not name.startswith(("action.", "observation.state.")) or not value.is_floating_point():
+        if not value.is_floating_point():
             continue
         spread = value if statistic == "std" else None
         if statistic in ENDS and f"{key}.{ENDS[statistic]}" in tensors:
@@ -92,5 +117,6 @@ def _check_statistics(file: Path, has_epsilon: bool) -> None:
         if bad.any():
             raise CheckpointError(
                 f"{file} has {value[bad].flatten()[0].item():g} in '{name}', which nothing can be normalized "
-                "by: copy or download it again"
+                f"by: {COPY_AGAIN}"
             )
+    return tensors

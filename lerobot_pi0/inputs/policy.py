@@ -14,7 +14,7 @@ from lerobot.utils.import_utils import require_package
 from lerobot_pi0.checkpoints.adapters import put_in, read_settings
 from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, find_checkpoint
 from lerobot_pi0.checkpoints.processors import PIPELINES, check_processors
-from lerobot_pi0.checkpoints.reading import read_json, read_state, read_steps
+from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json, read_state, read_steps
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.data.statistics import check_statistics
 from lerobot_pi0.errors import CheckpointError, UserError
@@ -89,11 +89,18 @@ def load_policy(flags: PolicyFlags) -> LoadedPolicy:
         policy = load_adapters(flags.path, folder, config)
     else:
         policy = Pi0Policy.from_pretrained(folder, config=config)
-    preprocess, postprocess = make_pre_post_processors(
-        config,
-        pretrained_path=str(folder),
-        preprocessor_overrides={"device_processor": {"device": config.device}},
-    )
+    try:
+        preprocess, postprocess = make_pre_post_processors(
+            config,
+            pretrained_path=str(folder),
+            preprocessor_overrides={"device_processor": {"device": config.device}},
+        )
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:  # LeRobot's, of a step's settings
+        raise CheckpointError(
+            f"the processors in '{flags.path}' cannot be loaded ({error}): {COPY_AGAIN}"
+        ) from error
     for pipeline in (preprocess, postprocess):
         for step in pipeline.steps:
             if statistics := getattr(step, "stats", None):  # none: a policy with random weights

@@ -51,19 +51,35 @@ def check_observation(batch: Mapping[str, Tensor], features: Mapping[str, Sequen
             )
 
 
+CURE = "Copy or download the checkpoint again"
+
+
 class ChunkGuard:
     """Clamps chunks to `limits`, and logs where: of each joint the 1st, 2nd, 4th, 8th … chunk."""
 
     def __init__(self, limits: ActionLimits, names: Sequence[str]):
         self.names, self.num_held = names, Counter[str]()
-        for values in (limits.low, limits.high, limits.gain, limits.offset, limits.step or ()):
-            bad = not_finite(torch.tensor(values, device="cpu")[None], names) if values else []
-            if bad:
+        given = {name: values for name, values in vars(limits).items() if values}
+        if wrong := {name: len(values) for name, values in given.items() if len(values) != len(limits.low)}:
+            raise UserError(
+                f"action_limits in the policy's config.json have sizes that differ: {wrong}, and "
+                f"{len(limits.low)} of 'low'. {CURE}"
+            )
+        for values in given.values():
+            if bad := not_finite(torch.tensor(values, device="cpu")[None], names):
                 raise UserError(
                     f"action_limits in the policy's config.json are NaN or infinite for {bad}: actions "
-                    "cannot be held to them. Copy or download the checkpoint again, or train it again with "
-                    "data that has finite actions"
+                    f"cannot be held to them. {CURE}, or train it again with data that has finite actions"
                 )
+        if (
+            any(low > high for low, high in zip(limits.low, limits.high, strict=True))
+            or any(gain == 0 for gain in limits.gain)
+            or any(step < 0 for step in limits.step or ())
+        ):
+            raise UserError(
+                "action_limits in the policy's config.json allow no action: 'low' is above 'high', a 'gain' "
+                f"is 0 or a 'step' is negative. {CURE}"
+            )
         low, high, self._gain, self._offset = (
             torch.tensor(values, device="cpu")  # a policy that is loaded is made on torch's meta device
             for values in (limits.low, limits.high, limits.gain, limits.offset)

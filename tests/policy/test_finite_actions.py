@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from lerobot_pi0.data.training_data import make_limits
 from lerobot_pi0.errors import CheckpointError, UserError
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 
-POST = "policy_postprocessor.json"
+PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
 STATE = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
 
 
@@ -54,11 +55,11 @@ def set_statistic(name: str, value: float) -> Callable[[Path], None]:
     return damage
 
 
-def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
+def edit(change: Callable[[dict[str, Any]], Any], file: str = POST) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        pipeline = json.loads((folder / POST).read_text())
+        pipeline = json.loads((folder / file).read_text())
         change(pipeline)
-        (folder / POST).write_text(json.dumps(pipeline))
+        (folder / file).write_text(json.dumps(pipeline))
 
     return damage
 
@@ -70,6 +71,14 @@ def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
         (set_statistic("action.std", float("inf")), "has inf in 'action.std'"),
         (set_statistic("action.std", 0.0), "has 0 in 'action.std'"),
         (set_statistic("action.std", -1.0), "has -1 in 'action.std'"),
+        (set_statistic("action.mean", 7.0), r"different statistics \('action.mean'\)"),
+        (edit(lambda pipeline: pipeline["steps"][0].pop("state_file")), "by another"),
+        (edit(lambda pipeline: pipeline["steps"].pop(2), PRE), "has 0 steps 'lerobot_pi0_tokenizer'"),
+        (edit(lambda pipeline: pipeline["steps"][4]["config"].update(features={}), PRE), "not normalized"),
+        (
+            edit(lambda pipeline: pipeline["steps"][4]["config"].update(normalize_observation_keys=[]), PRE),
+            "not normalized",
+        ),
         (edit(lambda pipeline: pipeline["steps"].pop(0)), "has 0 steps 'unnormalizer_processor'"),
         (edit(lambda pipeline: pipeline["steps"][0]["config"].update(eps=0.5)), "by another"),
         (
@@ -78,7 +87,7 @@ def edit(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
         ),
     ],
 )
-def test_a_damaged_unnormalizer_is_refused_with_the_policy(folder, damage, message):
+def test_a_damaged_pipeline_is_refused_with_the_policy(folder, damage, message):
     Pi0Policy.from_pretrained(folder)
     damage(folder)
     with pytest.raises(CheckpointError, match=message):
@@ -89,6 +98,22 @@ def test_limits_that_are_not_finite_are_refused():
     limits = ActionLimits([-1.0] * 4, [1.0, float("nan"), 1.0, 1.0], None, [1.0] * 4, [0.0] * 4)
     with pytest.raises(UserError, match=r"action_limits .*NaN or infinite for \['1'\]"):
         tiny_policy(action_limits=limits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"high": [1.0]}, "sizes that differ"),
+        ({"high": [1.0, -2.0, 1.0, 1.0]}, "allow no action"),
+        ({"gain": [1.0, 0.0, 1.0, 1.0]}, "allow no action"),
+        ({"step": [1.0, -1.0, 1.0, 1.0]}, "allow no action"),
+    ],
+)
+def test_limits_that_no_action_keeps_to_are_refused(change, message):
+    limits = ActionLimits([-1.0] * 4, [1.0] * 4, [1.0] * 4, [1.0] * 4, [0.0] * 4)
+    tiny_policy(action_limits=limits)
+    with pytest.raises(UserError, match=f"action_limits .*{message}"):
+        tiny_policy(action_limits=replace(limits, **change))
 
 
 def test_actions_that_are_not_finite_shape_no_limits(tmp_path, caplog):

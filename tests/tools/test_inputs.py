@@ -39,6 +39,15 @@ def test_a_checkpoint_without_its_processors_is_an_error(tmp_path):
         load_policy(PolicyFlags(path=str(tmp_path)))
 
 
+def test_damaged_settings_of_a_processor_are_an_error(tmp_path):
+    file = make_checkpoint(tmp_path / "policy") / "policy_preprocessor.json"
+    pipeline = json.loads(file.read_text())
+    pipeline["steps"][2]["config"] = {}
+    file.write_text(json.dumps(pipeline))
+    with pytest.raises(CheckpointError, match=rf"processors in '{file.parent}'.*lerobot_pi0_tokenizer"):
+        load_policy(PolicyFlags(path=str(file.parent)))
+
+
 def test_statistics_of_another_robot_are_an_error(tmp_path):
     make_checkpoint(tmp_path)
     for file in tmp_path.glob("policy_p*normalizer*.safetensors"):
