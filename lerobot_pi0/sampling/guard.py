@@ -60,10 +60,10 @@ class ChunkGuard:
     def __init__(self, limits: ActionLimits, names: Sequence[str]):
         self.names, self.num_held = names, Counter[str]()
         given = {name: values for name, values in vars(limits).items() if values}
-        if wrong := {name: len(values) for name, values in given.items() if len(values) != len(limits.low)}:
+        if wrong := {name: len(values) for name, values in given.items() if len(values) != len(names)}:
             raise UserError(
-                f"action_limits in the policy's config.json have sizes that differ: {wrong}, and "
-                f"{len(limits.low)} of 'low'. {CURE}"
+                f"action_limits in the policy's config.json have other sizes than the {len(names)} actions: "
+                f"{wrong}. {CURE}"
             )
         for values in given.values():
             if bad := not_finite(torch.tensor(values, device="cpu")[None], names):

@@ -138,11 +138,6 @@ def test_repository_has_checkpoints_only_where_they_belong(ran):
     assert "checkpoints/000002/training_state/optimizer_state.safetensors" in uploaded
 
 
-def test_cached_prefixes_stay_with_the_dataset(ran):
-    assert any((ran / "data").rglob("lerobot_pi0_prefixes/*/*"))
-    assert not any("prefix" in path.name for path in (ran / "cache").rglob("*"))
-
-
 def test_pushed_adapters_name_their_base_and_train_on_over_it(ran):
     assert "model.safetensors" not in files(ran / "cache", ADAPTERS)
     card = ModelCard.load(snapshot(ran, ADAPTERS) / "README.md")

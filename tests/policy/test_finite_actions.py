@@ -103,7 +103,8 @@ def test_limits_that_are_not_finite_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"high": [1.0]}, "sizes that differ"),
+        ({key: [1.0] for key in ("low", "high", "step", "gain", "offset")}, "other sizes"),
+        ({"high": [1.0]}, "other sizes than the 4 actions"),
         ({"high": [1.0, -2.0, 1.0, 1.0]}, "allow no action"),
         ({"gain": [1.0, 0.0, 1.0, 1.0]}, "allow no action"),
         ({"step": [1.0, -1.0, 1.0, 1.0]}, "allow no action"),
