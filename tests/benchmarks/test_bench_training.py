@@ -87,7 +87,7 @@ def test_in_tree_built_without_initialisation_is_in_tree(tiny, dtype):
 
 
 @pytest.mark.parametrize("task", [
-    "expert_only_ours", "expert_only_in_tree", "flow_samples_ours", "cached_prefix_ours", "checkpointed_ours",
+    "expert_only_ours", "expert_only_in_tree", "flow_samples_ours", "checkpointed_ours",
     "checkpointed_in_tree",
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

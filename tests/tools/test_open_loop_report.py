@@ -335,4 +335,4 @@ def test_page_fits_a_phone_in_a_browser(page, tmp_path):
     assert found["images"] == found["decoded"] == 1 + 2 * 4  # the horizon; frames and chunks of each episode
     assert found["width"] == 390
     assert found["widest"] <= 390
-    assert {"Open-loop report", "Joint by joint", "Episodes", "How it was measured"} <= set(found["headings"])
+    assert {"Open-loop report", "Joint by joint", "Episodes", "Method"} <= set(found["headings"])
