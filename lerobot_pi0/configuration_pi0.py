@@ -210,6 +210,7 @@ class Pi0Config(PreTrainedConfig):
         Not part of construction: draccus replaces the message of a ValueError that it meets there by
         "Couldn't instantiate class".
         """
+        self._check_sizes()
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise UserError(
                 f"n_action_steps ({self.n_action_steps}) must be between 1 and chunk_size "
@@ -232,6 +233,28 @@ class Pi0Config(PreTrainedConfig):
             raise UserError(
                 "--policy.tokenizer_max_length must leave room for a beginning, a word and a newline, got "
                 f"{self.tokenizer_max_length}"
+            )
+
+    def _check_sizes(self) -> None:
+        for part in ("vision", "vlm", "expert"):
+            for name, size in vars(getattr(self, part)).items():
+                if size < 1:
+                    raise UserError(f"{part}.{name} must be at least 1, got {size}")
+        vision, vlm = self.vision, self.vlm
+        if vision.image_size % vision.patch_size or vision.width % vision.num_heads:
+            raise UserError(
+                f"vision.image_size ({vision.image_size}) must be a multiple of vision.patch_size "
+                f"({vision.patch_size}), and vision.width ({vision.width}) of vision.num_heads "
+                f"({vision.num_heads})"
+            )
+        if vlm.num_heads % vlm.num_kv_heads or vlm.head_dim % 2:
+            raise UserError(
+                f"vlm.num_heads ({vlm.num_heads}) must be a multiple of vlm.num_kv_heads "
+                f"({vlm.num_kv_heads}), and vlm.head_dim ({vlm.head_dim}) must be even"
+            )
+        if self.expert.width % 2:
+            raise UserError(
+                f"expert.width ({self.expert.width}) must be even: half sines, half cosines of time"
             )
 
     def _translate_retired(self) -> None:

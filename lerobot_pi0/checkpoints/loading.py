@@ -58,7 +58,10 @@ class Source:
         dtypes = {name: None if keeps(parameter) else dtype for name, parameter in network.named_parameters()}
         if self.is_below_adapters:
             dtypes |= adapters.dtypes_in_full(network, self.config)
-        load_weights(network, self.base.checkpoint, dtypes, self.config.device)
+        try:
+            load_weights(network, self.base.checkpoint, dtypes, self.config.device)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.folder}: {error}") from error
         logger.info("%d tensors from %s, all of them used", len(self.base.checkpoint), self.folder)
 
 

@@ -90,7 +90,7 @@ def check_processors(folder: Path) -> None:
 def _check_step(file: Path, step: dict[str, Any]) -> None:
     """Raises CheckpointError for a step that is not one of `STEPS`, and a state file outside the folder."""
     name, state = step.get("registry_name"), step.get("state_file")
-    if name not in STEPS:
+    if not isinstance(name, str) or name not in STEPS:
         raise CheckpointError(
             f"{file} names the step {name or step.get('class')!r}, which is not loaded: a checkpoint must "
             f"not run code of its own, and a policy of this type has only {sorted(STEPS)}. Delete the step "
@@ -109,8 +109,13 @@ def _read_statistics(file: Path, has_epsilon: bool) -> dict[str, Tensor]:
         if not value.is_floating_point():
             continue
         spread = value if statistic == "std" else None
-        if statistic in ENDS and f"{key}.{ENDS[statistic]}" in tensors:
-            spread = value - tensors[f"{key}.{ENDS[statistic]}"]
+        if (low := tensors.get(f"{key}.{ENDS.get(statistic)}")) is not None:
+            if (low.shape, low.dtype) != (value.shape, value.dtype):
+                raise CheckpointError(
+                    f"{file} has '{name}' and '{key}.{ENDS[statistic]}' of different shapes or types "
+                    f"({tuple(value.shape)} {value.dtype}, {tuple(low.shape)} {low.dtype}): {COPY_AGAIN}"
+                )
+            spread = value - low
         bad = ~value.isfinite()
         if spread is not None:
             bad |= spread < 0 if has_epsilon else spread <= 0

@@ -59,7 +59,8 @@ class ActionSpace:
         if bad := not_finite(actions, self.names):
             raise UserError(
                 f"the policy returned NaN or Inf for {bad} from a finite observation; no action was sent. "
-                "Its weights are damaged, or overflow: `lerobot-pi0 doctor --policy.path=...` checks them"
+                "Its weights are damaged, or overflow: `lerobot-pi0 doctor "
+                f"--policy.path={self.config.pretrained_path or '...'}` checks them"
             )
         return self.held(actions)
 

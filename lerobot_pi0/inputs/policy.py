@@ -75,6 +75,10 @@ def load_policy(flags: PolicyFlags) -> LoadedPolicy:
     Raises FileNotFoundError or CheckpointError that says what is wrong.
     """
     config, folder = read_config(flags)
+    try:
+        config.validate_features()
+    except UserError as error:
+        raise CheckpointError(f"the config.json of '{flags.path}' cannot be used: {error}") from error
     for name in PIPELINES:
         if not (folder / name).is_file():
             raise CheckpointError(
@@ -95,8 +99,8 @@ def load_policy(flags: PolicyFlags) -> LoadedPolicy:
             pretrained_path=str(folder),
             preprocessor_overrides={"device_processor": {"device": config.device}},
         )
-    except UserError:
-        raise
+    except UserError as error:
+        raise CheckpointError(f"the processors in '{flags.path}' cannot be loaded: {error}") from error
     except (KeyError, TypeError, ValueError) as error:  # LeRobot's, of a step's settings
         raise CheckpointError(
             f"the processors in '{flags.path}' cannot be loaded ({error}): {COPY_AGAIN}"

@@ -28,13 +28,6 @@ class GemmaConfig:
     head_dim: int = 256
     vocab_size: int = 257152
 
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads or self.head_dim % 2:
-            raise ValueError(
-                f"vlm.num_heads ({self.num_heads}) must be a multiple of vlm.num_kv_heads "
-                f"({self.num_kv_heads}), and vlm.head_dim ({self.head_dim}) must be even"
-            )
-
 
 @dataclass(frozen=True)
 class ExpertConfig:
@@ -42,10 +35,6 @@ class ExpertConfig:
 
     width: int = 1024
     mlp_dim: int = 4096
-
-    def __post_init__(self) -> None:
-        if self.width % 2:
-            raise ValueError(f"expert.width ({self.width}) must be even: half sines, half cosines of time")
 
 
 # "_" and not "t": keys are given to a layer before its own are appended, fewer than its mask has places.

@@ -26,13 +26,6 @@ class SiglipConfig:
     mlp_dim: int = 4304
     num_heads: int = 16
 
-    def __post_init__(self) -> None:
-        if self.image_size % self.patch_size or self.width % self.num_heads:
-            raise ValueError(
-                f"vision.image_size ({self.image_size}) must be a multiple of vision.patch_size "
-                f"({self.patch_size}), and vision.width ({self.width}) of vision.num_heads ({self.num_heads})"
-            )
-
     @property
     def num_tokens(self) -> int:
         """Tokens per image: one for each patch, without pooling."""

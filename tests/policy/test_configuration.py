@@ -19,6 +19,7 @@ from lerobot_pi0.configuration_pi0 import ReferenceState, assign_cameras
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.lerobot_compat import parsing_failure
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
+from lerobot_pi0.tools.flags import LanguageConfig
 from lerobot_pi0.training.schedule import CosineAfterWarmupConfig
 
 
@@ -91,7 +92,18 @@ def test_impossible_settings_name_their_flag(changes, message):
 
 @pytest.mark.parametrize(
     "flag",
-    ["n_action_steps=99", "ema_decay=1", "rtc_training_max_delay=50", "tokenizer_max_length=2"],
+    [
+        "n_action_steps=99",
+        "ema_decay=1",
+        "rtc_training_max_delay=50",
+        "tokenizer_max_length=2",
+        "vision.image_size=30",
+        "vision.num_heads=7",
+        "vlm.num_kv_heads=3",
+        "vlm.head_dim=15",
+        "vlm.depth=0",
+        "expert.width=33",
+    ],
 )
 def test_impossible_settings_are_reported_by_name_and_not_as_a_class_that_was_not_made(flag, monkeypatch):
     """From the command line of lerobot-train, before it loads the dataset."""
@@ -105,8 +117,8 @@ def test_impossible_settings_are_reported_by_name_and_not_as_a_class_that_was_no
 
 def test_what_a_dataclass_objects_to_is_found_in_draccus_error():
     with pytest.raises(draccus.ParsingError) as raised:
-        draccus.parse(Pi0Config, args=["--vision.image_size=30"])
-    assert "image_size (30) must be a multiple" in str(parsing_failure(raised.value))
+        draccus.parse(LanguageConfig, args=["--num_samples=1"])
+    assert "--num_samples must be at least 2, got 1" in str(parsing_failure(raised.value))
 
 
 def test_other_errors_of_draccus_are_kept_as_they_are():
