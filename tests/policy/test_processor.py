@@ -276,7 +276,8 @@ def test_an_instruction_that_is_not_of_the_training_data_is_told_once_with_the_n
     caplog.clear()
     for _ in range(2):
         policy.predict_action_chunk(batch(3))  # "open the door", "close the drawer", "push"
-    (message,) = caplog.messages
+    # LeRobot's own set-up of logging, of another test in this process, may let INFO through.
+    (message,) = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert "the instruction 'push' is none of the training data's" in message
     assert "'open the door'" in message
 
