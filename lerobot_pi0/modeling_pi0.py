@@ -140,7 +140,7 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
         # Adapters have their tokenizer with them, and so has a checkpoint of ours. That of another one is
         # gated: raise before gigabytes of weights are fetched.
         needs_tokenizer = trains and isinstance(config, Pi0Config) and not adapters.loads_adapters(config)
-        if needs_tokenizer and loading.read_policy_type(find(ignore_patterns="*.safetensors")) != cls.name:
+        if needs_tokenizer and not loading.is_own(str(cls.name), name, find(ignore_patterns="*.safetensors")):
             load_tokenizer(config.tokenizer)
         folder = find(force_download=force_download)
         source = loading.open_source(str(cls.name), name, folder, config, revision)

@@ -14,11 +14,9 @@ import torch
 from torch import nn
 
 from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WHOLE, Checkpoint, find_checkpoint
-from lerobot_pi0.checkpoints.layouts import PROJECTIONS
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, open_safetensors, read_json
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import CheckpointError, MissingFileError, UserError
-from lerobot_pi0.model import Pi0
 
 RANK = 16  # openpi's for the language model; its expert has twice that
 _LINEAR = r"(q|k|v|o|gate|up|down)_proj"
@@ -44,14 +42,17 @@ class Base:
         return cls(str(name), commit, checkpoint)
 
 
-def default_targets() -> dict[str, Any]:
+def default_targets(network: nn.Module) -> dict[str, Any]:
     """What adapts where `--peft` does not say: openpi's choice, attention and MLP of both stacks.
 
-    What embeds state and actions, and what reads actions, trains in full.
+    What embeds state, actions and time, and what reads actions, trains in full. Adaptive norms stay as they
+    are.
     """
     return {
         "target_modules": rf"model\.(vlm|expert)\.layers\.\d+\.{_LINEAR}",
-        "modules_to_save": list(PROJECTIONS),
+        "modules_to_save": [
+            name for name, module in network.named_children() if isinstance(module, nn.Linear)
+        ],
     }
 
 
@@ -61,7 +62,7 @@ def lora_settings(config: Pi0Config, given: Mapping[str, Any]) -> dict[str, Any]
     `r` (LeRobot's default is 16, as openpi's) is the rank in the language model; the expert has twice that.
     alpha is the rank of each stack, as in openpi; `lora_alpha`, if given, is that of both.
     With `target_modules` both mean what PEFT says, but alpha is still `r` if not given.
-    `full_training_modules` replaces the five projections of state and actions ([] for none).
+    `full_training_modules` replaces the projections around the expert ([] for none).
     What `--policy.freeze` names, or what has no influence on the actions, gets no adapters, whatever the
     targets: with freeze=vlm the expert alone does, and the language model runs without a graph.
     Raises ValueError for another method than LoRA.
@@ -179,7 +180,7 @@ def name_base(peft_model: Any, config: Pi0Config, base: Base) -> None:
     config.base_fingerprint = base.checkpoint.fingerprint()
 
 
-def dtypes_in_full(model: Pi0, config: Pi0Config) -> dict[str, torch.dtype]:
+def dtypes_in_full(model: nn.Module, config: Pi0Config) -> dict[str, torch.dtype]:
     """Parameters that the config's adapters replace: PEFT copies a value into what the base holds there, and
     in bfloat16 it would be rounded."""
     assert config.pretrained_path is not None

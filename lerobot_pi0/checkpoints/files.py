@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lerobot_pi0.checkpoints.layouts import from_published, unused_head
+from lerobot_pi0.checkpoints.layouts import family_of, from_published, unused_head
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json
 from lerobot_pi0.errors import CheckpointError, MissingFileError
 
@@ -140,6 +140,7 @@ def find_checkpoint(name: str | Path, also: Sequence[str] = (), **download: Any)
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a checkpoint folder by our names: one `model.safetensors`, or shards with an index.
 
+    `family`: the model that they are of.
     The files are held open: the tensors stay those of now when the folder is saved over, moved or deleted.
     Each access maps its tensor into memory anew: what was read of it is given back when it is dropped.
     Raises FileNotFoundError when there is none, CheckpointError for a damaged file, a missing shard, a
@@ -189,6 +190,7 @@ class Checkpoint(Mapping[str, Tensor]):
                 raise CheckpointError(f"{twice[0]} stands in {other} and in {file}: keep one of them")
             places |= {name: (file, name) for name in held}
         self.is_ours = "model.token_embedding.weight" in places
+        self.family = family_of(places)
         self._places = from_published(places)
         head = unused_head(places)
         self._head = None if head is None else places[head]

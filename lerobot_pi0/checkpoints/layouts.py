@@ -1,12 +1,13 @@
-"""Names of tensors in published π0 checkpoints ↔ names here, and the reading of checkpoint files.
+"""Names of tensors in published π0 and π0.5 checkpoints ↔ names here, by model (`Family`).
 
-Knows no LeRobot. Every torch layout in use is a renaming of openpi's PyTorch one, so there is a single table;
-a JAX checkpoint, which stacks its layers, has another. Loading is strict: what is missing, left over or of
-another shape is an error with names.
+Knows no LeRobot. Every torch layout in use is a renaming of openpi's PyTorch one, so there is a single table
+per family; a JAX checkpoint, which stacks its layers, has another. Loading is strict: what is missing, left
+over or of another shape is an error with names.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from lerobot_pi0.errors import CheckpointError
 
@@ -15,16 +16,9 @@ _VISION = _VLM + "vision_tower.vision_model."
 _LANGUAGE = _VLM + "language_model."
 _EXPERT = "paligemma_with_expert.gemma_expert.model."
 _VLM_HEAD = "paligemma_with_expert.paligemma.lm_head.weight"
-PROJECTIONS = (
-    "state_proj",
-    "action_in_proj",
-    "action_time_mlp_in",
-    "action_time_mlp_out",
-    "action_out_proj",
-)
 
 # Modules, openpi's PyTorch name → ours. "#" is a layer's number. Parameters below a module keep their names.
-_MODULES = {
+_SHARED = {
     _VISION + "embeddings.patch_embedding": "vision.patch_embedding",
     _VISION + "encoder.layers.#.layer_norm1": "vision.layers.#.attention_norm",
     _VISION + "encoder.layers.#.layer_norm2": "vision.layers.#.mlp_norm",
@@ -38,24 +32,72 @@ _MODULES = {
     _VLM + "multi_modal_projector.linear": "vision.projector",
     _LANGUAGE + "embed_tokens": "token_embedding",
     **{
-        theirs + name: ours + renamed
+        f"{theirs}layers.#.{name}_proj": f"{ours}layers.#.{name.rpartition('.')[2]}_proj"
         for theirs, ours in ((_LANGUAGE, "vlm."), (_EXPERT, "expert."))
-        for name, renamed in {
-            "layers.#.input_layernorm": "layers.#.attention_norm",
-            "layers.#.self_attn.q_proj": "layers.#.q_proj",
-            "layers.#.self_attn.k_proj": "layers.#.k_proj",
-            "layers.#.self_attn.v_proj": "layers.#.v_proj",
-            "layers.#.self_attn.o_proj": "layers.#.o_proj",
-            "layers.#.post_attention_layernorm": "layers.#.mlp_norm",
-            "layers.#.mlp.gate_proj": "layers.#.gate_proj",
-            "layers.#.mlp.up_proj": "layers.#.up_proj",
-            "layers.#.mlp.down_proj": "layers.#.down_proj",
-            "norm": "norm",
-        }.items()
+        for name in (*(f"self_attn.{x}" for x in "qkvo"), *(f"mlp.{x}" for x in ("gate", "up", "down")))
     },
-    **{name: name for name in PROJECTIONS},
 }
 _PARAMETERS = {_VISION + "embeddings.position_embedding.weight": "vision.position_embedding"}
+# The expert's text head (or table), in published files but never used.
+_UNUSED = r"^paligemma_with_expert\.gemma_expert\.(lm_head|model\.embed_tokens)\."
+
+
+def _norms(theirs: str, ours: str, parameters: str = "") -> dict[str, str]:
+    """The norms of a stack. `parameters`: the module in each norm that holds them, if it is not the norm."""
+    names = {
+        "layers.#.input_layernorm": "layers.#.attention_norm",
+        "layers.#.post_attention_layernorm": "layers.#.mlp_norm",
+        "norm": "norm",
+    }
+    return {f"{theirs}{name}{parameters}": f"{ours}{new}{parameters}" for name, new in names.items()}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model, and the names of its tensors in published checkpoints."""
+
+    name: str
+    type: str  # of its policy here
+    in_tree: str  # LeRobot's own policy type for it
+    projections: tuple[str, ...]  # linear layers around the expert, which have the same names everywhere
+    adaptive: bool  # whether the expert's norms are linear layers over a condition
+    unused: re.Pattern[str]  # in published files, and never used
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """openpi's PyTorch names → ours, as in `_SHARED`."""
+        expert = _norms(_EXPERT, "expert.", ".dense" if self.adaptive else "")
+        return _SHARED | _norms(_LANGUAGE, "vlm.") | expert | {name: name for name in self.projections}
+
+
+PI0 = Family(
+    name="π0",
+    type="lerobot_pi0",
+    in_tree="pi0",
+    projections=(
+        "state_proj",
+        "action_in_proj",
+        "action_time_mlp_in",
+        "action_time_mlp_out",
+        "action_out_proj",
+    ),
+    adaptive=False,
+    # With sinusoids, and old LeRobot's statistics.
+    unused=re.compile(
+        rf"{_UNUSED}|^sinusoid_embeds\.|^(normalize_inputs|normalize_targets|unnormalize_outputs)\."
+    ),
+)
+PI05 = Family(
+    name="π0.5",
+    type="lerobot_pi05",
+    in_tree="pi05",
+    projections=("action_in_proj", "time_mlp_in", "time_mlp_out", "action_out_proj"),
+    adaptive=True,
+    unused=re.compile(_UNUSED),
+)
+FAMILIES = (PI0, PI05)
+_OF_PI05 = re.compile(r"(^|[./])time_mlp_in[./]|norm\.dense\.|norm_1/Dense_0/")  # and of no other family
+_OTHERS = {"SmolVLA": re.compile(r"(^|\.)vlm_with_expert\.")}
 
 # Other layouts, `model.` prefix off → openpi's PyTorch one: LeRobot up to 0.3; transformers' π0, whose
 # files have other names than its state_dict.
@@ -67,31 +109,23 @@ _TO_OPENPI = (
     (r"^dit\.", _EXPERT),
     (r"^embed_action_time\.", ""),
 )
-# In published files but never used: the expert's text head (or table), sinusoids, old LeRobot's statistics.
-_UNUSED = re.compile(
-    r"^paligemma_with_expert\.gemma_expert\.(lm_head|model\.embed_tokens)\."
-    r"|^sinusoid_embeds\.|^(normalize_inputs|normalize_targets|unnormalize_outputs)\."
-)
-_FAMILIES = {
-    "π0.5": re.compile(r"(^|[./])time_mlp_in[./]|layernorm\.dense\.|pre_attention_norm_1/Dense_0"),
-    "SmolVLA": re.compile(r"(^|\.)vlm_with_expert\."),
-}
 
 
 def from_published[T](state_dict: Mapping[str, T]) -> dict[str, T]:
-    """Tensors of a published π0 checkpoint under the names of `Pi0`; a file of ours passes through.
+    """Tensors of a published checkpoint under the names of its network; a file of ours passes through.
 
-    Layouts: ours; openpi PyTorch; LeRobot in-tree 0.6 (with or without `model.`); LeRobot up to 0.3;
-    transformers' π0. The embedding may be stored under the tied text head's name. Raises CheckpointError for
-    another family.
+    Layouts: ours; openpi PyTorch; LeRobot in-tree 0.6 (with or without `model.`); of π0 also LeRobot up to
+    0.3, and transformers'. The embedding may be stored under the tied text head's name. Raises
+    CheckpointError for another family.
     """
-    refuse_other_families(state_dict)
+    family = family_of(state_dict)
+    modules = family.modules
     named = _renamed(state_dict, _to_openpi)
     head = named.pop(_VLM_HEAD, None)
     if head is not None:
         named.setdefault(_LANGUAGE + "embed_tokens.weight", head)
-    used = {name: tensor for name, tensor in named.items() if not _UNUSED.search(name)}
-    return _renamed(used, _ours)
+    used = {name: tensor for name, tensor in named.items() if not family.unused.search(name)}
+    return _renamed(used, lambda name: _PARAMETERS.get(name) or _rename_module(name, modules))
 
 
 def unused_head(names: Iterable[str]) -> str | None:
@@ -104,7 +138,7 @@ def unused_head(names: Iterable[str]) -> str | None:
 
 def to_openpi[T](state_dict: Mapping[str, T]) -> dict[str, T]:
     """The reverse: names of openpi's PyTorch checkpoint, the embedding under the tied text head's name."""
-    back = {ours: theirs for theirs, ours in _MODULES.items()}
+    back = {ours: theirs for theirs, ours in family_of(state_dict).modules.items()}
     parameters = {ours: theirs for theirs, ours in _PARAMETERS.items()}
     named = {
         parameters.get(name) or _rename_module(name, back): tensor for name, tensor in state_dict.items()
@@ -118,7 +152,7 @@ def _renamed[T](tensors: Mapping[str, T], rename: Callable[[str], str]) -> dict[
     theirs: dict[str, str] = {}
     for name in tensors:
         if (other := theirs.setdefault(rename(name), name)) != name:
-            raise CheckpointError(f"'{other}' and '{name}' are the same tensor of π0: delete one of them")
+            raise CheckpointError(f"'{other}' and '{name}' are the same tensor: delete one of them")
     return {new: tensors[name] for new, name in theirs.items()}
 
 
@@ -131,10 +165,6 @@ def _to_openpi(name: str) -> str:
     return name
 
 
-def _ours(name: str) -> str:
-    return _PARAMETERS.get(name) or _rename_module(name, _MODULES)
-
-
 def _rename_module(name: str, table: Mapping[str, str]) -> str:
     """Rename by the module's pattern; an unknown name stays, and strict loading then reports it."""
     module, _, parameter = name.rpartition(".")
@@ -145,18 +175,29 @@ def _rename_module(name: str, table: Mapping[str, str]) -> str:
     return f"{renamed if number is None else renamed.replace('#', number.group())}.{parameter}"
 
 
-def refuse_other_families(names: Iterable[str]) -> None:
-    """Raise CheckpointError if tensors of these names belong to another model than π0."""
+def family_of(names: Iterable[str]) -> Family:
+    """The model that tensors of these names belong to. π0 if nothing speaks for another one: loading then
+    says what is missing.
+
+    Raises CheckpointError for a model that has no policy here.
+    """
     names = list(names)
-    for family, signature in _FAMILIES.items():
-        found = next((name for name in names if signature.search(name)), None)
-        if found:
+    known = " or ".join(family.name for family in FAMILIES)
+    for other, signature in _OTHERS.items():
+        if found := next(filter(signature.search, names), None):
             raise CheckpointError(
-                f"this is a {family} checkpoint (it holds '{found}'), not π0: take LeRobot's policy for it"
+                f"this is a {other} checkpoint (it holds '{found}'), not {known}: take LeRobot's policy for "
+                "it"
             )
     language_model = any("language_model" in name or "PaliGemma/llm" in name for name in names)
     if language_model and not any("action_in_proj" in name for name in names):
         raise CheckpointError(
             "this checkpoint has a language model but no action expert (no 'action_in_proj'): "
-            "it is π0-FAST or a plain PaliGemma, not π0"
+            f"it is π0-FAST or a plain PaliGemma, not {known}"
         )
+    return PI05 if any(map(_OF_PI05.search, names)) else PI0
+
+
+def family_of_type(policy_type: str | None) -> Family | None:
+    """The model of a policy of this type, ours or LeRobot's own; None where it is none of them."""
+    return next((family for family in FAMILIES if policy_type in (family.type, family.in_tree)), None)

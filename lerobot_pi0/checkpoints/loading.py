@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from lerobot_pi0.checkpoints import adapters
 from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, Checkpoint, find_checkpoint, load_weights
 from lerobot_pi0.checkpoints.golden_actions import GOLDEN_ACTIONS_FILE
+from lerobot_pi0.checkpoints.layouts import Family, family_of_type
 from lerobot_pi0.checkpoints.processors import check_processors
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import CheckpointError
 from lerobot_pi0.lerobot_compat import build_new_processors
-from lerobot_pi0.model import Pi0
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Source:
         """Where the normalization statistics are: an adapter's folder has its own, not those of its base."""
         return self.config.pretrained_path if self.is_below_adapters else self.folder
 
-    def load(self, network: Pi0, dtype: torch.dtype, keeps: Callable[[nn.Parameter], bool]) -> None:
+    def load(self, network: nn.Module, dtype: torch.dtype, keeps: Callable[[nn.Parameter], bool]) -> None:
         """Put the weights into a network on the meta device, in this dtype, or in the file's where `keeps`
         says so.
 
@@ -74,9 +74,10 @@ def open_source(
     were not trained over.
     """
     if config is None:
-        found = read_policy_type(folder)
-        if found != policy_type:
+        if not is_own(policy_type, name, folder):
+            found = read_policy_type(folder)
             kind = f"a policy of type '{found}'" if found else "no LeRobot policy"
+            _check_family(policy_type, name, Checkpoint(folder).family)
             raise CheckpointError(
                 f"'{name}' is {kind}. To take its weights for this policy, give it a config: "
                 f"--policy.type={policy_type} --policy.pretrained_path={name}"
@@ -85,6 +86,7 @@ def open_source(
     if not isinstance(config, Pi0Config):
         raise TypeError(f"config is a {type(config).__name__}, this policy takes a Pi0Config")
     source = Source(folder, config, adapters.Base.of(name, revision, folder, Checkpoint(folder)))
+    _check_family(policy_type, name, source.base.checkpoint.family)
     # LeRobot's commands load the pipelines next: those of the adapters, or the checkpoint's own.
     if source.is_below_adapters:
         assert config.pretrained_path is not None
@@ -101,6 +103,28 @@ def open_source(
         build_new_processors(config)
         logger.info("weights of another layout: the processors are new, and --rename_map has no effect")
     return source
+
+
+def is_own(policy_type: str, name: str | Path, folder: Path) -> bool:
+    """Whether a checkpoint is one of this policy's own, by its config: its weights need not be there yet.
+
+    Raises CheckpointError for a checkpoint of the other model, π0 or π0.5.
+    """
+    found = read_policy_type(folder)
+    if family := family_of_type(found):
+        _check_family(policy_type, name, family)
+    return found == policy_type
+
+
+def _check_family(policy_type: str, name: str | Path, found: Family) -> None:
+    """Raises CheckpointError for a checkpoint of another model than the policy's."""
+    wanted = family_of_type(policy_type)
+    if wanted is not None and found is not wanted:
+        raise CheckpointError(
+            f"'{name}' is a checkpoint of {found.name}, and --policy.type={policy_type} is {wanted.name}: "
+            f"their action experts differ. Set --policy.type={found.type}, or start from a checkpoint of "
+            f"{wanted.name}"
+        )
 
 
 def read_policy_type(folder: Path) -> str | None:

@@ -35,7 +35,7 @@ class PeftHooks:
         return self._build_peft_config(settings)
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
-        return adapters.default_targets()
+        return adapters.default_targets(self.model)
 
     def _build_peft_config(self, cli_overrides: dict) -> Any:
         parent: Any = super()

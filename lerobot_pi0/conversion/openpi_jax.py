@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lerobot_pi0.checkpoints.layouts import PROJECTIONS, refuse_other_families
+from lerobot_pi0.checkpoints.layouts import Family, family_of
 from lerobot_pi0.errors import CheckpointError
 
 
@@ -26,12 +26,12 @@ def openpi_jax_parts(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, JaxPart
     Leaf by leaf and layer by layer, so that who reads in this order reads everything once.
     Raises CheckpointError for a leaf it does not know, LoRA leaves among them: merge those first.
     """
-    refuse_other_families(leaves)
-    parts = {}
+    family = family_of(leaves)
+    known, parts = _jax_leaves(family), {}
     for path, shape in leaves.items():
-        if path not in _JAX_LEAVES:
-            raise CheckpointError(f"'{path}' {shape} is no leaf of a plain π0 checkpoint of openpi")
-        cuts = _JAX_LEAVES[path].items()
+        if path not in known:
+            raise CheckpointError(f"'{path}' {shape} is no leaf of openpi's plain {family.name} checkpoints")
+        cuts = known[path].items()
         if "#" not in next(iter(cuts))[0]:
             parts |= {name: JaxPart(path, None, cut) for name, cut in cuts}
             continue
@@ -48,7 +48,7 @@ def as_tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array)
 
 
-def _jax_leaves() -> dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]]:
+def _jax_leaves(family: Family) -> dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]]:
     """Leaves of an openpi JAX checkpoint → our names, each with how its array is cut from the leaf.
 
     "#" in a name: layers are stacked in front, and the cut is of one layer. JAX kernels are [in, out],
@@ -86,7 +86,7 @@ def _jax_leaves() -> dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]]:
         (block + "MlpBlock_0/Dense_0", "vision.layers.#.up_proj"),
         (block + "MlpBlock_0/Dense_1", "vision.layers.#.down_proj"),
         (image + "head", "vision.projector"),
-        *((name, name) for name in PROJECTIONS),
+        *((name, name) for name in family.projections),
     ):
         leaves |= {f"{theirs}/kernel": {f"{ours}.weight": kernel}, f"{theirs}/bias": {f"{ours}.bias": same}}
     for theirs, ours in (
@@ -109,11 +109,15 @@ def _jax_leaves() -> dict[str, dict[str, Callable[[np.ndarray], np.ndarray]]]:
                 ours + "up_proj.weight": lambda a: a[1].T,
             },
             f"{theirs}mlp{suffix}/linear": {ours + "down_proj.weight": kernel},
-            f"{theirs}pre_attention_norm{suffix}/scale": {ours + "attention_norm.weight": same},
-            f"{theirs}pre_ffw_norm{suffix}/scale": {ours + "mlp_norm.weight": same},
-            f"PaliGemma/llm/final_norm{suffix}/scale": {f"{stack}.norm.weight": same},
         }
+        for norm, name in (
+            (f"{theirs}pre_attention_norm{suffix}", ours + "attention_norm"),
+            (f"{theirs}pre_ffw_norm{suffix}", ours + "mlp_norm"),
+            (f"PaliGemma/llm/final_norm{suffix}", f"{stack}.norm"),
+        ):
+            if family.adaptive and stack == "expert":
+                leaves[f"{norm}/Dense_0/kernel"] = {f"{name}.dense.weight": kernel}
+                leaves[f"{norm}/Dense_0/bias"] = {f"{name}.dense.bias": same}
+            else:
+                leaves[f"{norm}/scale"] = {f"{name}.weight": same}
     return leaves
-
-
-_JAX_LEAVES = _jax_leaves()

@@ -15,7 +15,7 @@ from transformers import PI0Config as NativeConfig
 from transformers import PI0ForConditionalGeneration
 
 from lerobot_pi0.checkpoints.files import Checkpoint, load_weights
-from lerobot_pi0.checkpoints.layouts import from_published, to_openpi
+from lerobot_pi0.checkpoints.layouts import PI0, PI05, family_of, from_published, to_openpi
 from lerobot_pi0.conversion.convert import convert
 from lerobot_pi0.conversion.flags import ConvertConfig
 from lerobot_pi0.errors import CheckpointError
@@ -25,6 +25,7 @@ from lerobot_pi0.modeling_pi0 import Pi0Policy
 PALIGEMMA = "paligemma_with_expert.paligemma."
 TABLE = PALIGEMMA + "model.language_model.embed_tokens.weight"
 HEAD = PALIGEMMA + "lm_head.weight"
+EXPERT_MODEL = "paligemma_with_expert.gemma_expert.model."
 EXPERT_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
 
 # One of each kind of tensor, written by hand: shapes alone would not tell keys from values, or gate from up.
@@ -68,7 +69,7 @@ EXPERT_NAMES = {
 }
 OPENPI = (
     {PALIGEMMA + theirs: ours for theirs, ours in NAMES.items()}
-    | {f"paligemma_with_expert.gemma_expert.model.{theirs}": ours for theirs, ours in EXPERT_NAMES.items()}
+    | {EXPERT_MODEL + theirs: ours for theirs, ours in EXPERT_NAMES.items()}
     | {
         f"{name}.{kind}": f"{name}.{kind}"
         for name in (
@@ -391,19 +392,13 @@ def test_jax_paths_as_openpi_training_saves_them():
 
 def test_jax_lora_leaves_are_refused_by_name():
     leaves = random_jax_leaves() | {"PaliGemma/llm/layers/attn/q_einsum/lora_a": np.zeros((2, 4, 10, 3))}
-    with pytest.raises(CheckpointError, match=r"q_einsum/lora_a.*no leaf of a plain π0"):
+    with pytest.raises(CheckpointError, match=r"q_einsum/lora_a.*no leaf of openpi's plain π0"):
         from_openpi_jax(leaves)
 
 
 @pytest.mark.parametrize(
     ("family", "names"),
     [
-        ("π0.5", ["action_in_proj.weight", "time_mlp_in.weight"]),
-        ("π0.5", ["model.time_mlp_in.bias"]),
-        (
-            "π0.5",
-            ["model.paligemma_with_expert.gemma_expert.model.layers.0.input_layernorm.dense.weight"],
-        ),
         (
             "SmolVLA",
             ["model.vlm_with_expert.lm_expert.norm.weight", "model.action_in_proj.bias"],
@@ -417,22 +412,29 @@ def test_other_families_are_recognised_by_name(family, names):
         from_published({name: torch.zeros(1) for name in names})
 
 
+def test_other_families_are_recognised_in_jax():
+    with pytest.raises(CheckpointError, match=r"π0-FAST.*not π0"):
+        from_openpi_jax({"PaliGemma/llm/layers/attn/q_einsum/w": np.zeros((2, 4, 10, 3))})
+
+
 @pytest.mark.parametrize(
-    ("family", "path"),
+    ("family", "names"),
     [
-        ("π0.5", "PaliGemma/llm/layers/pre_attention_norm_1/Dense_0/kernel"),
-        ("π0.5", "time_mlp_in/kernel"),
-        ("π0-FAST", "PaliGemma/llm/layers/attn/q_einsum/w"),
+        (PI05, ["action_in_proj.weight", "time_mlp_in.weight"]),
+        (PI05, ["model.time_mlp_in.bias"]),
+        (PI05, ["time_mlp_in/kernel"]),
+        (PI05, [f"model.{EXPERT_MODEL}layers.0.input_layernorm.dense.weight", "action_in_proj.weight"]),
+        (PI05, ["PaliGemma/llm/layers/pre_attention_norm_1/Dense_0/kernel", "action_in_proj/kernel"]),
+        (PI05, ["model.expert.layers.0.mlp_norm.dense.bias"]),
+        # It holds π0.5's `time_mlp_in` as a part.
+        (PI0, ["action_time_mlp_in.weight", "state_proj.weight"]),
+        (PI0, ["model.action_time_mlp_in.weight"]),
+        (PI0, ["PaliGemma/img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel"]),
+        (PI0, [f"{EXPERT_MODEL}layers.0.input_layernorm.weight"]),
     ],
 )
-def test_other_families_are_recognised_in_jax(family, path):
-    with pytest.raises(CheckpointError, match=f"{family}.*not π0"):
-        from_openpi_jax({path: np.zeros((2, 4, 10, 3))})
-
-
-def test_pi0_itself_is_no_other_family(in_tree):
-    """`action_time_mlp_in` holds π0.5's `time_mlp_in` as a part."""
-    assert "action_time_mlp_in.weight" in from_published(in_tree)
+def test_the_model_is_recognised_by_any_tensor_that_the_other_has_not(family, names):
+    assert family_of(names) is family
 
 
 def test_unfit_tensors_are_counted_and_named():

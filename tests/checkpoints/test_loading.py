@@ -152,7 +152,6 @@ def test_other_sizes_than_the_configs_name_both(saved):
 @pytest.mark.parametrize(
     ("family", "name"),
     [
-        ("π0.5", "model.time_mlp_in.weight"),
         ("π0-FAST", "model.paligemma_with_expert.paligemma.model.language_model.norm.weight"),
         ("SmolVLA", "model.vlm_with_expert.lm_expert.norm.weight"),
     ],
@@ -161,6 +160,23 @@ def test_checkpoint_of_another_family_is_named(tmp_path, family, name):
     save_file({name: torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=f"{family}.*not π0"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("train", [{}, TRAINING])
+@pytest.mark.parametrize("config", [{"type": "pi05"}, {"type": "lerobot_pi05"}, {"action_dim": 32}])
+def test_checkpoint_of_the_other_model_names_its_policy_type(tmp_path, config, train):
+    save_file({"time_mlp_in.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"is a checkpoint of π0\.5.*Set --policy\.type=lerobot_pi05"):
+        load(tmp_path, **train)
+    with pytest.raises(CheckpointError, match=r"is a checkpoint of π0\.5.*Set --policy\.type=lerobot_pi05"):
+        Pi0Policy.from_pretrained(tmp_path, **train)
+
+
+def test_the_other_model_is_refused_before_its_weights_are_fetched(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"type": "pi05"}))
+    with pytest.raises(CheckpointError, match=r"Set --policy\.type=lerobot_pi05"):
+        load(tmp_path, **TRAINING)
 
 
 def test_policy_of_another_type_says_how_to_take_its_weights(published):
