@@ -134,15 +134,22 @@ def policy_path(arguments: Sequence[str]) -> tuple[str, str | None] | None:
 # Training
 
 
-def chosen_episodes() -> str | None:
-    """`--dataset.episodes` of the command line, as it was typed; None without.
+def trained_episodes(dataset_meta: Any) -> list[int] | None:
+    """The episodes that are trained on, of the dataset with these metadata; None: all.
 
-    LeRobot hands a policy the metadata of the whole dataset, and not the choice (scripts/lerobot_train.py,
-    `make_policy`). A choice in the file of --config_path is not seen.
+    LeRobot hands a policy the metadata of the whole dataset, and not what --dataset.episodes and
+    --dataset.eval_split leave of it (scripts/lerobot_train.py, `train`). Whoever calls has the dataset that
+    these metadata belong to in a local variable: it is found in the frames of the callers, by identity.
     """
-    from lerobot.configs import parser
+    from lerobot.datasets import LeRobotDataset, StreamingLeRobotDataset
 
-    return parser.parse_arg("dataset.episodes")
+    frame = sys._getframe() if dataset_meta is not None else None
+    while frame is not None:
+        for value in list(frame.f_locals.values()):
+            if isinstance(value, LeRobotDataset | StreamingLeRobotDataset) and value.meta is dataset_meta:
+                return value.episodes
+        frame = frame.f_back
+    return None
 
 
 def normalize_by(dataset_meta: Any, statistics: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from huggingface_hub import ModelCard
@@ -31,7 +31,7 @@ from lerobot_pi0.sampling.guard import check_observation
 from lerobot_pi0.sampling.policy_sampler import PolicySampler
 from lerobot_pi0.sampling.sampler import Context
 from lerobot_pi0.training.augmentation import augment_observation
-from lerobot_pi0.training.ema import ParameterGroups, TrainedWeights
+from lerobot_pi0.training.ema import ParameterGroups, TrainedWeights, save_ema
 from lerobot_pi0.training.fsdp import is_sharded, whole_state
 from lerobot_pi0.training.lora import compute_as_given
 from lerobot_pi0.training.loss import flow_matching_loss, loss_figures, loss_per_sample
@@ -97,7 +97,7 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
             if isinstance(module, Layer):
                 module.gradient_checkpointing = config.gradient_checkpointing
         self.trained = TrainedWeights(config.ema_decay)
-        self.register_state_dict_post_hook(_with_ema)
+        self.register_state_dict_post_hook(save_ema)
         self.sampler = PolicySampler(self.model, config)
         self.action_space = ActionSpace(config)
         self.base: adapters.Base | None = None
@@ -361,6 +361,7 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
         state_dict = whole_state(self) if state_dict is None else state_dict
         if dist.is_available() and dist.is_initialized() and dist.get_rank():
             return
+        self.trained.check_finite(state_dict)
         # How this process runs the policy is no property of it.
         config = replace(self.config, backend="auto", rtc_config=None)
         loading.save(save_directory, config, state_dict)
@@ -391,9 +392,3 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
     def _frozen(self) -> list[torch.nn.Module]:
         vlm: list[torch.nn.Module] = [self.model.vision, self.model.token_embedding, self.model.vlm]
         return vlm[: {"nothing": 0, "vision": 1, "vlm": 3}[self.config.freeze]]
-
-
-def _with_ema(module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Whoever saves the policy, PEFT included, saves the EMA of what trained."""
-    for name, ema in cast(Pi0Policy, module).trained.ema().items():
-        state_dict[prefix + name] = ema

@@ -80,6 +80,8 @@ SOURCES = {
         "robot_wrapper = ThreadSafeRobot(robot)",
     ),
     "lerobot.scripts.lerobot_train:train": (
+        "dataset, eval_dataset = make_train_eval_datasets(cfg)",
+        "ds_meta=dataset.meta",
         'processor_kwargs["dataset_stats"] = dataset.meta.stats',
         "processor_pretrained_path = active_cfg.pretrained_path",
     ),

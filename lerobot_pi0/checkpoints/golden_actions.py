@@ -56,10 +56,21 @@ def golden_actions(config: Pi0Config, predict: Predict, inference_steps: int | N
 
 
 def write_golden_actions(folder: Path, config: Pi0Config, predict: Predict, device: torch.device) -> None:
-    """Leave the golden actions in a checkpoint's folder, with the versions and the device of now."""
+    """Leave the golden actions in a checkpoint's folder, with the versions and the device of now.
+
+    Actions that are NaN or infinite are no measure of any: they are warned about, and not written.
+    """
+    actions = golden_actions(config, predict)
+    if not actions.isfinite().all():
+        logger.warning(
+            "THIS POLICY'S ACTIONS ARE NaN OR INFINITE, though its weights are finite. %s is saved without "
+            "golden actions; do not run it on a robot",
+            folder,
+        )
+        return
     metadata = _environment(config, device) | {_STEPS: str(config.num_inference_steps)}
     unfinished = folder / f"{GOLDEN_ACTIONS_FILE}.unfinished"
-    save_file({"actions": golden_actions(config, predict)}, unfinished, metadata=metadata)
+    save_file({"actions": actions}, unfinished, metadata=metadata)
     unfinished.replace(folder / GOLDEN_ACTIONS_FILE)
 
 

@@ -39,6 +39,9 @@ NEEDED = dict(
     )
 )
 VECTORS = (OBS_STATE, ACTION)
+# No statistic in a robot's units is larger. With normalized actions within `action_space.LARGEST`,
+# unnormalized ones are finite in float32 (up to 3.4e38).
+LARGEST = 1e29
 
 
 def check_processors(folder: Path) -> None:
@@ -116,7 +119,7 @@ def _read_statistics(file: Path, has_epsilon: bool) -> dict[str, Tensor]:
                     f"({tuple(value.shape)} {value.dtype}, {tuple(low.shape)} {low.dtype}): {COPY_AGAIN}"
                 )
             spread = value - low
-        bad = ~value.isfinite()
+        bad = ~(value.abs() <= LARGEST)
         if spread is not None:
             bad |= spread < 0 if has_epsilon else spread <= 0
         if bad.any():

@@ -46,9 +46,7 @@ def merge(adapter: str, output: Path) -> tuple[float, float]:
     with unfinished_folder(output, "--output") as unfinished:
         folder = find_checkpoint(adapter)
         policy, device = _load(adapter, folder)
-        wanted = _chunk(policy)  # which refuses adapters that cannot be folded
-        policy.sampler.release()
-        policy.train()  # frees the sampler's copies of the weights
+        wanted = _chunk(policy)
         config = replace(
             policy.config,
             use_peft=False,
@@ -108,7 +106,10 @@ def _folded(policy: Pi0Policy, config: Pi0Config) -> Pi0Policy:
 
 
 def _chunk(policy: Pi0Policy) -> Tensor:
-    """Actions for a made-up observation and noise, always the same."""
+    """Actions for a made-up observation and noise, always the same, by the network as it is written down.
+
+    The sampler folds adapters as `merge` does, and would leave out what `merge` leaves out.
+    """
     config, generator = policy.config, torch.Generator().manual_seed(0)
     noise = torch.randn(1, config.chunk_size, config.max_action_dim, generator=generator)
-    return policy.predict_action_chunk(config.example_observation(), noise=noise)
+    return policy.predict_with_network(config.example_observation(), noise, config.num_inference_steps)

@@ -12,6 +12,10 @@ from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.sampling.guard import ChunkGuard, not_finite
 
+# Normalized actions beyond it are as damaged as infinite ones. Within it unnormalizing does not overflow
+# (`checkpoints.processors.LARGEST`).
+LARGEST = 1e8
+
 
 class ActionSpace:
     """Chunks (B, steps, size) as LeRobot has them, normalised and absolute; (B, steps, padded) as the
@@ -53,12 +57,16 @@ class ActionSpace:
         return actions
 
     def from_network(self, actions: Tensor, reference: Tensor | None) -> Tensor:
-        """What leaves the policy: absolute actions within the limits. Raises UserError for NaN and Inf."""
+        """What leaves the policy: absolute actions within the limits.
+
+        Raises UserError for NaN, Inf and numbers beyond `LARGEST`, so that unnormalizing gives finite ones.
+        """
         actions = actions[..., : self.size]
         actions = actions if reference is None else actions + reference[:, None]
-        if bad := not_finite(actions, self.names):
+        if bad := not_finite(actions, self.names, LARGEST):
             raise UserError(
-                f"the policy returned NaN or Inf for {bad} from a finite observation; no action was sent. "
+                f"the policy returned NaN, Inf or more than {LARGEST:g} for {bad} from a finite observation; "
+                "no action was sent. "
                 "Its weights are damaged, or overflow: `lerobot-pi0 doctor "
                 f"--policy.path={self.config.pretrained_path or '...'}` checks them"
             )

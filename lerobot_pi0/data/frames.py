@@ -17,13 +17,18 @@ def data_files(dataset: Any) -> list[Path]:
 
 
 def read_columns(
-    dataset: Any, columns: Sequence[str], indices: np.ndarray | None = None
+    dataset: Any,
+    columns: Sequence[str],
+    indices: np.ndarray | None = None,
+    episodes: Sequence[int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Columns (frames, dims) of a dataset's frames on disk, all or some, and "index" (frames,), ascending.
+    """Columns (frames, dims) of a dataset's frames on disk, all or those of `indices` and `episodes`, and
+    "index" (frames,), ascending.
 
     Empty when there are none.
     """
-    filters = None if indices is None else [("index", "in", {int(i) for i in indices})]
+    chosen = {"index": indices, "episode_index": episodes}
+    filters = [(name, "in", {int(i) for i in of}) for name, of in chosen.items() if of is not None] or None
     tables = [read_parquet(file, [*columns, "index"], filters) for file in data_files(dataset)]
     if not sum(table.num_rows for table in tables):
         return {}

@@ -123,10 +123,14 @@ def relative_statistics(
     }
 
 
-def relative_action_statistics(config: Pi0Config, absolute: dict[str, Any], dataset: Any) -> dict[str, Any]:
-    """The statistics of actions, those of relative joints computed from the dataset's frames."""
-    joints = relative_joints(config)
-    frames = {} if dataset is None else read_columns(dataset, [ACTION, OBS_STATE, "episode_index"])
+def relative_action_statistics(
+    config: Pi0Config, absolute: dict[str, Any], dataset: Any, episodes: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """The statistics of actions, those of relative joints computed from the dataset's frames, all or those of
+    `episodes`.
+    """
+    joints, columns = relative_joints(config), [ACTION, OBS_STATE, "episode_index"]
+    frames = {} if dataset is None else read_columns(dataset, columns, episodes=episodes)
     if not frames:
         raise UserError(
             "--policy.relative_actions=true needs the statistics of relative actions, which are computed "

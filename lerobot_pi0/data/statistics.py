@@ -6,6 +6,7 @@ there what `prepare_statistics` gives, and neither LeRobot's processors nor a fi
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lerobot.configs import NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, find_checkpoint
-from lerobot_pi0.checkpoints.processors import PIPELINES
+from lerobot_pi0.checkpoints.processors import LARGEST, PIPELINES
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, open_safetensors, read_json, read_state, read_steps
 from lerobot_pi0.configuration_pi0 import (
     Pi0Config,
@@ -44,11 +45,13 @@ def prepare_statistics(
     dataset: Any = None,
     checkpoint: str | Path | None = None,
     revision: str | None = None,
+    episodes: Sequence[int] | None = None,
 ) -> NormalizationStatistics:
     """The statistics that a run normalises by, all others of the dataset among them.
 
-    `dataset`: its metadata, whose data is read if actions are relative. `checkpoint`: what training starts
-    from, for `--policy.statistics=checkpoint`. Logs the three dimensions that get the largest values.
+    `dataset`: its metadata, whose data is read if actions are relative: all of it, or `episodes`.
+    `checkpoint`: what training starts from, for `--policy.statistics=checkpoint`. Logs the three dimensions
+    that get the largest values.
     Raises ValueError or CheckpointError where there are none that fit.
     """
     raw = dataset_stats.raw if isinstance(dataset_stats, NormalizationStatistics) else dataset_stats or {}
@@ -67,7 +70,7 @@ def prepare_statistics(
             data.pop(ACTION, None)  # the dataset's are absolute
     else:
         if config.relative_actions and modes.get(ACTION) is not NormalizationMode.IDENTITY:
-            data[ACTION] = relative_action_statistics(config, raw.get(ACTION, {}), dataset)
+            data[ACTION] = relative_action_statistics(config, raw.get(ACTION, {}), dataset, episodes)
         chosen, source = data, "the dataset"
     check_statistics(config, chosen, source)
     prepared = dict(raw)
@@ -204,14 +207,14 @@ def check_statistics(config: Pi0Config, statistics: Statistics, source: str) -> 
             )
         for name in (low, high):
             values = np.asarray(of[name], np.float64).ravel()  # JSON's null becomes NaN
-            bad = [dimension_name(config, key, int(i)) for i in np.flatnonzero(~np.isfinite(values))]
-            if bad:
+            wrong = np.flatnonzero(~(np.abs(values) <= LARGEST))
+            if bad := [dimension_name(config, key, int(i)) for i in wrong]:
                 raise UserError(
-                    f"{source} has a NaN or infinite {name} of '{key}' in {bad}. If it is a dataset, "
-                    "`lerobot-pi0 doctor` names the frames: correct them, or delete their episodes "
-                    "(lerobot-edit-dataset --operation.type=delete_episodes), and compute the statistics "
-                    "again (--operation.type=recompute_stats). If it is a checkpoint, copy or download it "
-                    "again"
+                    f"{source} has a NaN or infinite {name} of '{key}' in {bad} (what is beyond {LARGEST:g} "
+                    "counts as infinite). If it is a dataset, `lerobot-pi0 doctor` names the frames: correct "
+                    "them, or delete their episodes (lerobot-edit-dataset --operation.type=delete_episodes), "
+                    "and compute the statistics again (--operation.type=recompute_stats). If it is a "
+                    "checkpoint, copy or download it again"
                 )
         size = np.asarray(of[high]).size
         if size != feature.shape[0]:

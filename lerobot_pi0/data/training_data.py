@@ -1,6 +1,7 @@
 """What a policy keeps of its training data, and the check of the first batch against it."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lerobot_pi0.data.normalization import NormalizationStatistics, affine, dime
 from lerobot_pi0.data.relative_actions import make_reference_state
 from lerobot_pi0.data.statistics import prepare_statistics
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.lerobot_compat import chosen_episodes, normalize_by
+from lerobot_pi0.lerobot_compat import normalize_by, trained_episodes
 
 logger = logging.getLogger(__name__)
 
@@ -97,26 +98,35 @@ def describe_training(
             "--policy.normalization_mapping normalizes images (VISUAL), but the vision tower takes them in "
             "[-1, 1], as the policy scales them: set VISUAL to IDENTITY, or leave it out"
         )
-    if (episodes := chosen_episodes()) is not None:
-        logger.warning(
-            "--dataset.episodes=%s: statistics, action limits and instructions are still those of all "
-            "episodes. To leave some out of them: lerobot-edit-dataset --operation.type=delete_episodes",
-            episodes,
+    if (episodes := trained_episodes(dataset)) is not None:
+        logger.info(
+            "action limits, instructions and statistics of relative actions are those of the %d episodes "
+            "that are trained on. The other statistics are the dataset's own, of all %d episodes: to leave "
+            "some out of them, delete these (lerobot-edit-dataset --operation.type=delete_episodes)",
+            len(episodes),
+            dataset.total_episodes,
         )
-    statistics = prepare_statistics(config, dataset_stats, dataset, checkpoint, config.pretrained_revision)
+    statistics = prepare_statistics(
+        config, dataset_stats, dataset, checkpoint, config.pretrained_revision, episodes
+    )
     config.reference_state = make_reference_state(config, statistics)
-    config.action_limits = make_limits(config, statistics, dataset)
-    config.training_data = describe_data(dataset)
+    config.action_limits = make_limits(config, statistics, dataset, episodes)
+    config.training_data = describe_data(dataset, episodes)
     if dataset is not None:
         normalize_by(dataset, statistics)
     return statistics
 
 
-def make_limits(config: Pi0Config, statistics: NormalizationStatistics, dataset: Any) -> ActionLimits | None:
-    """What actions the dataset has, for the chunk guard: from its frames on disk, or else its statistics,
-    which say nothing of steps. None where neither says.
+def make_limits(
+    config: Pi0Config,
+    statistics: NormalizationStatistics,
+    dataset: Any,
+    episodes: Sequence[int] | None = None,
+) -> ActionLimits | None:
+    """What actions the dataset has, for the chunk guard: from its frames on disk, all or those of `episodes`,
+    or else its statistics, which say nothing of steps. None where neither says.
     """
-    frames = {} if dataset is None else read_columns(dataset, [ACTION, "episode_index"])
+    frames = {} if dataset is None else read_columns(dataset, [ACTION, "episode_index"], episodes=episodes)
     step = None
     if frames:
         actions, successive = frames[ACTION].astype(np.float64), ~episode_borders(frames)[1:]
@@ -142,9 +152,14 @@ def make_limits(config: Pi0Config, statistics: NormalizationStatistics, dataset:
     return ActionLimits(low.tolist(), high.tolist(), step, gain.tolist(), offset.tolist())
 
 
-def describe_data(dataset: Any) -> TrainingData | None:
-    """What a policy keeps of the dataset that it is trained on; None if it is not at hand."""
+def describe_data(dataset: Any, episodes: Sequence[int] | None = None) -> TrainingData | None:
+    """What a policy keeps of the dataset, or of the episodes of it, that it is trained on; None if it is not
+    at hand.
+    """
     if getattr(dataset, "tasks", None) is None:
         return None
     tasks = [str(task) for task in dataset.tasks.index]
+    if episodes is not None:
+        trained = {task for episode in episodes for task in dataset.episodes[episode]["tasks"]}
+        tasks = [task for task in tasks if task in trained]
     return TrainingData(float(dataset.fps), tasks if len(tasks) <= MOST_TASKS else [])

@@ -57,6 +57,7 @@ def _damage(root: Path, error: Exception) -> str:
 
 def fit_to(policy: Pi0Config, dataset: LeRobotDatasetMetadata) -> None:
     """Give a config the features of a dataset, as LeRobot's make_policy does, and its cameras their slots."""
+    policy.set_dataset_feature_metadata(dataset.features)
     for key, feature in dataset.features.items():
         if feature["dtype"] in ("image", "video") and not feature.get("names"):
             raise UserError(

@@ -24,9 +24,11 @@ SMALL_STEP = 0.02
 MAX_LEVEL = 2.0  # of a float image, with room for what resizing overshoots: 0 to 255 was meant
 
 
-def not_finite(values: Tensor, names: Sequence[str] | None) -> list[str]:
-    """Names (or numbers) of the last dimension where some of the values (…, d) are NaN or infinite."""
-    finite = values.isfinite()
+def not_finite(values: Tensor, names: Sequence[str] | None, largest: float | None = None) -> list[str]:
+    """Names (or numbers) of the last dimension where some of the values (…, d) are NaN, infinite, or beyond
+    `largest`.
+    """
+    finite = values.isfinite() if largest is None else values.abs() <= largest
     if finite.all():
         return []
     dimensions = finite.flatten(0, -2).all(0).tolist()

@@ -190,3 +190,12 @@ def test_golden_actions_are_what_the_policy_predicts(saved):
     given, drawn = fixed_input(policy.config)
     found = policy.predict_action_chunk(given, noise=drawn)[0]
     torch.testing.assert_close(actions_of(policy), found, rtol=1e-4, atol=1e-4)
+
+
+def test_actions_that_are_not_finite_are_not_written(tmp_path, caplog):
+    policy = tiny_policy()
+    policy.model.action_out_proj.bias.data.fill_(3e38)  # finite, and more after the first Euler steps
+    policy.save_pretrained(tmp_path)
+    assert not (tmp_path / GOLDEN_ACTIONS_FILE).exists()
+    assert (tmp_path / "model.safetensors").exists()
+    assert "ARE NaN OR INFINITE" in caplog.text

@@ -222,14 +222,6 @@ def test_another_robot_is_refused_with_flags_that_work(tmp_path):
     assert policy.config.robot_state_feature == inputs["observation.state"]
 
 
-def test_a_choice_of_episodes_is_warned_about(monkeypatch, caplog):
-    for flags in ([], ["--dataset.episodes=[0, 2]"]):
-        caplog.clear()
-        monkeypatch.setattr("sys.argv", ["lerobot-train", *flags])
-        Pi0Policy(tiny_config(), statistics(), dataset_of(5))
-        assert ("--dataset.episodes=[0, 2]: statistics" in caplog.text) == bool(flags)
-
-
 def test_statistics_of_a_checkpoint_are_refused_where_there_is_none():
     with pytest.raises(ValueError, match=r"starts from random weights.*--policy.path.*statistics=dataset"):
         Pi0Policy(tiny_config(statistics="checkpoint"), statistics(), SimpleNamespace())

@@ -14,11 +14,14 @@ import pyarrow.parquet
 import pytest
 import torch
 from lerobot.configs import NormalizationMode
+from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file, save_file
 from tiny_policy import batch, statistics, tiny_config, tiny_policy
 
 from lerobot_pi0 import Pi0Policy
+from lerobot_pi0.checkpoints import processors
 from lerobot_pi0.configuration_pi0 import ActionLimits
+from lerobot_pi0.data import action_space
 from lerobot_pi0.data.normalization import NormalizationStatistics
 from lerobot_pi0.data.statistics import prepare_statistics
 from lerobot_pi0.data.training_data import make_limits
@@ -158,3 +161,41 @@ def test_images_are_not_normalized_twice():
     with pytest.raises(UserError, match=r"normalizes images \(VISUAL\)"):
         Pi0Policy(config, statistics())
     assert torch.is_tensor(tiny_policy().select_action(batch()))
+
+
+def set_statistics(value: float) -> Callable[[Path], None]:
+    """In both pipelines alike, as training would have saved it."""
+
+    def change(folder: Path) -> None:
+        for file in folder.glob("policy_p*normalizer_processor.safetensors"):
+            tensors = load_file(file)
+            tensors["action.std"][1] = value
+            save_file(tensors, file)
+
+    return change
+
+
+@pytest.mark.parametrize("action", [1.0, 0.99 * action_space.LARGEST, -0.99 * action_space.LARGEST])
+def test_the_largest_actions_times_the_largest_statistics_are_finite(folder, action):
+    set_statistics(0.99 * processors.LARGEST)(folder)
+    policy = Pi0Policy.from_pretrained(folder)
+    policy.model.action_out_proj.weight.data.zero_()
+    policy.model.action_out_proj.bias.data.fill_(-action)  # time runs from 1 to 0
+    _, postprocess = make_pre_post_processors(policy.config, pretrained_path=str(folder))
+    normalized = policy.select_action(batch(), noise=torch.zeros(2, 6, 8))
+    torch.testing.assert_close(normalized, torch.full((2, 4), action), rtol=1e-4, atol=1e-4)
+    assert postprocess(normalized).isfinite().all()
+
+
+def test_what_would_overflow_when_it_is_unnormalized_is_refused(folder):
+    policy = Pi0Policy.from_pretrained(folder)
+    policy.model.action_out_proj.bias.data.fill_(1.1 * action_space.LARGEST)
+    with pytest.raises(UserError, match="more than 1e\\+08 for"):
+        policy.select_action(batch())
+    set_statistics(1.1 * processors.LARGEST)(folder)
+    with pytest.raises(CheckpointError, match=r"in 'action\.std', which nothing"):
+        Pi0Policy.from_pretrained(folder)
+    stats = statistics()
+    stats["action"]["std"][1] = 1.1 * processors.LARGEST
+    with pytest.raises(UserError, match="the dataset has a NaN or infinite std"):
+        Pi0Policy(tiny_config(), stats)

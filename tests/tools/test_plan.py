@@ -1,8 +1,10 @@
 """The plan: bytes computed from shapes against those of real steps; what it recommends fits."""
 
 import dataclasses
+import json
 import math
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -329,6 +331,36 @@ def test_settings_that_the_recipes_differ_in_are_refused(monkeypatch, capsys, da
     code, text = plan(monkeypatch, capsys, *tiny(dataset), "--gpu_memory=24", "--policy.freeze=vision")
     assert code == 1
     assert "--policy.freeze is what the recipes differ in" in text
+
+
+@pytest.mark.parametrize(
+    ("cameras", "message"),
+    [
+        ('{"bas": "front"}', r"names the slots ['bas'], which do not exist: the slots are base, left_wrist"),
+        ('{"base": "top"}', "puts 'top' into slot 'base', but the cameras are"),
+    ],
+)
+def test_cameras_that_do_not_exist_are_refused(monkeypatch, capsys, dataset, cameras, message):
+    code, text = plan(monkeypatch, capsys, *tiny(dataset), "--gpu-memory=24", f"--policy.cameras={cameras}")
+    assert code == 1
+    assert message in text
+
+
+@pytest.mark.parametrize(("named", "code"), [([], 0), (["--policy.cameras={base: depth}"], 1)])
+def test_a_depth_camera_gets_no_slot(monkeypatch, capsys, caplog, dataset, tmp_path, named, code):
+    """Of a dataset as LeRobot records it: the depth picture has one channel."""
+    root = shutil.copytree(dataset, tmp_path / "depth")
+    info = json.loads((root / "meta" / "info.json").read_text())
+    picture = info["features"]["observation.images.wrist"]
+    info["features"]["observation.images.depth"] = picture | {"shape": [*picture["shape"][:2], 1]}
+    (root / "meta" / "info.json").write_text(json.dumps(info))
+    found, text = plan(monkeypatch, capsys, *tiny(root), "--gpu-memory=24", *named)
+    assert found == code
+    if code:
+        assert "takes RGB pictures; 'observation.images.depth' has shape (1, " in text
+    else:
+        assert "base ← observation.images.front, left_wrist ← observation.images.wrist" in text
+        assert "left out: observation.images.depth" in text
 
 
 def test_without_peft_the_plan_says_so(monkeypatch, dataset):

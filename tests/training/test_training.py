@@ -10,6 +10,7 @@ from lerobot.optim.optimizers import load_optimizer_state, save_optimizer_state
 from safetensors.torch import load_file
 from tiny_policy import batch, first, noise, statistics, tiny_config, tiny_policy
 
+from lerobot_pi0.errors import UserError
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.training.optimizer import ResumableAdamW
 
@@ -248,3 +249,47 @@ def test_augmentation_belongs_to_training():
     assert loss(False) == loss(False, augmentation=False)
     assert loss(True, augmentation=False, prompt_dropout=0.99) != loss(True, augmentation=False)
     assert loss(False, prompt_dropout=0.99) == loss(False)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_the_last_step_made_nan_are_not_saved(tmp_path, decay, number):
+    policy = tiny_policy(ema_decay=decay, freeze="vlm")
+    optimizer = build(policy)
+    step(policy, optimizer)
+    policy.save_pretrained(tmp_path / "good")
+    policy.train()
+    policy(batch())[0].backward()
+    name = "model.expert.layers.1.up_proj.weight"
+    gradient = policy.get_parameter(name).grad
+    assert gradient is not None
+    gradient[0, 0] = number
+    optimizer.step()
+    policy.update()  # the loss was finite
+    with pytest.raises(UserError, match=f"1 of the parameters .*{name}.*checkpoints/last"):
+        policy.save_pretrained(tmp_path / "bad")
+    assert list((tmp_path / "bad").iterdir()) == []
+    with pytest.raises(UserError, match="NaN or infinite"):  # as FSDP gives what it has gathered
+        policy.save_pretrained(tmp_path / "bad", state_dict=policy.state_dict())
+
+
+def test_adapters_that_the_last_step_made_nan_are_not_saved(tmp_path):
+    tiny_policy().save_pretrained(tmp_path / "base")
+    base = Pi0Policy.from_pretrained(tmp_path / "base", **training())
+    wrapped: Any = base.wrap_with_peft(peft_cli_overrides={"r": 2})
+    optimizer = build(base)
+    step(base, optimizer)
+    wrapped.save_pretrained(tmp_path / "good")
+    (*_, last) = base.trained.parameters.values()
+    last.data.view(-1)[-1] = float("nan")
+    base.update()  # the EMA, which is what is saved
+    with pytest.raises(UserError, match="1 of the parameters that train are NaN"):
+        wrapped.save_pretrained(tmp_path / "bad")
+    assert not list((tmp_path / "bad").glob("*.safetensors"))
+
+
+def test_a_sum_that_overflows_is_no_fault(tmp_path):
+    policy = tiny_policy(ema_decay=0.0)
+    build(policy)
+    policy.model.token_embedding.weight.data.fill_(3e38)
+    policy.trained.check_finite(policy.state_dict())

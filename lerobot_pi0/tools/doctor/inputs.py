@@ -74,7 +74,6 @@ class Inputs:
             return self.checkpoint[0]
         config = Pi0Config(device="cpu")
         if self.metadata:
-            config.set_dataset_feature_metadata(self.metadata.features)
             with suppress(ValueError):  # `cameras.features_fit` reports it
                 fit_to(config, self.metadata)
         return config
