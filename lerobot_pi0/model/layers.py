@@ -58,14 +58,17 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """Gemma's RMS norm: float32, epsilon 1e-6, scaled by (1 + weight); gives back the dtype it was given."""
+    """Gemma's RMS norm: float32, epsilon 1e-6, scaled by (1 + weight); gives back the dtype it was given.
+
+    A decoder's norm is called with a condition, and also gives the gate of the residual: this has neither.
+    """
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Float[Tensor, "*s w"]) -> Float[Tensor, "*s w"]:
-        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), eps=1e-6).to(x.dtype)
+    def forward(self, x: Float[Tensor, "*s w"], condition: None = None) -> tuple[Float[Tensor, "*s w"], None]:
+        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), eps=1e-6).to(x.dtype), None
 
 
 class Layer(nn.Module):
@@ -99,8 +102,10 @@ def side_by_side(x: Float[Tensor, "*s i"], *linears: nn.Module | None) -> Float[
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-def add(linear: Any, x: Tensor, residual: Tensor) -> Tensor:
-    """The output of a linear layer, added to `residual`."""
+def add(linear: Any, x: Tensor, residual: Tensor, gate: Tensor | None = None) -> Tensor:
+    """The output of a linear layer, times the gate if there is one, added to `residual`."""
+    if gate is not None:
+        return torch.addcmul(residual, gate, linear(x))
     return linear.add(x, residual) if hasattr(linear, "add") else residual + linear(x)
 
 
@@ -114,9 +119,9 @@ def gated(gate: Any, up: nn.Module | None, x: Tensor) -> Tensor:
     return gate.gated(up, x) if hasattr(gate, "gated") else gelu(gate, x) * side_by_side(x, up)
 
 
-def ahead(linear: Any, second: Tensor) -> Tensor:
-    """What a linear layer over two inputs computes of the second ahead of the first: by itself nothing."""
-    return linear.ahead(second) if hasattr(linear, "ahead") else second
+def ahead(module: Any, second: Tensor) -> Tensor:
+    """What a module of two inputs computes of the second ahead of the first: by itself nothing."""
+    return module.ahead(second) if hasattr(module, "ahead") else second
 
 
 def joined(linear: Any, first: Float[Tensor, "*s w"], ahead: Tensor) -> Float[Tensor, "*s o"]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.model import Observation, Pi0
+from lerobot_pi0.model import Network, Observation
 from lerobot_pi0.sampling.linear import BackendName, Packed
 from lerobot_pi0.sampling.rtc import Remainder, action_prefix, guidance, read_remainder, warn_of_horizon
 from lerobot_pi0.sampling.sampler import Context, Sampler
@@ -30,7 +30,7 @@ class PolicySampler:
     and again when the parameters have changed. A copy (deepcopy, pickle) builds its own.
     """
 
-    def __init__(self, network: Pi0, config: Pi0Config):
+    def __init__(self, network: Network, config: Pi0Config):
         self.network, self.config = network, config
         self._is_warm = False
         self.release()

@@ -96,7 +96,7 @@ class Sampler:
         # Not bound to this object: it would hold itself, and its weights, until Python collects garbage.
         self._graph, self._guided_graph = Sampler._sample, Sampler._guided_velocity
         if compiled:
-            mode = "reduce-overhead" if model.expert.norm.weight.is_cuda else None
+            mode = "reduce-overhead" if model.action_out_proj.weight.is_cuda else None
             self._graph = in_any_thread(torch.compile(Sampler._sample, fullgraph=True, mode=mode))
             # One step: with its gradients, ten are more than one would like to wait for.
             guided_graph = torch.compile(Sampler._guided_velocity, fullgraph=True, mode=mode)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,8 @@ def swapped(model: Network, backend: BackendName, tensors: Mapping[str, Tensor] 
     around: dict[str, nn.Module] = {}
     for joined, first in model.folds.items():
         around[first], around[joined] = exact.fold(first, joined)
-    named = {name for name, _ in cast(nn.Module, model).named_children()}
-    for name in named - Network.__annotations__.keys() - around.keys():
-        around[name] = exact(name)
+    parts = {"vision", "token_embedding", "vlm", "expert", *around}
+    around |= {name: exact(name) for name, _ in model.named_children() if name not in parts}
     return _copy(
         model,
         vision=_copy(model.vision, layers=nn.ModuleList(vision), projector=read("vision.projector")),
@@ -53,7 +52,7 @@ class _Reader:
     def __init__(
         self, model: Network, backend: BackendName, tensors: Mapping[str, Tensor] | None, dtype: torch.dtype
     ):
-        self._model, self._tensors = cast(nn.Module, model), tensors
+        self._model, self._tensors = model, tensors
         self._backend, self._dtype = BACKENDS[backend], dtype
 
     def __call__(self, *names: str) -> Backend:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lerobot_pi0.model import Observation, Pi0
+from lerobot_pi0.model import Network, Observation
 from lerobot_pi0.model.flow import sample_time
 from lerobot_pi0.training.randomness import normal, uniform
 
@@ -26,7 +26,7 @@ _PARTS = 5  # of a chunk, whose losses are logged
 
 
 def flow_matching_loss(
-    network: Pi0,
+    network: Network,
     observation: Observation,
     actions: Float[Tensor, "b a e"],
     keys: Int[Tensor, " n"],

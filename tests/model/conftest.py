@@ -14,7 +14,7 @@ from openpi_jax import from_openpi_jax
 from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import load_weights
-from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, SiglipConfig, pi0
+from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, SiglipConfig, network
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -114,7 +114,7 @@ def stored_time_embedding(monkeypatch) -> None:
         assert rows.shape[1] == dim
         return rows.unflatten(0, time.shape)
 
-    monkeypatch.setattr(pi0, "embed_time", embed_time)
+    monkeypatch.setattr(network, "embed_time", embed_time)
 
 
 @pytest.fixture
@@ -131,11 +131,15 @@ def entering() -> Callable[[torch.nn.Module], list[Tensor]]:
 
 @pytest.fixture
 def leaving() -> Callable[[torch.nn.Module], list[Tensor]]:
-    """leaving(module): a list that fills with the result of each call of the module."""
+    """leaving(module): a list that fills with the result of each call of the module, the first of several."""
 
     def record(module: torch.nn.Module) -> list[Tensor]:
         calls: list[Tensor] = []
-        module.register_forward_hook(lambda _, __, out: calls.append(out.detach()))
+
+        def keep(_: Any, __: Any, out: Any) -> None:
+            calls.append((out[0] if isinstance(out, tuple) else out).detach())
+
+        module.register_forward_hook(keep)
         return calls
 
     return record
