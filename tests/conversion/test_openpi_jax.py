@@ -20,7 +20,7 @@ from torch import Tensor
 from lerobot_pi0.checkpoints import files as checkpoint_files
 from lerobot_pi0.conversion import orbax
 from lerobot_pi0.conversion.orbax import OrbaxCheckpoint
-from lerobot_pi0.model import Observation, pi0
+from lerobot_pi0.model import Observation
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -57,7 +57,7 @@ def stored_time_embedding(monkeypatch) -> None:
     def embed_time(time: Tensor, _: int) -> Tensor:
         return torch.stack([stored[t] for t in time.flatten().tolist()]).unflatten(0, time.shape)
 
-    monkeypatch.setattr(pi0, "embed_time", embed_time)
+    monkeypatch.setattr("lerobot_pi0.model.network.embed_time", embed_time)
 
 
 def load(folder: Path) -> Pi0Policy:

@@ -14,7 +14,7 @@ from openpi_jax import from_openpi_jax
 from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import load_weights
-from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, SiglipConfig, network
+from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, SiglipConfig
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -114,7 +114,7 @@ def stored_time_embedding(monkeypatch) -> None:
         assert rows.shape[1] == dim
         return rows.unflatten(0, time.shape)
 
-    monkeypatch.setattr(network, "embed_time", embed_time)
+    monkeypatch.setattr("lerobot_pi0.model.network.embed_time", embed_time)
 
 
 @pytest.fixture
