@@ -6,11 +6,11 @@ UV = $(shell if [ -x .uv/bin/uv ]; then echo .uv/bin/uv; else echo uv; fi)
 RUN = $(UV) run --no-sync
 INPUTS = pyproject.toml .ci/constraints.txt .ci/setup.sh
 
-.PHONY: help setup demo test lint types pusht
+.PHONY: help setup demo test test-next lint types pusht
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
 
 setup: .venv/ready  ## make the environment in .venv
 
@@ -19,6 +19,10 @@ demo: .venv/ready  ## record demonstrations in Meta-World, train a small π0, ev
 
 test: .venv/ready  ## the tests, in two processes (ARGS=-n0: in one)
 	$(RUN) pytest -n 2 $(ARGS)
+
+test-next: .venv/ready  ## the tests on a checkout of LeRobot, in .venv-next: make test-next LEROBOT=FOLDER
+	@.ci/setup.sh next "$(LEROBOT)"
+	.venv-next/bin/pytest -n 2 $(ARGS)
 
 lint: .venv/ready  ## ruff: rules and format
 	$(RUN) ruff check

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Makes the environment that the Makefile's targets run in: .venv, or with the argument "pusht" .venv-pusht.
+# Makes the environment that the Makefile's targets run in: .venv, with the argument "pusht" .venv-pusht, and with
+# "next FOLDER" .venv-next, which has the LeRobot of a checkout in the place of the pinned one.
 # Needs git, make and any Python 3 with pip. Finds uv or installs it into .uv/; finds a Python >= 3.12 or lets uv download one.
 set -eu
 cd "$(dirname "$0")/.."
@@ -80,12 +81,29 @@ pusht_environment() { # gym-pusht brings a second distribution of cv2, hence an 
     touch .venv-pusht/ready
 }
 
+next_environment() { # $1: a checkout of LeRobot. The other packages stay as they are pinned, as far as it allows.
+    [ -f "${1:-}/src/lerobot/__init__.py" ] ||
+        fail "'${1:-}' is no checkout of LeRobot (git clone https://github.com/huggingface/lerobot): make test-next LEROBOT=FOLDER"
+    checkout=$(cd "$1" && pwd)
+    uv=uv
+    [ -x .uv/bin/uv ] && uv=.uv/bin/uv
+    say "packages: into .venv-next, with the LeRobot in $checkout"
+    "$uv" venv $quiet --clear --python .venv/bin/python .venv-next
+    grep -v '^lerobot==' .ci/constraints.txt >.venv-next/constraints.txt
+    # An override, because pyproject.toml's bound is of releases that were run.
+    echo "lerobot[training,evaluation,metaworld,transformers-dep,async] @ file://$checkout" >.venv-next/overrides.txt
+    # Not from the index of torch that the checkout names, but from that of the other environments.
+    "$uv" pip install $quiet --no-sources --python .venv-next --constraints .venv-next/constraints.txt \
+        --overrides .venv-next/overrides.txt --editable . --group dev
+}
+
 quiet=--quiet
 [ -t 2 ] && quiet= # A person gets uv's progress bars, a log file does not.
 started=$(date +%s)
 case ${1:-main} in
 main) main_environment ;;
 pusht) pusht_environment ;;
-*) fail "unknown environment '$1': nothing (for .venv) or pusht" ;;
+next) next_environment "${2:-}" ;;
+*) fail "unknown environment '$1': nothing (for .venv), pusht, or next FOLDER" ;;
 esac
 say "ready after $(($(date +%s) - started)) s"
