@@ -14,12 +14,16 @@ import re
 import sys
 from dataclasses import MISSING, dataclass, fields
 from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.lerobot_compat import parsing_failure, silence_torchcodec_notice
+from lerobot_pi0.lerobot_compat import (
+    check_version,
+    parsing_failure,
+    silence_torchcodec_notice,
+    versions,
+)
 
 PROGRAM = "lerobot-pi0"
 
@@ -88,7 +92,8 @@ def main() -> None:
         print(usage())
         return
     if arguments[0] == "--version":
-        print(versions())
+        print("\n".join(versions()))
+        check_version()
         return
     name, *flags = arguments
     if name not in SUBCOMMANDS:
@@ -173,12 +178,6 @@ def print_help(name: str, flags: Any) -> None:
     usage = " ".join([PROGRAM, name, *positional])
     with contextlib.suppress(SystemExit):
         draccus.parse(flags, args=["--help"], prog=usage, preferred_help="above")
-
-
-def versions() -> str:
-    """What is installed, as a report of a fault needs it."""
-    names = ("lerobot_policy_pi0", "lerobot", "torch", "transformers")
-    return "\n".join(f"{name} {version(name)}" for name in names)
 
 
 def usage() -> str:

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +23,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
 
 from lerobot_pi0.errors import UserError
+from lerobot_pi0.lerobot_compat import dataset_key, log_versions
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 from lerobot_pi0.training.optimizer import ResumableAdamWConfig
 from lerobot_pi0.training.randomness import bytes_of, normal_of
@@ -235,6 +237,17 @@ class Pi0Config(PreTrainedConfig):
                 f"{self.tokenizer_max_length}"
             )
 
+    def _check_adapters(self) -> None:
+        """Raises UserError for a checkpoint without the adapters that LeRobot would look for in it."""
+        if not self.use_peft or self.pretrained_path is None:
+            return
+        folder = Path(self.pretrained_path)
+        if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"--policy.use_peft=true goes on with adapters, and '{folder}' has none. For new ones over "
+                "these weights, leave it out and give --peft.method_type=LORA"
+            )
+
     def _check_sizes(self) -> None:
         for part in ("vision", "vlm", "expert"):
             for name, size in vars(getattr(self, part)).items():
@@ -283,9 +296,9 @@ class Pi0Config(PreTrainedConfig):
                 features = [*(self.input_features or ()), *(self.output_features or ())]
                 raise UserError(
                     f"π0 needs '{kind}'. The features are {features}. LeRobot trains on '{OBS_STATE}', "
-                    f"'{ACTION}' and '{OBS_IMAGES}.NAME' alone, and --rename_map does not change what it "
-                    "reads: write the dataset again under these names, by the script in docs/finetuning.md "
-                    '("Datasets with other names")'
+                    f"'{ACTION}' and '{OBS_IMAGES}.NAME' alone, and in 0.6.1 --rename_map does not change "
+                    "what it reads: write the dataset again under these names, by the script in "
+                    'docs/finetuning.md ("Datasets with other names")'
                 )
             if len(feature.shape) != 1 or feature.shape[0] > limit:
                 raise UserError(
@@ -312,10 +325,11 @@ class Pi0Config(PreTrainedConfig):
         """Called by LeRobot with the dataset's features before it builds a policy to train: keeps the names
         of their dimensions, and checks the cameras. Raises UserError for a slot that does not exist.
         """
+        log_versions()
         self._check_slots()
         self._add_cameras(features)
-        self.action_feature_names = _dimension_names(features.get(ACTION, {}))
-        self.state_feature_names = _dimension_names(features.get(OBS_STATE, {}))
+        self.action_feature_names = _dimension_names(features.get(dataset_key(ACTION, features), {}))
+        self.state_feature_names = _dimension_names(features.get(dataset_key(OBS_STATE, features), {}))
 
     def _check_slots(self) -> None:
         wrong = [
@@ -379,6 +393,7 @@ class Pi0Config(PreTrainedConfig):
 
     def get_optimizer_preset(self) -> ResumableAdamWConfig:
         self.validate_settings()  # lerobot-train calls this first, before it loads the dataset
+        self._check_adapters()
         return ResumableAdamWConfig(
             lr=self.optimizer_lr,
             betas=self.optimizer_betas,

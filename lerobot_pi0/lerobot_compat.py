@@ -1,55 +1,105 @@
 """Where this package leans on the internals of LeRobot, PEFT or torch, or changes what LeRobot does.
 
 One function per place. Each says what it does, why, and where the other side is; LeRobot's files are relative
-to `lerobot/`. All of it holds on the versions in `TESTED`: `tests/test_lerobot_compat.py` lists every name
-and signature that is relied on, and fails with the name that is gone or has changed. The rest of the package
-uses public and documented names only.
+to `lerobot/`. All of it holds on the versions in `TESTED` and `SNAPSHOTS`: `tests/test_lerobot_compat.py`
+lists every name and signature that is relied on, and fails with the name that is gone or has changed. The
+rest of the package uses public and documented names only.
 
-Three contracts have no function here, because they are attributes that LeRobot looks up on our classes:
+Where versions differ, a function asks for the name that only one of them has, never for a version. What is
+"after 0.6.1" below is so in the snapshot of LeRobot's main.
+
+Four contracts have no function here, because they are attributes that LeRobot looks up on our classes:
 
     Pi0Config.compile_model            rollout/context.py sets it to --use_torch_compile
     Pi0Policy._fsdp_wrap_modules       LeRobot after 0.6.1 reads it for FSDP2: what is sharded as one
+    Pi0Policy.drop_queued_actions      LeRobot after 0.6.1 calls it when the instruction changes
     Pi0Policy._get_default_peft_targets, _build_peft_config, _validate_peft_config, _save_pretrained
                                        policies/pretrained.py calls them: adapters and saving
 """
 
+import contextlib
+import json
 import logging
+import subprocess
 import sys
 import threading
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from importlib.metadata import version
+from functools import cache, wraps
+from importlib.metadata import distribution, version
+from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+from weakref import ref
 
-from lerobot_pi0.errors import UserError
+from lerobot_pi0.errors import CommandError, UserError
 
 if TYPE_CHECKING:
     from lerobot.policies.rtc import ActionQueue
-    from lerobot.rollout import RolloutContext
+    from lerobot.processor import TokenizerProcessorStep
+    from lerobot.rollout import RolloutConfig, RolloutContext, RolloutStrategy
     from lerobot.rollout.inference import InferenceEngine, RTCInferenceEngine
     from lerobot.rollout.robot_wrapper import ThreadSafeRobot
 
 logger = logging.getLogger(__name__)
 
-# The versions of LeRobot that the tests were run with.
+# The releases of LeRobot that the tests were run with.
 TESTED = ("0.6.1",)
+# Snapshots of its main that they were run with: the commit, and what it is called in a message.
+SNAPSHOTS = {"7427f31801f944f5ec9ce53cda02862ce7d1638b": "main of 2026-08-23"}
 
 
 @cache
 def check_version() -> None:
     """Warn once per process when LeRobot is none of the versions that the tests were run with."""
-    found = version("lerobot")
-    if found not in TESTED:
-        logger.warning(
-            "LeRobot %s is installed; this package was tested with %s only. "
-            "To go back: pip install 'lerobot==%s'",
-            found,
-            ", ".join(TESTED),
-            TESTED[-1],
-        )
+    found, commit = version("lerobot"), installed_commit()
+    if commit in SNAPSHOTS if commit else found in TESTED:
+        return
+    logger.warning(
+        "LeRobot %s is installed; this package was tested with %s only. "
+        "To go back: pip install 'lerobot==%s'",
+        f"{found} (commit {commit[:9]})" if commit else found,
+        ", ".join([*TESTED, *(f"{name} ({commit[:9]})" for commit, name in SNAPSHOTS.items())]),
+        TESTED[-1],
+    )
+
+
+@cache
+def log_versions() -> None:
+    """Log once per process what runs, as `lerobot-pi0 --version` says it, and `check_version`."""
+    logger.info("%s", ", ".join(versions()))
+    check_version()
+
+
+def versions() -> list[str]:
+    """This package, LeRobot, torch and transformers, each with its version."""
+    names = ("lerobot_policy_pi0", "lerobot", "torch", "transformers")
+    return [f"{name} {version(name)}" for name in names]
+
+
+def installed_commit() -> str | None:
+    """The commit of LeRobot that is installed from its repository; "unknown" of a folder without one, and
+    None of a release.
+
+    Its main has the number of a release that comes later. pip and uv write down where a package is from
+    (direct_url.json, of the specification of direct URLs).
+    """
+    text = distribution("lerobot").read_text("direct_url.json")
+    if text is None:
+        return None
+    origin = json.loads(text)
+    if commit := origin.get("vcs_info", {}).get("commit_id"):
+        return commit
+    if "dir_info" not in origin:  # a file, as one of a release may be
+        return None
+    folder = unquote(urlsplit(origin["url"]).path)
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", folder, "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
 
 
 @contextmanager
@@ -152,6 +202,37 @@ def trained_episodes(dataset_meta: Any) -> list[int] | None:
     return None
 
 
+def training_setting(name: str) -> Any:
+    """A setting of the `lerobot-train` that runs, which it does not tell the policy; None if it is not set.
+
+    As it is typed, or else as the file of --config_path has it (configs/parser.py, `parse_arg`).
+    """
+    from draccus.cfgparsing import parse_string
+    from lerobot.configs import parser
+
+    if (typed := parser.parse_arg(name)) is not None:
+        return parse_string(typed)
+    file = parser.parse_arg("config_path")
+    if file is None or not Path(file).is_file():
+        return None
+    found: Any = parse_string(Path(file).read_text("utf-8"))  # YAML, and so JSON
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def dataset_key(key: str, features: Mapping[str, Any]) -> str:
+    """What a dataset with these features calls the policy's `key`.
+
+    After 0.6.1 --rename_map of `lerobot-train` may rename state and action (policies/factory.py,
+    `make_policy`); the policy gets metadata and statistics under the dataset's names.
+    """
+    if key in features:
+        return key
+    renamed = training_setting("rename_map") or {}
+    return next((old for old, new in renamed.items() if new == key and old in features), key)
+
+
 def normalize_by(dataset_meta: Any, statistics: Mapping[str, Any]) -> None:
     """Make LeRobot build the processors with the policy's statistics in place of the dataset's.
 
@@ -170,6 +251,51 @@ def build_new_processors(config: Any) -> None:
     prompt, a gated tokenizer).
     """
     config.pretrained_path = config.pretrained_revision = None
+
+
+def make_card_by(policy: Any) -> None:
+    """Make LeRobot ask a policy for its model card.
+
+    After 0.6.1 a function makes the card, for all policies alike (common/train_utils.py,
+    `generate_model_card`, called by `publish_trained_model`): without licence, installation and base of ours.
+    """
+    from lerobot.common import train_utils
+
+    found: Any = getattr(train_utils, "generate_model_card", None)
+    if found is None:  # the policy is asked
+        return
+    lerobots = getattr(found, "__wrapped__", found)
+    weak = ref(policy)  # this function stays when the policy goes
+
+    @wraps(lerobots)
+    def card(model_cfg: Any, cfg: Any = None, dataset_meta: Any = None) -> Any:
+        policy = weak()
+        if policy is None or policy.config is not model_cfg or cfg is None:
+            return lerobots(model_cfg, cfg, dataset_meta)
+        named = cfg.dataset.repo_id, model_cfg.type, model_cfg.license, model_cfg.tags
+        return policy.generate_model_card(*named, cfg=cfg, dataset_meta=dataset_meta)
+
+    vars(train_utils)["generate_model_card"] = card
+
+
+# Conversion
+
+
+def tokenizer_step(name: str, max_length: int) -> "TokenizerProcessorStep":
+    """The tokenizer step of LeRobot's own policies, to be saved with its tokenizer's name alone.
+
+    The tokenizer itself is gated, and is not needed to write the step. LeRobot asks for it when the step is
+    made (processor/tokenizer_processor.py, `__post_init__`), and after 0.6.1 when it is saved
+    (`save_artifacts`).
+    """
+    from lerobot.processor import TokenizerProcessorStep
+
+    step: Any = TokenizerProcessorStep(
+        tokenizer=object(), max_length=max_length, padding_side="right", padding="max_length"
+    )
+    step.tokenizer, step.tokenizer_name = None, name
+    step.save_artifacts = lambda _: {}
+    return step
 
 
 # Rollout
@@ -198,10 +324,78 @@ def disconnect_devices(error: BaseException) -> None:
             device.disconnect()
 
 
+@contextmanager
+def robots_state_order() -> Iterator[None]:
+    """Let LeRobot build a rollout that hands the policy the state in the order in which the robot has it.
+
+    After 0.6.1 it puts the state into the order of the *actions* (rollout/context.py,
+    `_align_state_feature_order`), and the policy gets one joint's value for another's where its data had
+    states and actions in two orders. That the robot's order is the data's is checked before.
+    """
+    from lerobot.rollout import context
+
+    name = "_align_state_feature_order"
+    lerobots = vars(context).get(name)
+    if lerobots is None:
+        yield
+        return
+    vars(context)[name] = lambda features, _: features
+    try:
+        yield
+    finally:
+        vars(context)[name] = lerobots
+
+
+def fed_state_names(ctx: "RolloutContext") -> list[str]:
+    """What the dimensions of the state are called, in the order in which the engine hands them to the policy.
+
+    rollout/inference: the one engine builds its batch by `hw_features`, the other one by `dataset_features`.
+    """
+    with internals("lerobot-pi0 rollout"):
+        is_rtc = ctx.runtime.cfg.inference.type == "rtc"
+        features: Any = ctx.data.hw_features if is_rtc else ctx.data.dataset_features
+        return list(features["observation.state"]["names"])
+
+
+def is_interactive(cfg: "RolloutConfig") -> bool:
+    """Whether a person starts and ends each run by typing (--interactive, after LeRobot 0.6.1)."""
+    return getattr(cfg, "interactive", False)
+
+
+def end_of_loop(cfg: "RolloutConfig", shutdown: Event) -> Event:
+    """What ends the control loop: the process's shutdown, or with --interactive also the end of a run.
+
+    scripts/lerobot_rollout.py, `rollout`.
+    """
+    if not is_interactive(cfg):
+        return shutdown
+    from lerobot.rollout import LinkedEvent  # pyrefly: ignore[missing-module-attribute]
+
+    return LinkedEvent(shutdown)
+
+
+def drive(strategy: "RolloutStrategy", ctx: "RolloutContext") -> None:
+    """Run a strategy that was set up, at once, or with --interactive as it is told to.
+
+    scripts/lerobot_rollout.py, `rollout`. An interactive session catches what ends a run
+    (rollout/controller.py): here that is a CommandError.
+    """
+    if not is_interactive(ctx.runtime.cfg):
+        strategy.run(ctx)
+        return
+    from lerobot.rollout import InteractiveSession  # pyrefly: ignore[missing-module-attribute]
+
+    session = InteractiveSession(strategy, ctx)
+    session.run()
+    if session.controller.failed and not ctx.policy.inference.failed:
+        reason = (session.controller.failure_traceback or "").strip().rpartition("\n")[2]
+        raise CommandError(f"the run failed: {reason}")
+
+
 def replace_robot_and_engine(
     ctx: "RolloutContext",
     robot: "Callable[[ThreadSafeRobot], ThreadSafeRobot]",
-    engine: "Callable[[InferenceEngine], InferenceEngine]",
+    engine: "Callable[[InferenceEngine], Any]",
 ) -> None:
     """Put our wrappers of the robot and the inference engine into the context that a strategy is given.
 
@@ -213,30 +407,21 @@ def replace_robot_and_engine(
         ctx.policy.inference = engine(ctx.policy.inference)
 
 
-def replace_queue_methods(
-    queue: "ActionQueue",
-    *,
-    get: Callable[..., Any],
-    merge: Callable[..., Any],
-    clear: Callable[..., Any],
-    get_left_over: Callable[..., Any],
-) -> None:
-    """Replace the four methods of LeRobot's action queue that its inference thread and control loop call.
+def replace_queue_methods(queue: "ActionQueue", **replaced: Callable[[Callable[..., Any]], Any]) -> None:
+    """Replace methods of LeRobot's action queue that its inference thread and control loop call.
 
+    `replaced`: for `get`, `merge`, `clear` and `get_left_over` a function from LeRobot's method to the one in
+    its place. After 0.6.1 the loop calls `get_with_task`, which gives an action with its instruction, and the
+    thread gives `merge` the instruction too: in the place of `get` stands what the loop calls.
     policies/rtc/action_queue.py; the engine makes the queue itself (rollout/inference/rtc.py, `start`).
     Two faults are corrected by it: `merge` drops ceil(latency · fps) actions of a chunk, which is often one
     more than were sent meanwhile, and as many of the first one (lerobot#4454); and a chunk that was computed
-    from an observation before a reset is executed after it.
+    from an observation before a reset is executed after it (in 0.6.1).
     """
     with internals("lerobot-pi0 rollout"):
-        for name, method in {
-            "get": get,
-            "merge": merge,
-            "clear": clear,
-            "get_left_over": get_left_over,
-        }.items():
-            getattr(queue, name)  # AttributeError when LeRobot calls it otherwise by now
-            setattr(queue, name, method)
+        for name, replace in replaced.items():
+            called = "get_with_task" if name == "get" and hasattr(queue, "get_with_task") else name
+            setattr(queue, called, replace(getattr(queue, called)))
 
 
 def on_observation_taken(engine: "RTCInferenceEngine", callback: Callable[[], None]) -> None:

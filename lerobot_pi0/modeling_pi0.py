@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from huggingface_hub import ModelCard
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies import PreTrainedPolicy
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
@@ -16,12 +15,13 @@ from torch import distributed as dist
 
 from lerobot_pi0.checkpoints import adapters, loading
 from lerobot_pi0.checkpoints.golden_actions import check_golden_actions, write_golden_actions
-from lerobot_pi0.checkpoints.model_card import make_model_card
+from lerobot_pi0.checkpoints.model_card import CardHooks
 from lerobot_pi0.checkpoints.peft_hooks import PeftHooks
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.data.action_space import ActionSpace, pad
 from lerobot_pi0.data.training_data import check_first_batch, describe_training
 from lerobot_pi0.errors import UserError
+from lerobot_pi0.lerobot_compat import make_card_by
 from lerobot_pi0.model import Observation, Pi0
 from lerobot_pi0.model.layers import Layer
 from lerobot_pi0.model.observation import letterbox
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
 
 
-class Pi0Policy(PeftHooks, PreTrainedPolicy):
+class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
     """π0 as a LeRobot policy.
 
     batch → Observation ─network→ (B, chunk, padded) ─action space→ chunk ─queue→ action, normalised
@@ -83,11 +83,15 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
         super().__init__(config)
         config.validate_features()
         # Until the first batch was checked against them; None if nothing trains.
+        checkpoint = checkpoint or config.pretrained_path  # whose weights LeRobot may put in later
         self._statistics = describe_training(config, dataset_stats, dataset_meta, checkpoint)
         self._dataset_meta = dataset_meta
+        if dataset_meta is not None:
+            make_card_by(self)
         if not torch.empty(0).is_meta:
             logger.warning(
-                "random weights. To start from published ones: --policy.pretrained_path=lerobot/pi0_base"
+                "random weights%s. To start from published ones: --policy.pretrained_path=lerobot/pi0_base",
+                f", until those of '{checkpoint}' are put in" if checkpoint else "",
             )
         dims, dtype = (config.max_state_dim, config.max_action_dim), getattr(torch, config.dtype)
         self.model = Pi0(config.vision, config.vlm, config.expert, *dims, dtype)
@@ -116,6 +120,7 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
+        strict: bool = True,
         dataset_stats: dict | None = None,
         dataset_meta: Any = None,
     ) -> Self:
@@ -127,6 +132,8 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
         them. Raises FileNotFoundError or CheckpointError that says what is wrong; it never returns a policy
         without its weights.
         """
+        if not strict:
+            raise UserError("a policy is never built without some of its weights: leave strict=False out")
         name, trains = pretrained_name_or_path, dataset_meta is not None
         find = partial(
             adapters.find_base,
@@ -295,6 +302,10 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
         self.action_queue.clear()
         self.sampler.warm_up_rtc(self._example, self.action_space.size)
 
+    def drop_queued_actions(self) -> None:
+        """Predict anew at the next step, for example because the instruction has changed."""
+        self.action_queue.drop()
+
     def supports_rtc(self) -> bool:
         """`predict_action_chunk` does real-time chunking (asked by lerobot-rollout)."""
         return True
@@ -335,26 +346,6 @@ class Pi0Policy(PeftHooks, PreTrainedPolicy):
         for frozen in self._frozen():
             frozen.eval()
         return self
-
-    def generate_model_card(
-        self,
-        dataset_repo_id: str,
-        model_type: str,
-        license: str | None,
-        tags: list[str] | None,
-        cfg: Any = None,
-        dataset_meta: Any = None,
-    ) -> ModelCard:
-        """Our own card, not LeRobot's: see `model_card`."""
-        return make_model_card(
-            self.config,
-            dataset_repo_id,
-            base=self.base,
-            licence=license,
-            tags=tags,
-            train=cfg,
-            dataset=dataset_meta,
-        )
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Config, weights and golden actions, written by the first process; under FSDP all must call this."""

@@ -276,7 +276,8 @@ def make_lerobot_pi0_pre_post_processors(
     from lerobot_pi0.data.normalization import NormalizationStatistics
     from lerobot_pi0.data.statistics import prepare_statistics
 
-    if not isinstance(dataset_stats, NormalizationStatistics) and (dataset_stats or config.base_checkpoint):
+    prepared = NormalizationStatistics.known(dataset_stats)
+    if prepared is None and (dataset_stats or config.base_checkpoint):
         if config.relative_actions:
             raise UserError(
                 "with --policy.relative_actions=true the statistics are computed when the policy is made: "

@@ -70,8 +70,12 @@ class Arm(Robot):
 
 
 def save_checkpoint(folder: Path, **changes: Any) -> Path:
-    policy = tiny_policy(state_feature_names=STATES, action_feature_names=ACTIONS, **changes)
+    names = {"state_feature_names": STATES, "action_feature_names": ACTIONS}
+    policy = tiny_policy(**names | changes)
     policy.save_pretrained(folder)
-    for pipeline in make_lerobot_pi0_pre_post_processors(policy.config, statistics()):
+    stats = statistics()
+    if policy.config.action_feature_names != ACTIONS:  # of all joints
+        stats["action"] = stats["observation.state"]
+    for pipeline in make_lerobot_pi0_pre_post_processors(policy.config, stats):
         pipeline.save_pretrained(folder)
     return folder

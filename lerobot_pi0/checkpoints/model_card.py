@@ -26,6 +26,33 @@ TRAINED = {
 }
 
 
+class CardHooks:
+    """LeRobot's hook for the card of a policy; stands before `PreTrainedPolicy` among a policy's bases."""
+
+    config: Pi0Config
+    base: Base | None
+
+    def generate_model_card(
+        self,
+        dataset_repo_id: str,
+        model_type: str,
+        license: str | None,
+        tags: list[str] | None,
+        cfg: Any = None,
+        dataset_meta: Any = None,
+    ) -> ModelCard:
+        """The card of this module."""
+        return make_model_card(
+            self.config,
+            dataset_repo_id,
+            base=self.base,
+            licence=license,
+            tags=tags,
+            train=cfg,
+            dataset=dataset_meta,
+        )
+
+
 def make_model_card(
     config: Pi0Config,
     dataset_repo_id: str,

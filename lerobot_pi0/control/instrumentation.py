@@ -12,6 +12,7 @@ import threading
 import time
 from array import array
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -150,38 +151,51 @@ class Instrumentation:
 
     def instrument_queue(self, queue: ActionQueue) -> None:
         """Record what LeRobot's thread puts into its action queue, and what the loop takes out."""
-        get, merge, clear, get_left_over = queue.get, queue.merge, queue.clear, queue.get_left_over
 
         # An action is taken and a chunk put in by two threads: under a lock, so that an action is not counted
         # for the other chunk.
-        def recorded_get() -> torch.Tensor | None:
-            with self._lock:
-                action = get()
-                if action is not None:
-                    self._action = self._queued.popleft() if self._queued else None
-                return action
+        def recorded_get(get: Callable[[], Any]) -> Callable[[], Any]:
+            def recorded() -> Any:
+                with self._lock:
+                    action = get()
+                    if action is not None:
+                        self._action = self._queued.popleft() if self._queued else None
+                    return action
 
-        def corrected_merge(original: torch.Tensor, processed: torch.Tensor, delay: int, before: int) -> None:
-            with self._lock:
-                if self._taken != self._resets:
-                    return
-                consumed = max(queue.get_action_index() - before, 0)
-                merge(original, processed, consumed, before)
-                dropped = min(consumed, len(processed)) if queue.cfg.enabled else 0
-                given = (self._predicted and self._predicted[1]) or 0
-                self._chunk_arrived(processed[None], given=given, dropped=dropped, consumed=consumed)
-                new = [(self._chunks, step) for step in range(dropped, len(processed))]
-                self._queued = deque(new) if queue.cfg.enabled else deque([*self._queued, *new])
+            return recorded
 
-        def recorded_clear() -> None:
-            with self._lock:
-                clear()
-                self._queued.clear()
+        def corrected_merge(merge: Callable[..., None]) -> Callable[..., None]:
+            def corrected(
+                original: torch.Tensor, processed: torch.Tensor, delay: int, before: int, **label: Any
+            ) -> None:
+                with self._lock:
+                    if self._taken != self._resets:
+                        return
+                    consumed = max(queue.get_action_index() - before, 0)
+                    merge(original, processed, consumed, before, **label)
+                    dropped = min(consumed, len(processed)) if queue.cfg.enabled else 0
+                    given = (self._predicted and self._predicted[1]) or 0
+                    self._chunk_arrived(processed[None], given=given, dropped=dropped, consumed=consumed)
+                    new = [(self._chunks, step) for step in range(dropped, len(processed))]
+                    self._queued = deque(new) if queue.cfg.enabled else deque([*self._queued, *new])
 
-        def recorded_get_left_over() -> torch.Tensor | None:
-            # LeRobot's thread has just taken the observation.
-            self._began = self._notified, time.monotonic()
-            return get_left_over()
+            return corrected
+
+        def recorded_clear(clear: Callable[[], None]) -> Callable[[], None]:
+            def recorded() -> None:
+                with self._lock:
+                    clear()
+                    self._queued.clear()
+
+            return recorded
+
+        def recorded_get_left_over(get_left_over: Callable[[], Any]) -> Callable[[], Any]:
+            def recorded() -> torch.Tensor | None:
+                # LeRobot's thread has just taken the observation.
+                self._began = self._notified, time.monotonic()
+                return get_left_over()
+
+            return recorded
 
         replace_queue_methods(
             queue,
@@ -264,8 +278,8 @@ class InstrumentedRobot(ThreadSafeRobot):
         return sent
 
 
-class InstrumentedEngine(InferenceEngine):
-    """LeRobot's engine, which reports how it is called."""
+class InstrumentedEngine:
+    """LeRobot's engine, which reports how it is called. All else that it has is the engine's own."""
 
     def __init__(self, engine: InferenceEngine, instrumentation: Instrumentation):
         self._engine, self._instrumentation = engine, instrumentation
@@ -298,16 +312,8 @@ class InstrumentedEngine(InferenceEngine):
         self._engine.pause()
         self._instrumentation.stop()
 
-    def resume(self) -> None:
-        self._engine.resume()
-
-    @property
-    def ready(self) -> bool:
-        return self._engine.ready
-
-    @property
-    def failed(self) -> bool:
-        return self._engine.failed
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
 
 
 def timing(cfg: Any, chunk_size: int, n_action_steps: int, latency: float) -> Timing:

@@ -38,13 +38,18 @@ from lerobot_pi0.errors import CommandError, UnavailableError, UserError
 from lerobot_pi0.inputs.joints import check_joints
 from lerobot_pi0.inputs.policy import LoadedPolicy
 from lerobot_pi0.lerobot_compat import (
-    check_version,
     disconnect_devices,
+    drive,
+    end_of_loop,
+    fed_state_names,
     inference_errors,
+    is_interactive,
     is_policy_joint,
+    log_versions,
     parse_flags,
     parsing_failure,
     policy_path,
+    robots_state_order,
 )
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
@@ -83,7 +88,7 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
     """
     config = cfg.policy
     assert config is not None
-    check_version()
+    log_versions()
     if not isinstance(config, Pi0Config):
         raise UserError(
             f"'{config.pretrained_path}' is a policy of type '{config.type}': lerobot-rollout runs it"
@@ -101,7 +106,8 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
     init_logging()
     signals = ProcessSignalHandler(use_threads=True, display_pid=False)
     try:
-        ctx = build_rollout_context(cfg, cast(Event, signals.shutdown_event))
+        with robots_state_order():
+            ctx = build_rollout_context(cfg, end_of_loop(cfg, cast(Event, signals.shutdown_event)))
     except Exception as error:
         disconnect_devices(error)
         if isinstance(error, ConnectionError):
@@ -114,8 +120,9 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
     try:
         policy = next(module for module in ctx.policy.policy.modules() if isinstance(module, Pi0Policy))
         try:
+            check_state_order(fed_state_names(ctx), config)
             check_latency(cfg, _measured(cfg, ctx, policy), config)
-        except RuntimeError:
+        except (RuntimeError, UserError):
             ctx.hardware.initial_position = None  # the robot has not left it: no way back
             raise
         trace = None if file is None else Trace(file)
@@ -130,7 +137,7 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
         ):
             try:
                 strategy.setup(ctx)
-                strategy.run(ctx)
+                drive(strategy, ctx)
             except KeyboardInterrupt:
                 signals.shutdown_event.set()
             finally:
@@ -142,6 +149,8 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
         if cfg.display_data:
             shutdown_visualization(cfg.display_mode)
     failed = recorded.engine.failed
+    if is_interactive(cfg) and not (failed or errors.last or recorded.num_actions):
+        return "no action was sent to the robot: the session ended before a run of the policy"
     if failed or not recorded.num_actions:
         raise CommandError(_why_it_failed(recorded, failed, errors.last, signals.shutdown_event.is_set()))
     return _summary(recorded, folder, errors.last)
@@ -161,6 +170,12 @@ def check_flags(cfg: RolloutConfig) -> None:
         raise UserError(f"--fps must be a number of actions per second, got {cfg.fps:g}")
     if cfg.interpolation_multiplier < 1:
         raise UserError(f"--interpolation_multiplier must be at least 1, got {cfg.interpolation_multiplier}")
+    mode = getattr(getattr(cfg.inference, "rtc", None), "mode", None)
+    if mode == "trained":
+        raise UserError(
+            "--inference.rtc.mode=trained is for LeRobot's own π0.5. This policy goes on from the last chunk "
+            "as it was trained to (--policy.rtc_training_max_delay) without a flag: leave it out"
+        )
     if cfg.dataset is not None and not cfg.resume:
         user, slash, name = cfg.dataset.repo_id.rpartition("/")
         if not cfg.dataset.repo_id.split("/", 1)[-1].startswith("rollout_"):
@@ -200,6 +215,21 @@ def check_robot(cfg: RolloutConfig, config: Pi0Config) -> None:
             f"the policy was trained with {missing}, which the robot does not give: it has {cameras}"
             + (f", renamed by {cfg.rename_map}" if cfg.rename_map else "")
             + f". Give the robot these cameras, or say which is which: --rename_map='{{{pairs}}}'"
+        )
+
+
+def check_state_order(names: list[str], config: Pi0Config) -> None:
+    """Is what LeRobot hands the policy as the state in the order of the training data?
+
+    `names` are those of the engine that it has built, because it may put joints into an order of its own.
+    Raises ValueError that shows both.
+    """
+    trained = config.state_feature_names
+    if trained is not None and names != trained:
+        raise UserError(
+            f"LeRobot would hand the policy the state as {names}, and it was trained with {trained}: joints "
+            "would get each other's values. Use the robot (type and configuration) that the dataset was "
+            "recorded with"
         )
 
 

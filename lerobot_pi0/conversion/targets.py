@@ -14,6 +14,7 @@ from lerobot_pi0.conversion.output import copy_processors
 from lerobot_pi0.conversion.sources import OURS, Policy, is_absolute
 from lerobot_pi0.data.normalization import EPSILON, NormalizationStatistics
 from lerobot_pi0.errors import UnavailableError, UserError
+from lerobot_pi0.lerobot_compat import tokenizer_step
 from lerobot_pi0.model import GemmaConfig, SiglipConfig
 from lerobot_pi0.processor_pi0 import load_tokenizer, make_lerobot_pi0_pre_post_processors
 
@@ -59,7 +60,6 @@ def write_in_tree(policy: Policy, folder: Path, flags: ConvertConfig) -> list[st
         AbsoluteActionsProcessorStep,
         ProcessorStep,
         RelativeActionsProcessorStep,
-        TokenizerProcessorStep,
         make_default_policy_processor_steps,
         make_policy_processor_pipelines,
     )
@@ -94,17 +94,12 @@ def write_in_tree(policy: Policy, folder: Path, flags: ConvertConfig) -> list[st
     steps = make_default_policy_processor_steps(theirs, policy.statistics)
     steps.rename_observations.rename_map = policy.rename
     steps.normalize.eps = steps.unnormalize.eps = 0.0  # it is in the statistics
-    # By the name alone: the tokenizer itself is gated, and is not needed to write this.
-    tokenize = TokenizerProcessorStep(
-        tokenizer=object(), max_length=config.tokenizer_max_length, padding_side="right", padding="max_length"
-    )
-    tokenize.tokenizer, tokenize.tokenizer_name = None, config.tokenizer
     relative = RelativeActionsProcessorStep(config.relative_actions, words, names)
     first: list[ProcessorStep] = [
         steps.rename_observations,
         steps.add_batch_dim,
         Pi0NewLineProcessor(),
-        tokenize,
+        tokenizer_step(config.tokenizer, config.tokenizer_max_length),
         steps.to_device,
         relative,
         steps.normalize,

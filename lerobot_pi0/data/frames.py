@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet
 
 from lerobot_pi0.errors import UserError
+from lerobot_pi0.lerobot_compat import dataset_key
 
 
 def data_files(dataset: Any) -> list[Path]:
@@ -25,11 +26,13 @@ def read_columns(
     """Columns (frames, dims) of a dataset's frames on disk, all or those of `indices` and `episodes`, and
     "index" (frames,), ascending.
 
-    Empty when there are none.
+    They are called as the policy calls them. Empty when there are none.
     """
     chosen = {"index": indices, "episode_index": episodes}
     filters = [(name, "in", {int(i) for i in of}) for name, of in chosen.items() if of is not None] or None
-    tables = [read_parquet(file, [*columns, "index"], filters) for file in data_files(dataset)]
+    features = getattr(dataset, "features", {})
+    stored = {name: dataset_key(name, features) for name in columns}
+    tables = [read_parquet(file, [*stored.values(), "index"], filters) for file in data_files(dataset)]
     if not sum(table.num_rows for table in tables):
         return {}
 
@@ -40,7 +43,8 @@ def read_columns(
 
     index = array("index")
     order = np.argsort(index, kind="stable")
-    return {"index": index[order], **{name: array(name).reshape(len(index), -1)[order] for name in columns}}
+    found = {name: array(of).reshape(len(index), -1)[order] for name, of in stored.items()}
+    return {"index": index[order], **found}
 
 
 def read_parquet(file: Path, columns: Sequence[str], filters: Any = None) -> pyarrow.Table:

@@ -1,6 +1,8 @@
 """Normalization modes, and statistics to which epsilon and floor are already applied."""
 
-from typing import Any
+import hashlib
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 from lerobot.configs import NormalizationMode
@@ -33,11 +35,35 @@ class NormalizationStatistics(dict[str, dict[str, Any]]):
     """Statistics with epsilon and floor already applied: they are in the deviations and upper ends.
 
     So normalising and unnormalising are exact inverses of one another. `raw`: the dataset's own.
+    LeRobot after 0.6.1 builds the processors with a copy of `dataset.meta.stats`, plain dicts in which the
+    type is lost: `known` finds what a copy is of.
     """
+
+    _known: ClassVar[WeakValueDictionary[bytes, "NormalizationStatistics"]] = WeakValueDictionary()
 
     def __init__(self, statistics: Statistics, raw: Statistics | None = None):
         super().__init__(statistics)
         self.raw: Statistics = raw or {}
+        key = _digest(statistics)
+        if raw and key != _digest(raw):
+            self._known[key] = self
+
+    @classmethod
+    def known(cls, statistics: Statistics | None) -> "NormalizationStatistics | None":
+        """These statistics, or those that they are a copy of, as long as some part of this process has them;
+        None of all others, which are raw."""
+        if isinstance(statistics, cls):
+            return statistics
+        return cls._known.get(_digest(statistics)) if statistics else None
+
+
+def _digest(statistics: Statistics) -> bytes:
+    """Of the values for state and action, in whatever they are held."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key in (OBS_STATE, ACTION):
+        for name, value in sorted(statistics.get(key, {}).items()):
+            digest.update(f"{key}.{name}".encode() + np.asarray(value, np.float32).tobytes())
+    return digest.digest()
 
 
 def normalization_modes(config: Pi0Config) -> dict[str, NormalizationMode]:

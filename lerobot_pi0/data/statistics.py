@@ -33,6 +33,7 @@ from lerobot_pi0.data.normalization import (
 )
 from lerobot_pi0.data.relative_actions import relative_action_statistics, relative_joints
 from lerobot_pi0.errors import CheckpointError, UserError
+from lerobot_pi0.lerobot_compat import dataset_key
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ def prepare_statistics(
     that get the largest values.
     Raises ValueError or CheckpointError where there are none that fit.
     """
-    raw = dataset_stats.raw if isinstance(dataset_stats, NormalizationStatistics) else dataset_stats or {}
+    prepared_before = NormalizationStatistics.known(dataset_stats)
+    raw = prepared_before.raw if prepared_before is not None else dataset_stats or {}
     _check_dimensions(config, dataset)
     modes = normalization_modes(config)
     data = dict(raw)
@@ -171,9 +173,10 @@ def _check_dimensions(config: Pi0Config, dataset: Any) -> None:
     """Raises UserError when the dataset is of a robot with other joints than the policy's features."""
     features = getattr(dataset, "features", {})
     for key, feature in ((OBS_STATE, config.robot_state_feature), (ACTION, config.action_feature)):
-        if key in features and feature is not None and tuple(features[key]["shape"]) != tuple(feature.shape):
+        found = features.get(dataset_key(key, features))
+        if found is not None and feature is not None and tuple(found["shape"]) != tuple(feature.shape):
             raise UserError(
-                f"'{key}' has {features[key]['shape'][0]} dimensions in the dataset and {feature.shape[0]} "
+                f"'{key}' has {found['shape'][0]} dimensions in the dataset and {feature.shape[0]} "
                 "in the policy: --policy.path keeps the features of its checkpoint. To train the same "
                 "weights on another robot, replace it by --policy.type=lerobot_pi0 "
                 "--policy.pretrained_path=CHECKPOINT, and give the checkpoint's other settings as flags "

@@ -15,7 +15,7 @@ from lerobot_pi0.data.normalization import NormalizationStatistics, affine, dime
 from lerobot_pi0.data.relative_actions import make_reference_state
 from lerobot_pi0.data.statistics import prepare_statistics
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.lerobot_compat import normalize_by, trained_episodes
+from lerobot_pi0.lerobot_compat import dataset_key, normalize_by, trained_episodes, training_setting
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def check_first_batch(
     if batch.get("index") is None or not data_files(dataset):
         return
     indices = batch["index"].flatten().cpu().numpy()
-    keys = [key for key in (OBS_STATE, ACTION) if key in dataset.features]
+    keys = [key for key in (OBS_STATE, ACTION) if dataset_key(key, dataset.features) in dataset.features]
     frames = read_columns(dataset, keys, indices)
     if not frames:
         return
@@ -98,6 +98,16 @@ def describe_training(
             "--policy.normalization_mapping normalizes images (VISUAL), but the vision tower takes them in "
             "[-1, 1], as the policy scales them: set VISUAL to IDENTITY, or leave it out"
         )
+    if config.ema_decay and training_setting("ema.enable"):
+        raise UserError(
+            "--ema.enable=true is LeRobot's EMA of the weights, and this policy keeps one of its own "
+            f"(--policy.ema_decay={config.ema_decay:g}), which it evaluates and saves: leave --ema.enable "
+            "out, or set --policy.ema_decay=0"
+        )
+    if dataset is not None and dataset_stats:
+        names = {dataset_key(key, getattr(dataset, "features", {})): key for key in (OBS_STATE, ACTION)}
+        if any(old != new for old, new in names.items()):
+            dataset_stats = {names.get(key, key): of for key, of in dataset_stats.items()}
     if (episodes := trained_episodes(dataset)) is not None:
         logger.info(
             "action limits, instructions and statistics of relative actions are those of the %d episodes "

@@ -47,8 +47,12 @@ class ActionQueue:
         own.last = own.waiting.popleft()
         return own.last
 
+    def drop(self) -> None:
+        """Drop the actions of the calling thread that wait."""
+        self._own().waiting.clear()
+
     def clear(self) -> None:
-        """Drop the actions of the calling thread."""
+        """Drop the actions of the calling thread, and the last one."""
         self._of_thread.pop(threading.current_thread(), None)
 
     def _own(self) -> _Actions:

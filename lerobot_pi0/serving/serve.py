@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from lerobot_pi0.control.trace import Trace, new_policy_trace
 from lerobot_pi0.errors import CommandError, UnavailableError
+from lerobot_pi0.lerobot_compat import log_versions
 from lerobot_pi0.serving.flags import ServeConfig
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ def serving(config: ServeConfig) -> Iterator[int]:
             f"async inference needs gRPC, and it cannot be imported ({error}): "
             "pip install 'lerobot-policy-pi0[async]'"
         ) from error
+    log_versions()
     file = None if config.trace is None else new_policy_trace(config.trace)
     address = f"[{config.host}]" if ":" in config.host else config.host
     server = grpc.server(ThreadPoolExecutor(8, thread_name_prefix="grpc"), options=list(OPTIONS.items()))

@@ -1,7 +1,7 @@
 """Which parameters train, in which precision, their exponential moving average (EMA), and random keys."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ class TrainedWeights:
         self.decay = decay
         self.seed = torch.initial_seed()
         self.num_draws = 0
-        self.parameters: dict[str, nn.Parameter] = {}
+        self.names: list[str] = []  # of what trains
+        self.parameters: dict[str, nn.Parameter] = {}  # by these names; none without an EMA
         self._hidden: list[Tensor] = []  # the EMA, or the weights where the EMA is shown
         self._shows_ema = False
         self._is_current = True  # the EMA, with the weights
@@ -39,14 +40,17 @@ class TrainedWeights:
             dtype = torch.float32 if parameter.requires_grad else frozen_dtype
             if parameter.requires_grad or parameter.dtype.itemsize > dtype.itemsize:
                 parameter.data = parameter.data.to(dtype)
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if not self.parameters:
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not trained:
             raise UserError(
                 "nothing trains: all parameters are frozen (--policy.freeze, --peft.target_modules)"
             )
-        self._hidden = [p.detach().clone() for p in self.parameters.values()] if self.decay else []
+        self.names = list(trained)
+        # Without an EMA none is kept: FSDP replaces them by shards, and the whole ones could not be freed.
+        self.parameters = trained if self.decay else {}
+        self._hidden = [p.detach().clone() for p in self.parameters.values()]
         self._shows_ema, self._is_current = False, False
-        return ParameterGroups(self)
+        return ParameterGroups(self, trained.values())
 
     def keys(self, index: Tensor, num_draws: int, training: bool) -> Tensor:
         """Keys (batch · num_draws,) of the random numbers for samples with these indices (batch,).
@@ -140,7 +144,7 @@ class TrainedWeights:
         The loss of a run's last step says nothing of its gradient. One pass over what trained: a full-size
         policy's 13 GB take a second or two on a CPU, a fraction of the time to write them.
         """
-        trained = {name: state[prefix + name] for name in self.parameters if prefix + name in state}
+        trained = {name: state[prefix + name] for name in self.names if prefix + name in state}
         if not trained:
             return
         # One pass without a copy. A sum of finite values may overflow: only then each value is looked at.
@@ -181,9 +185,9 @@ class TrainedWeights:
 class ParameterGroups(list[dict[str, Any]]):
     """Groups as torch's optimizers take them, for one of ours with what they belong to."""
 
-    def __init__(self, trained: TrainedWeights):
+    def __init__(self, trained: TrainedWeights, parameters: Iterable[nn.Parameter]):
         # Fused: CPU, CUDA, MPS and XPU have it.
-        super().__init__([{"params": list(trained.parameters.values()), "fused": True}])
+        super().__init__([{"params": list(parameters), "fused": True}])
         self.trained = trained
 
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import logging
+import os
 import re
 import shlex
 import sys
@@ -14,12 +15,13 @@ import lerobot.rollout.context as context
 import lerobot.rollout.inference.rtc as engine
 import pytest
 import torch
+from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.configs.default import PeftConfig
 from lerobot.rollout import RolloutConfig, create_strategy
 from tiny_policy import statistics
-from tiny_robot import ACTIONS, Arm, save_checkpoint
+from tiny_robot import ACTIONS, STATES, Arm, save_checkpoint
 
-from lerobot_pi0 import cli
+from lerobot_pi0 import cli, lerobot_compat
 from lerobot_pi0.configuration_pi0 import TrainingData
 from lerobot_pi0.control import instrumentation, rollout
 from lerobot_pi0.control.latency import Latencies
@@ -271,6 +273,89 @@ def test_a_robot_with_other_joints_is_refused_before_it_is_connected(sync, arms)
     assert not arms
 
 
+@pytest.fixture
+def two_orders(flags, tmp_path) -> list[str]:
+    """Flags for a policy whose data had the joints in one order in the state and in another in the action."""
+    save_checkpoint(
+        tmp_path / "checkpoint",
+        chunk_size=50,
+        n_action_steps=8,
+        action_feature_names=STATES[::-1],
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (len(STATES),))},
+    )
+    return [
+        f"--policy.path={tmp_path / 'checkpoint'}",
+        *flags[1:],
+        f"--robot.actions=[{','.join(STATES[::-1])}]",
+    ]
+
+
+@pytest.mark.parametrize("engine", [[], RTC], ids=["sync", "rtc"])
+def test_the_state_stays_in_its_order_where_that_of_the_actions_is_another(
+    two_orders, arms, monkeypatch, engine
+):
+    joints = {name: 10.0 + i for i, name in enumerate(STATES)}
+    observe, predict, seen = Arm.get_observation, Pi0Policy.predict_action_chunk, []
+    monkeypatch.setattr(Arm, "get_observation", lambda self: observe(self) | joints)
+
+    def watched(self, batch, **given):
+        seen.append(batch["observation.state"][0].tolist())
+        return predict(self, batch, **given)
+
+    monkeypatch.setattr(Pi0Policy, "predict_action_chunk", watched)
+    rollout.main([*two_orders, *engine])
+    normal = statistics()["observation.state"]
+    wanted = (torch.tensor([*joints.values()]) - normal["mean"]) / normal["std"]
+    assert seen[-1] == pytest.approx(wanted.tolist(), rel=1e-4)
+    assert list(arms[0].sent[0]) == STATES[::-1]
+
+
+def test_a_state_in_another_order_than_the_datas_is_refused_whoever_put_it_there(
+    two_orders, arms, monkeypatch
+):
+    monkeypatch.setattr(rollout, "fed_state_names", lambda ctx: STATES[::-1])
+    with pytest.raises(UserError, match=r"hand the policy the state as .*gripper.*it was trained with .*pan"):
+        rollout.main(two_orders)
+    assert not arms[0].sent
+    assert not arms[0].is_connected
+
+
+@pytest.mark.skipif(not hasattr(RolloutConfig, "interactive"), reason="LeRobot has no --interactive yet")
+def test_an_interactive_session_moves_the_robot_when_it_is_told_to(flags, arms, monkeypatch, tmp_path):
+    reading, writing = os.pipe()
+    monkeypatch.setattr(sys, "stdin", os.fdopen(reading))
+    before = []
+
+    def type_commands() -> None:
+        time.sleep(1)
+        before.append(len(arms[0].sent) if arms else 0)
+        os.write(writing, b"/start\n")
+        while not arms[0].sent:
+            time.sleep(0.05)
+        os.write(writing, b"/subtask push\n")
+        time.sleep(1)
+        os.write(writing, b"/stop\n")
+
+    cfg = rollout.parse([*flags, "--interactive=true", "--duration=60", "--play_sounds=false"])
+    typist = threading.Thread(target=type_commands)
+    monkeypatch.setattr(rollout, "drive", lambda *given: (typist.start(), lerobot_compat.drive(*given)))
+    said = rollout.rollout(cfg, tmp_path)
+    typist.join()
+    os.close(writing)
+    assert before == [0]
+    assert "actions in" in said
+    assert len(read_run(tmp_path).actions) == len(arms[0].sent)
+
+
+@pytest.mark.skipif(not hasattr(RolloutConfig, "interactive"), reason="LeRobot has no --interactive yet")
+def test_an_interactive_session_that_ends_before_a_run_is_no_error(flags, arms, monkeypatch, tmp_path):
+    (tmp_path / "typed").write_text("/stop\n")
+    monkeypatch.setattr(sys, "stdin", (tmp_path / "typed").open())
+    cfg = rollout.parse([*flags, "--interactive=true", "--duration=60", "--play_sounds=false"])
+    assert "no action was sent" in rollout.rollout(cfg)
+    assert not arms[0].sent
+
+
 def test_renamed_joints_run_with_the_flag_that_the_error_gives(sync, flags, arms):
     sync.robot.actions = ["base.pos", *ACTIONS[1:]]
     with pytest.raises(ValueError, match="action, renamed") as caught:
@@ -401,7 +486,7 @@ def test_a_trace_is_not_written_over_another(sync, tmp_path, arms):
         ("--task= ", "--task="),
         ("--fps=0", "--fps must be"),
         ("--fps=inf", "--fps must be"),
-        ("--interpolation_multiplier=0", "--interpolation_multiplier must be"),
+        ("--interpolation_multiplier=0", "interpolation_multiplier must be"),  # later LeRobots refuse it too
         ("--dataset.repo_id=me/foo", "--dataset.repo_id=me/rollout_foo"),
         ("--dataset.root=.", "--dataset.root, or go on with the dataset in it, --resume=true"),
     ],

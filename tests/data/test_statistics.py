@@ -1,5 +1,7 @@
 """The statistics that a run normalises by: where they are from, the floor under them, refusals."""
 
+import copy
+import gc
 import json
 import logging
 import pickle
@@ -8,11 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
-from tiny_policy import ACTION, raw_batch, statistics, tiny_config
+from tiny_policy import ACTION, STATE, raw_batch, statistics, tiny_config
 
 from lerobot_pi0.data.normalization import FLOOR, NEARLY_CONSTANT, NormalizationStatistics
 from lerobot_pi0.data.statistics import check_statistics, prepare_statistics, read_statistics
@@ -115,6 +119,36 @@ def test_preparing_twice_is_preparing_once():
     once = prepare_statistics(tiny_config(), statistics())
     twice = prepare_statistics(tiny_config(), once)
     assert all((once[key][name] == twice[key][name]).all() for key, of in once.items() for name in of)
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda stats: {key: copy.deepcopy(of) for key, of in stats.items()},  # as LeRobot after 0.6.1
+        lambda stats: {key: {name: torch.tensor(x) for name, x in of.items()} for key, of in stats.items()},
+        lambda stats: {key: {name: x.tolist() for name, x in of.items()} for key, of in stats.items()},
+    ],
+    ids=["deep", "dicts", "tensors", "lists"],
+)
+def test_a_copy_of_prepared_statistics_is_not_prepared_again(copied):
+    raw = statistics()
+    raw["observation.state"]["std"][0] = 2e-4  # here epsilon counts
+    once = prepare_statistics(tiny_config(), raw)
+    twice = prepare_statistics(tiny_config(), copied(once))
+    assert all((once[key][name] == twice[key][name]).all() for key, of in once.items() for name in of)
+    torch.testing.assert_close(state(raw_batch(), copied(once)), state(raw_batch(), once), rtol=0, atol=0)
+
+
+def test_statistics_are_prepared_whose_copy_is_known_only_as_long_as_they_are_there():
+    """Nobody else has them: then the values are a dataset's own."""
+    once = prepare_statistics(tiny_config(), statistics())
+    plain = {key: dict(of) for key, of in once.items()}
+    assert NormalizationStatistics.known(plain) is once
+    del once
+    gc.collect()
+    assert NormalizationStatistics.known(plain) is None
+    assert NormalizationStatistics.known(statistics()) is None
 
 
 def test_prepared_statistics_reach_the_workers_of_a_data_loader():
@@ -220,6 +254,60 @@ def test_another_robot_is_refused_with_flags_that_work(tmp_path):
         tmp_path, config=config, dataset_stats=stats, dataset_meta=dataset_of(7)
     )
     assert policy.config.robot_state_feature == inputs["observation.state"]
+
+
+def test_lerobots_average_of_the_weights_is_refused_beside_the_policys(monkeypatch, tmp_path):
+    (tmp_path / "train_config.json").write_text('{"ema": {"enable": true}}')
+    for flags in (["--ema.enable=true"], [f"--config_path={tmp_path / 'train_config.json'}"]):
+        monkeypatch.setattr("sys.argv", ["lerobot-train", *flags])
+        with pytest.raises(UserError, match=r"--ema.enable.*--policy.ema_decay=0"):
+            Pi0Policy(tiny_config(), statistics(), dataset_of(5))
+        Pi0Policy(tiny_config(ema_decay=0.0), statistics(), dataset_of(5))
+    monkeypatch.setattr("sys.argv", ["lerobot-train", *flags, "--ema.enable=false"])
+    Pi0Policy(tiny_config(), statistics(), dataset_of(5))
+
+
+def test_statistics_of_a_checkpoint_whose_weights_come_later(tmp_path):
+    """A run on shards that is resumed: LeRobot after 0.6.1 builds the policy and then puts the weights in."""
+    save_pipelines(tmp_path, statistics())
+    stats = statistics()
+    stats["action"]["std"] += 1
+    config = tiny_config(statistics="checkpoint", pretrained_path=tmp_path)
+    dataset = dataset_of(5)
+    Pi0Policy(config, stats, dataset)
+    np.testing.assert_allclose(
+        dataset.stats["action"]["std"], statistics()["action"]["std"] + 1e-6, rtol=1e-6
+    )
+
+
+def test_renamed_state_and_actions_are_found_in_the_dataset(monkeypatch, tmp_path):
+    """LeRobot after 0.6.1 renames the features that it gives the policy, and what is in the batches."""
+    renamed = {"observation.qpos": "observation.state", "actions": "action"}
+    monkeypatch.setattr("sys.argv", ["lerobot-train", f"--rename_map={json.dumps(renamed)}"])
+    features = {
+        "observation.qpos": {"dtype": "float32", "shape": (STATE,), "names": list("abcde")},
+        "actions": {"dtype": "float32", "shape": (ACTION,), "names": list("abcd")},
+    }
+    (folder := tmp_path / "data" / "chunk-000").mkdir(parents=True)
+    states, actions = np.arange(3 * STATE).reshape(3, STATE), np.arange(3 * ACTION).reshape(3, ACTION)
+    columns = {
+        "observation.qpos": (states / 10).tolist(),
+        "actions": (actions / 10).tolist(),
+        "index": range(3),
+        "episode_index": [0] * 3,
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "file-000.parquet")
+    stats = {old: statistics()[new] for old, new in renamed.items()}
+    config = tiny_config(relative_actions=True, absolute_joints=[])
+    config.set_dataset_feature_metadata(features)
+    dataset = SimpleNamespace(features=features, stats=stats, root=tmp_path)
+    Pi0Policy(config, stats, dataset)
+    assert config.state_feature_names == list("abcde")
+    assert config.reference_state is not None
+    assert config.action_limits is not None
+    assert config.action_limits.high == pytest.approx([0.8, 0.9, 1.0, 1.1])
+    # As LeRobot renames them: what the policy left is under its own names.
+    assert {renamed.get(key, key) for key in dataset.stats} == {"observation.state", "action"}
 
 
 def test_statistics_of_a_checkpoint_are_refused_where_there_is_none():

@@ -187,6 +187,13 @@ def test_select_action_on_a_full_queue_does_no_work_beyond_the_pop(policy, monke
     assert calls == {"prefix": 2, "velocity": 20, "observation": 2}
 
 
+def test_a_new_instruction_is_acted_on_at_once(policy):
+    policy.select_action(batch(), noise=noise())
+    policy.drop_queued_actions()
+    found = policy.select_action(batch(seed=1), noise=noise())
+    assert torch.equal(found, policy.predict_action_chunk(batch(seed=1), noise=noise())[:, 0])
+
+
 def test_reset_forgets_the_queue(policy):
     policy.select_action(batch(), noise=noise())
     policy.reset()

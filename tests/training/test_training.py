@@ -1,6 +1,8 @@
 """What trains: precision, moving average, and what a resumed run goes on from."""
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,19 @@ def test_without_decay_nothing_is_kept_twice():
     step(policy, optimizer)
     assert policy.trained.ema() == {}
     assert all("weights" not in state for state in optimizer.state_dict()["state"].values())
+
+
+def test_without_decay_the_whole_parameters_go_when_shards_take_their_places():
+    """As FSDP puts them there: for the largest policies both would be more than a GPU has."""
+    policy = tiny_policy(ema_decay=0.0)
+    optimizer = build(policy)
+    whole = [weakref.ref(parameter) for parameter in policy.parameters()]
+    for module in policy.modules():
+        for name in module._parameters:
+            module.register_parameter(name, torch.nn.Parameter(torch.zeros(1)))
+    optimizer.param_groups[0]["params"] = list(policy.parameters())
+    gc.collect()
+    assert not any(parameter() is not None for parameter in whole)
 
 
 def test_a_step_draws_anew_and_the_same_step_the_same():
