@@ -15,9 +15,11 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs.train import TrainPipelineConfig
 from lerobot.policies.pi0 import PI0Config
 from lerobot.utils.import_utils import register_third_party_plugins
 from tiny_policy import tiny_config
+from torch.distributed.run import get_args_parser
 
 import lerobot_pi0.control.rollout
 from lerobot_pi0 import Pi0Config, Pi0Policy, cli
@@ -145,6 +147,13 @@ def test_every_shell_command_parses(words, checkpoint, monkeypatch):
         launch = launch_command_parser().parse_args([*rest[1:cut], "lerobot-train"])
         assert launch.training_script == "lerobot-train"
         program, rest = "lerobot-train", rest[cut + 1 :]
+    if program == "torchrun":
+        cut = rest.index(SUBSTITUTION)
+        launch = get_args_parser().parse_args([*rest[:cut], "lerobot-train"])
+        assert launch.training_script == "lerobot-train"
+        program, rest = "lerobot-train", rest[cut + 1 :]
+        if "parallelism" not in {field.name for field in fields(TrainPipelineConfig)}:
+            rest = [word for word in rest if not word.startswith("--parallelism.")]  # of later LeRobots
     if program == "python":
         assert rest[0] == "-m"
         assert importlib.util.find_spec(rest[1])

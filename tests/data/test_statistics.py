@@ -297,7 +297,9 @@ def test_renamed_state_and_actions_are_found_in_the_dataset(monkeypatch, tmp_pat
         "episode_index": [0] * 3,
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / "file-000.parquet")
-    stats = {old: statistics()[new] for old, new in renamed.items()}
+    stats = {
+        old: {name: np.asarray(x) for name, x in statistics()[new].items()} for old, new in renamed.items()
+    }
     config = tiny_config(relative_actions=True, absolute_joints=[])
     config.set_dataset_feature_metadata(features)
     dataset = SimpleNamespace(features=features, stats=stats, root=tmp_path)
