@@ -23,6 +23,7 @@ OPTIONS = {
     # A connection that was cut without a word is noticed within 10 s, and not after gRPC's two hours.
     "grpc.keepalive_time_ms": 5000,
     "grpc.keepalive_timeout_ms": 5000,
+    "grpc.http2.ping_timeout_ms": 5000,  # what gRPC waits for the answer since 1.60, instead of the above
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.http2.max_pings_without_data": 0,
 }

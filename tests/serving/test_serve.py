@@ -1,5 +1,6 @@
 """`lerobot-pi0 serve`: LeRobot's protocol over a loopback port, with good clients and bad ones."""
 
+import contextlib
 import json
 import os
 import pickle
@@ -30,7 +31,7 @@ from lerobot_pi0.control.trace import read_trace
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.flags import ControlPolicyFlags
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
-from lerobot_pi0.serving import messages, policy_server, served_policy
+from lerobot_pi0.serving import messages, policy_server, serve, served_policy
 from lerobot_pi0.serving.serve import ServeConfig, main, serving
 
 wire: Any = services_pb2
@@ -747,3 +748,71 @@ def test_a_clock_that_is_set_while_a_robot_is_served_spoils_the_age_for_a_while_
         ages.append(now[0] - session.taken(now[0] - (3.0 if step > 10 else 0.0)))
     assert ages[11] == pytest.approx(3.0)
     assert ages[-1] == pytest.approx(0.0)
+
+
+@dataclass
+class Tunnel:
+    """A TCP connection to the server that can be cut without a word, as by a lost network: nothing that is
+    sent arrives any more, and neither side is told.
+    """
+
+    to: int
+
+    def __post_init__(self):
+        self.is_cut, self.sockets = threading.Event(), [socket.create_server(("127.0.0.1", 0))]
+        self.port = self.sockets[0].getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        for each in self.sockets:
+            each.close()
+
+    def _accept(self) -> None:
+        client = self.sockets[0].accept()[0]
+        server = socket.create_connection(("127.0.0.1", self.to))
+        self.sockets += [client, server]
+        for pair in ((client, server), (server, client)):
+            threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self.is_cut.is_set():
+                    target.sendall(data)
+
+
+def with_short_limits(options: dict[str, int]) -> dict[str, int]:
+    """All of a connection's limits in milliseconds, a fiftieth."""
+    return {name: value // 50 if name.endswith("_ms") else value for name, value in options.items()}
+
+
+def test_a_robot_whose_network_is_lost_makes_room(checkpoint, monkeypatch):
+    """It waits for actions, as it does most of the time; no packet says that it is gone."""
+    monkeypatch.setattr(policy_server, "SILENCE", 1000.0)
+    monkeypatch.setattr(policy_server, "WAIT", 1000.0)
+    monkeypatch.setattr(serve, "OPTIONS", with_short_limits(serve.OPTIONS))
+    with serving(ServeConfig(ControlPolicyFlags(path=str(checkpoint)), port=0)) as port:
+        tunnel = Tunnel(port)
+        lost = Client(tunnel.port).greet(checkpoint)
+        assert lost.is_answered(0)
+        waiting = lost.stub.GetActions.future(wire.Empty())
+        second = Client(port)
+        assert status(lambda: second.greet(checkpoint))[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
+        tunnel.is_cut.set()
+        assert eventually(lambda: second.greet(checkpoint)).is_answered(0)
+        assert not waiting.done()  # for all that it knows, the server is there
+        second.close()
+        lost.close()
+        tunnel.close()
+
+
+def test_a_connection_that_says_nothing_is_closed(checkpoint, monkeypatch):
+    """A client that begins as HTTP/2 does, and then answers no ping."""
+    monkeypatch.setattr(serve, "OPTIONS", with_short_limits(serve.OPTIONS))
+    with (
+        serving(ServeConfig(any_policy=True, port=0)) as port,
+        socket.create_connection(("127.0.0.1", port), timeout=30) as connection,
+    ):
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        while connection.recv(65536):  # until the server closes it; TimeoutError if it does not
+            pass
