@@ -65,7 +65,7 @@ def load(setup: Setup) -> Measure:
     given, start = batch(setup, policy_prompt_length(setup)), noise(setup)
 
     def first_chunk() -> torch.Tensor:
-        with _sizes(setup):
+        with built_in_sizes(setup):
             policy = PI0Policy.from_pretrained(setup.checkpoint, config=config(setup))
         return predict(policy, given, start)
 
@@ -109,7 +109,7 @@ def policy_prompt_length(setup: Setup) -> int:
 def skeleton(setup: Setup, **settings: Any) -> PI0Policy:
     """The policy with its parameters on the meta device, in the dtypes of its own code, and real buffers."""
     with (
-        _sizes(setup),
+        built_in_sizes(setup),
         init_empty_weights(include_buffers=False),
         patch.object(modeling_pi0.PI0Pytorch, "to", lambda network, _: network),
     ):
@@ -117,7 +117,7 @@ def skeleton(setup: Setup, **settings: Any) -> PI0Policy:
 
 
 @contextmanager
-def _sizes(setup: Setup) -> Iterator[None]:
+def built_in_sizes(setup: Setup) -> Iterator[None]:
     """Makes its constructors build other sizes than the published."""
     if setup.size == "full" and setup.language_model == "gemma_2b":
         yield

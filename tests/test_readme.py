@@ -79,7 +79,7 @@ def shell_commands() -> Iterator[Any]:
 def checkpoint(tmp_path_factory) -> Path:
     """Where the commands' checkpoints would be: a config, and that of a training."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    tiny_config()._save_pretrained(folder)
+    tiny_config().save_pretrained(folder)
     flags = ["--policy.type=lerobot_pi0", "--policy.device=cpu", "--dataset.repo_id=me/data"]
     parse_lerobots("lerobot-train", flags).save_pretrained(folder)
     return folder

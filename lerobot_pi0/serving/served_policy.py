@@ -81,13 +81,14 @@ class ServedPolicy:
 
     def _predict(self, batch: dict[str, Any], num_actions: int) -> Tensor:
         assert self._loaded is not None
-        actions = _chunk(self._loaded, self._loaded.preprocess(batch))[:num_actions]
+        actions = predict_chunk(self._loaded, self._loaded.preprocess(batch))[:num_actions]
         if not actions.isfinite().all():
             raise RuntimeError("the policy's actions are not finite: nothing is sent. Look at its checkpoint")
         return actions
 
 
-def _chunk(loaded: LoadedPolicy, batch: dict[str, Any]) -> Tensor:
+def predict_chunk(loaded: LoadedPolicy, batch: dict[str, Any]) -> Tensor:
+    """Actions (chunk, action size) in robot units for a processed batch of one: float32, on the CPU."""
     return loaded.postprocess(loaded.policy.predict_action_chunk(batch))[0].float().cpu()
 
 
@@ -96,5 +97,5 @@ def _warm_up(loaded: LoadedPolicy) -> float:
     started = time.perf_counter()
     batch = loaded.preprocess(loaded.config.example_observation() | {"task": ""})
     del batch["task"]  # not an instruction to warn about
-    _chunk(loaded, batch)
+    predict_chunk(loaded, batch)
     return time.perf_counter() - started

@@ -72,7 +72,7 @@ def test_both_sides_have_the_same_loss_and_gradients(tiny, in_tree, our):
 def test_in_tree_built_without_initialisation_is_in_tree(tiny, dtype):
     setup = replace(tiny, dtype=dtype)
     quick = intree.build(setup, complete=True, train_expert_only=True).train()
-    with intree._sizes(setup):
+    with intree.built_in_sizes(setup):
         usual = PI0Policy(intree.config(setup, train_expert_only=True)).train()
     usual.load_state_dict(quick.state_dict())
     for kind in ("named_parameters", "named_buffers"):

@@ -21,7 +21,6 @@ from tiny_policy import SIZES, VLM, batch, noise, statistics, tiny_config, tiny_
 from lerobot_pi0 import cli
 from lerobot_pi0.checkpoints import adapters
 from lerobot_pi0.checkpoints.files import Checkpoint
-from lerobot_pi0.checkpoints.layouts import to_openpi
 from lerobot_pi0.conversion import merge
 from lerobot_pi0.errors import CheckpointError, MissingFileError
 from lerobot_pi0.inputs.policy import load_adapters
@@ -43,15 +42,6 @@ LANGUAGE = {
 def base(tmp_path) -> Path:
     folder = tmp_path / "base"
     tiny_policy().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def published(tmp_path) -> Path:
-    """The same weights in openpi's layout."""
-    folder = tmp_path / "published"
-    folder.mkdir()
-    save_file(to_openpi(tiny_policy().model.state_dict()), folder / "model.safetensors")
     return folder
 
 

@@ -26,7 +26,6 @@ from tiny_policy import batch, noise, raw_batch, statistics, tiny_config, tiny_p
 from torch import Tensor
 
 from lerobot_pi0.checkpoints import files, loading
-from lerobot_pi0.checkpoints.layouts import to_openpi
 from lerobot_pi0.data.statistics import read_statistics
 from lerobot_pi0.errors import CheckpointError
 from lerobot_pi0.modeling_pi0 import Pi0Policy
@@ -48,17 +47,6 @@ def test_statistics_of_several_robots_are_not_chosen_from(tmp_path):
 def saved(tmp_path) -> Path:
     folder = tmp_path / "saved"
     tiny_policy().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def published(tmp_path) -> Path:
-    """The weights in openpi's layout, float32, with LeRobot's config of another policy type beside."""
-    folder = tmp_path / "published"
-    folder.mkdir()
-    tensors = to_openpi(tiny_policy().model.state_dict())
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"type": "pi0"}))
     return folder
 
 
@@ -522,7 +510,7 @@ config = Pi0Config(
     },
     output_features={"action": PolicyFeature(FeatureType.ACTION, (14,))},
 )
-config._save_pretrained(folder)
+config.save_pretrained(folder)
 with torch.device("meta"):
     shapes = {name: tuple(tensor.shape) for name, tensor in Pi0Policy(config).state_dict().items()}
 header, offset = {}, 0

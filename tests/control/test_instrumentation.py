@@ -46,20 +46,27 @@ def policy() -> Echo:
     return Echo()
 
 
+PIPELINE: Any = Pipeline()
+ROBOT: Any = SimpleNamespace(robot_type="arm", action_features={"a.pos": float})
+
+
 @pytest.fixture
-def engine(policy: Any) -> Iterator[InferenceEngine]:
-    """LeRobot's own, instrumented, started as its strategies start it; a chunk is made when half is left."""
-    robot: Any = SimpleNamespace(robot_type="arm", action_features={"a.pos": float})
-    pipeline: Any = Pipeline()
+def inner(policy: Any) -> RTCInferenceEngine:
+    """LeRobot's own engine; a chunk is made when half is left."""
     state = {"observation.state": {"dtype": "float32", "shape": (1,), "names": ["a.pos"]}}
-    inner = RTCInferenceEngine(
-        policy, pipeline, pipeline, robot, RTCConfig(), state, "wave", 30.0, "cpu", rtc_queue_threshold=25
+    return RTCInferenceEngine(
+        policy, PIPELINE, PIPELINE, ROBOT, RTCConfig(), state, "wave", 30.0, "cpu", rtc_queue_threshold=25
     )
+
+
+@pytest.fixture
+def engine(policy: Any, inner: RTCInferenceEngine) -> Iterator[InferenceEngine]:
+    """It, instrumented, started as LeRobot's strategies start it."""
     cfg = SimpleNamespace(interpolation_multiplier=1, fps=30.0)
     ctx: Any = SimpleNamespace(
         runtime=SimpleNamespace(cfg=cfg),
-        policy=SimpleNamespace(inference=inner, postprocessor=pipeline),
-        hardware=SimpleNamespace(robot_wrapper=ThreadSafeRobot(robot)),
+        policy=SimpleNamespace(inference=inner, postprocessor=PIPELINE),
+        hardware=SimpleNamespace(robot_wrapper=ThreadSafeRobot(ROBOT)),
     )
     Instrumentation(ctx, policy, None, {"kind": "rtc"})
     instrumented = ctx.policy.inference
@@ -101,10 +108,10 @@ def test_a_chunk_that_is_being_made_at_a_reset_is_thrown_away(engine, policy):
     assert actions(engine, state=3.0, number=40) == [3.0] * 40
 
 
-def test_an_observation_taken_just_before_a_reset_is_not_acted_on(engine, monkeypatch):
+def test_an_observation_taken_just_before_a_reset_is_not_acted_on(engine, inner, monkeypatch):
     """Between taking it and asking for what is left of the last chunk, too."""
     actions(engine, state=77.0, number=10)
-    queue = engine._engine.action_queue
+    queue = inner.action_queue
     asked, go, qsize = threading.Event(), threading.Event(), queue.qsize
 
     def slow() -> int:

@@ -181,7 +181,7 @@ def make_relative(folder: Path, absolute_joints: list[str], **names: Any) -> Pat
     config.reference_state = make_reference_state(
         config, cast(NormalizationStatistics, read_statistics(folder))
     )
-    config._save_pretrained(folder)
+    config.save_pretrained(folder)
     return folder
 
 

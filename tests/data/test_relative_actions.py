@@ -420,11 +420,9 @@ def test_fine_tuning_goes_from_absolute_to_relative_and_back(dataset, tmp_path):
 
 def test_fine_tuning_with_another_chunk_has_statistics_of_its_own(dataset, tmp_path):
     folder = save(start(relative_config(), dataset), tmp_path)
-    policy, *_ = start(again(folder, "--chunk_size=3"), dataset)
+    *_, meta = start(again(folder, "--chunk_size=3"), dataset)
     relative = brute_force(dataset, chunk=3)
-    np.testing.assert_allclose(
-        policy._statistics["action"]["std"][[0, 1, 3]], relative.std(0) + 1e-6, rtol=1e-6
-    )
+    np.testing.assert_allclose(meta.stats["action"]["std"][[0, 1, 3]], relative.std(0) + 1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("relative", [False, True])

@@ -323,7 +323,7 @@ def test_statistics_of_a_checkpoint_are_refused_where_there_is_none():
 def save_pipelines(folder: Path, stats: Any, **changes: Any) -> None:
     for pipeline in make_pre_post_processors(tiny_config(**changes), dataset_stats=stats):
         pipeline.save_pretrained(folder)
-    tiny_config(**changes)._save_pretrained(folder)
+    tiny_config(**changes).save_pretrained(folder)
 
 
 def test_statistics_of_our_checkpoints_are_prepared_and_taken_as_they_are(tmp_path):

@@ -116,8 +116,8 @@ def test_interrupted_training_goes_on_from_its_last_checkpoint(demo):
 
 def test_training_that_left_no_checkpoint_starts_anew(demo):
     (demo.training / "wandb").mkdir(parents=True)
-    demo._log("train").parent.mkdir(parents=True)
-    demo._log("train").touch()
+    (demo.root / "logs").mkdir(parents=True)
+    (demo.root / "logs" / "train.log").touch()
     (job,) = demo.train()
     assert "--resume=true" not in job.command.arguments
     assert not demo.training.exists()  # lerobot-train refuses a folder that exists

@@ -27,7 +27,7 @@ def test_round_trip_through_json_keeps_everything(tmp_path):
     config = tiny_config(
         cameras={"base": "front"}, freeze="vision", action_feature_names=list("abcd"), base_checkpoint="x/y"
     )
-    config._save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
     again = PreTrainedConfig.from_pretrained(tmp_path)
     assert isinstance(again, Pi0Config)
     assert again == config
@@ -36,7 +36,7 @@ def test_round_trip_through_json_keeps_everything(tmp_path):
 
 
 def test_override_of_a_saved_config_keeps_its_other_sizes(tmp_path):
-    tiny_config()._save_pretrained(tmp_path)
+    tiny_config().save_pretrained(tmp_path)
     again: Any = PreTrainedConfig.from_pretrained(
         tmp_path, cli_overrides=["--vlm.width=64", "--n_action_steps=2"]
     )
@@ -252,7 +252,7 @@ def test_config_files_say_only_what_differs():
 
 def test_retired_names_of_saved_configs_and_flags_load_and_are_not_written(tmp_path):
     reference = {"actions": [0], "states": [1], "gain": [2.0], "offset": [0.5]}
-    tiny_config()._save_pretrained(tmp_path)
+    tiny_config().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     saved = json.loads(file.read_text())
     assert saved["type"] == "lerobot_pi0"

@@ -436,14 +436,20 @@ def test_training_gives_back_what_sampling_kept(compiled, monkeypatch):
 @pytest.mark.parametrize("form", ["fused", "packed"])
 def test_a_graph_is_the_same_in_inference_mode(form, model, observation, monkeypatch):
     """It would be compiled anew for a tensor of that mode: LeRobot measures without, and controls with it."""
-    sampler, seen = Sampler(model, form), []
+    seen = []
 
-    def graph(*given):
-        for value in given:
-            seen.extend(vars(value).values() if isinstance(value, Observation | ActionPrefix) else [value])
-        return Sampler._sample(*given)
+    def graph_of(function, **_):
+        def graph(*given):
+            for value in given:
+                seen.extend(
+                    vars(value).values() if isinstance(value, Observation | ActionPrefix) else [value]
+                )
+            return function(*given)
 
-    monkeypatch.setattr(sampler, "_graph", graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", graph_of)
+    sampler = Sampler(model, form, compiled=True)
     with torch.inference_mode():
         given = Observation(**{name: value.clone() for name, value in vars(observation).items()})
         begun = ActionPrefix(noise(), torch.arange(CHUNK) < 2)

@@ -279,9 +279,9 @@ def test_cameras_are_renamed_as_the_handshake_says(client, checkpoint):
 
 def test_a_picture_keeps_its_proportions(client, checkpoint, monkeypatch, caplog):
     seen = []
-    chunk = served_policy._chunk
+    chunk = served_policy.predict_chunk
     monkeypatch.setattr(
-        served_policy, "_chunk", lambda loaded, batch: seen.append(batch) or chunk(loaded, batch)
+        served_policy, "predict_chunk", lambda loaded, batch: seen.append(batch) or chunk(loaded, batch)
     )
     client.greet(checkpoint, lerobot_features=features(front=(36, 64, 3)))
     client.send(observed(0, {"front": np.full((36, 64, 3), 255, np.uint8)}))
@@ -314,13 +314,13 @@ def test_the_newest_of_several_observations_counts(robot):
 
 def test_what_a_robot_sends_while_it_waits_for_actions_is_not_answered_again(robot, monkeypatch):
     robot.send(observed(4, must_go=True))
-    chunk = served_policy._chunk
+    chunk = served_policy.predict_chunk
 
     def meanwhile(loaded: Any, batch: Any) -> Any:
         robot.send(observed(4))
         return chunk(loaded, batch)
 
-    monkeypatch.setattr(served_policy, "_chunk", meanwhile)
+    monkeypatch.setattr(served_policy, "predict_chunk", meanwhile)
     assert robot.actions()[0].timestep == 4
     assert robot.actions() == []
 
@@ -551,8 +551,8 @@ def eventually(call: Any) -> Any:
 
 
 def test_actions_that_are_not_finite_are_not_sent(robot, monkeypatch):
-    chunk = served_policy._chunk
-    monkeypatch.setattr(served_policy, "_chunk", lambda *given: chunk(*given) * float("nan"))
+    chunk = served_policy.predict_chunk
+    monkeypatch.setattr(served_policy, "predict_chunk", lambda *given: chunk(*given) * float("nan"))
     robot.send(observed(0, must_go=True))
     code, details = status(robot.actions)
     assert code == grpc.StatusCode.INTERNAL
@@ -637,9 +637,9 @@ def test_each_answered_observation_is_in_the_trace(checkpoint, tmp_path):
 
 def test_the_first_chunk_of_a_robot_is_not_the_first_of_the_policy(checkpoint, monkeypatch):
     chunks = []
-    chunk = served_policy._chunk
+    chunk = served_policy.predict_chunk
     monkeypatch.setattr(
-        served_policy, "_chunk", lambda loaded, batch: chunks.append(batch) or chunk(loaded, batch)
+        served_policy, "predict_chunk", lambda loaded, batch: chunks.append(batch) or chunk(loaded, batch)
     )
     with serving(ServeConfig(ControlPolicyFlags(path=str(checkpoint)), port=0)):
         assert chunks

@@ -17,7 +17,7 @@ from forked import Program, commands
 from lerobot.common import train_utils
 from safetensors.torch import load_file
 from tiny_dataset import noise_episodes, write_dataset
-from tiny_policy import ACTION, SIZES, STATE, batch, tiny_policy
+from tiny_policy import ACTION, SIZES, STATE, batch, statistics, tiny_config, tiny_policy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -206,8 +206,7 @@ def save_and_resume(case: Case, rank: int, folder: Path) -> dict[str, Any]:
 
 def refusal(fsdp: int) -> str:
     """What the policy says to a moving average."""
-    policy = tiny_policy()
-    policy._dataset_meta = SimpleNamespace()
+    policy = Pi0Policy(tiny_config(), statistics(), SimpleNamespace())
     policy.get_optim_params()
     module = shard(Case(fsdp), policy)
     try:
