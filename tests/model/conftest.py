@@ -1,4 +1,4 @@
-"""The tiny π0 of openpi's golden values, its inputs, and ways to look into a run of it."""
+"""The tiny π0 and π0.5 of openpi's golden values, their inputs, and ways to look into a run of them."""
 
 import functools
 import json
@@ -14,9 +14,9 @@ from openpi_jax import from_openpi_jax
 from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import load_weights
-from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, SiglipConfig
+from lerobot_pi0.model import ExpertConfig, GemmaConfig, Network, Observation, Pi0, Pi05, SiglipConfig
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+TESTS = Path(__file__).parent.parent
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 
 
@@ -29,35 +29,42 @@ def shapes_are_checked() -> Iterator[None]:
 
 
 @functools.cache
-def read_golden(name: str) -> Any:
-    path = GOLDEN / f"golden_{name}"
+def read_golden(which: str, name: str) -> Any:
+    path = TESTS / {"pi0": "golden", "pi05": "golden_pi05"}[which] / f"golden_{name}"
     if path.suffix == ".json":
         return json.loads(path.read_text())
     return {key: torch.from_numpy(value) for key, value in np.load(path).items()}
 
 
 @pytest.fixture(scope="session")
-def golden() -> Callable[[str], Any]:
+def which(request) -> str:
+    """The network that the other fixtures are of: π0, where a test or its module does not say."""
+    return getattr(request, "param", "pi0")
+
+
+@pytest.fixture(scope="session")
+def golden(which) -> Callable[[str], Any]:
     """golden("f32.npz") is a dict of tensors, golden("prompts.json") what the file holds."""
-    return read_golden
+    return functools.partial(read_golden, which)
 
 
 @pytest.fixture(scope="session")
-def golden_weights() -> dict[str, Tensor]:
-    return from_openpi_jax({path: leaf.numpy() for path, leaf in read_golden("params.npz").items()})
+def golden_weights(golden) -> dict[str, Tensor]:
+    return from_openpi_jax({path: leaf.numpy() for path, leaf in golden("params.npz").items()})
 
 
 @pytest.fixture(scope="session")
-def build(golden_weights) -> Callable[..., Pi0]:
+def build(which, golden_weights) -> Callable[..., Network]:
     """build(dtype, parameter_dtype): the golden model, what it computes in and what its parameters are."""
 
-    def make(dtype: torch.dtype = torch.float32, parameter_dtype: torch.dtype = torch.float32) -> Pi0:
+    def make(dtype: torch.dtype = torch.float32, parameter_dtype: torch.dtype = torch.float32) -> Network:
         vision = SiglipConfig(image_size=56, patch_size=14, width=32, depth=2, mlp_dim=64, num_heads=2)
         vlm = GemmaConfig(
             width=64, depth=3, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16, vocab_size=512
         )
+        sizes = (vision, vlm, ExpertConfig(width=32, mlp_dim=64))
         with torch.device("meta"):
-            model = Pi0(vision, vlm, ExpertConfig(width=32, mlp_dim=64), 32, 32, dtype)
+            model = Pi0(*sizes, 32, 32, dtype) if which == "pi0" else Pi05(*sizes, 32, dtype)
         copies = {name: tensor.clone() for name, tensor in golden_weights.items()}  # training changes them
         load_weights(model, copies, dict.fromkeys(copies, parameter_dtype))
         return model
@@ -66,16 +73,16 @@ def build(golden_weights) -> Callable[..., Pi0]:
 
 
 @pytest.fixture
-def model(build) -> Pi0:
+def model(build) -> Network:
     return build()
 
 
 @pytest.fixture
-def observe() -> Callable[..., Observation]:
+def observe(golden) -> Callable[..., Observation]:
     """observe(*cameras): the golden observation, with all three cameras or with those named."""
 
     def make(*cameras: str) -> Observation:
-        inputs = read_golden("inputs.npz")
+        inputs = golden("inputs.npz")
         images = torch.stack([inputs[f"image/{camera}"] for camera in cameras or CAMERAS], 1)
         return Observation(
             images=images.permute(0, 1, 4, 2, 3).float() / 255 * 2 - 1,
@@ -94,17 +101,17 @@ def observation(observe) -> Observation:
 
 
 @pytest.fixture
-def training_pair() -> tuple[Tensor, Tensor, Tensor]:
+def training_pair(golden) -> tuple[Tensor, Tensor, Tensor]:
     """Actions, noise, time."""
-    inputs = read_golden("inputs.npz")
+    inputs = golden("inputs.npz")
     return inputs["actions"], inputs["noise"], inputs["time"]
 
 
 @pytest.fixture
-def stored_time_embedding(monkeypatch) -> None:
+def stored_time_embedding(golden, monkeypatch) -> None:
     """openpi's own embedding of each stored time: its fastest sinusoid amplifies rounding 1,571 times."""
-    file = read_golden("f32.npz")
-    embeddings = dict(zip(read_golden("inputs.npz")["time"].tolist(), file["time_emb"], strict=True))
+    file = golden("f32.npz")
+    embeddings = dict(zip(golden("inputs.npz")["time"].tolist(), file["time_emb"], strict=True))
     for steps in (10, 4):
         times = file[f"sample_times_{steps}"].tolist()
         embeddings |= dict(zip(times, file[f"time_emb_steps_{steps}"], strict=True))
