@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from draccus.parsers.encoding import encode, encode_choice, encode_dataclass
@@ -39,11 +39,6 @@ Dtype = Literal["bfloat16", "float32"]
 Frozen = Literal["nothing", "vision", "vlm"]
 Backend = Literal["auto", "int8", "compile"]
 
-DEFAULT_NORMALIZATION = {
-    "VISUAL": NormalizationMode.IDENTITY,
-    "STATE": NormalizationMode.MEAN_STD,
-    "ACTION": NormalizationMode.MEAN_STD,
-}
 RETIRED = {"int8", "compile", "cache_prefix", "anchor"}
 SMALL_TOKENIZER = "small"  # ships with the package
 ABSOLUTE_JOINTS = ("gripper",)  # openpi's π0 learns all others relative to the state
@@ -91,6 +86,15 @@ class TrainingData:
 class Pi0Config(PreTrainedConfig):
     """Settings of `--policy.type=lerobot_pi0`, saved beside the weights: a checkpoint describes itself."""
 
+    # What messages call the model, and the published weights that a fine-tuning starts from.
+    model_name: ClassVar[str] = "π0"
+    published_base: ClassVar[str] = "lerobot/pi0_base"
+    default_normalization: ClassVar[dict[str, NormalizationMode]] = {
+        "VISUAL": NormalizationMode.IDENTITY,
+        "STATE": NormalizationMode.MEAN_STD,
+        "ACTION": NormalizationMode.MEAN_STD,
+    }
+
     # Sizes. A published checkpoint fits the defaults; a small model is a few smaller numbers.
     vision: SiglipConfig = field(default_factory=SiglipConfig)
     vlm: GemmaConfig = field(default_factory=GemmaConfig)
@@ -120,9 +124,7 @@ class Pi0Config(PreTrainedConfig):
     tokenizer_max_length: int = 48
 
     # Kinds of features that it does not name have the default mode.
-    normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=lambda: dict(DEFAULT_NORMALIZATION)
-    )
+    normalization_mapping: dict[str, NormalizationMode] = field(default_factory=dict)
     # Normalise by the dataset's statistics, or by those of the checkpoint that training starts from.
     statistics: StatisticsSource = "dataset"
 
@@ -204,7 +206,7 @@ class Pi0Config(PreTrainedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._translate_retired()
-        self.normalization_mapping = DEFAULT_NORMALIZATION | self.normalization_mapping
+        self.normalization_mapping = self.default_normalization | self.normalization_mapping
 
     def validate_settings(self) -> None:
         """Check the settings that do not depend on features. Raises UserError that names the flag.
@@ -288,18 +290,19 @@ class Pi0Config(PreTrainedConfig):
         one does not fit.
         """
         self.validate_settings()
-        for kind, feature, limit, flag in (
-            (OBS_STATE, self.robot_state_feature, self.max_state_dim, "max_state_dim"),
-            (ACTION, self.action_feature, self.max_action_dim, "max_action_dim"),
+        for kind, feature, flag in (
+            (OBS_STATE, self.robot_state_feature, "max_state_dim"),
+            (ACTION, self.action_feature, "max_action_dim"),
         ):
             if feature is None:
                 features = [*(self.input_features or ()), *(self.output_features or ())]
                 raise UserError(
-                    f"π0 needs '{kind}'. The features are {features}. LeRobot trains on '{OBS_STATE}', "
-                    f"'{ACTION}' and '{OBS_IMAGES}.NAME' alone, and in 0.6.1 --rename_map does not change "
-                    "what it reads: write the dataset again under these names, by the script in "
-                    'docs/finetuning.md ("Datasets with other names")'
+                    f"{self.model_name} needs '{kind}'. The features are {features}. LeRobot trains on "
+                    f"'{OBS_STATE}', '{ACTION}' and '{OBS_IMAGES}.NAME' alone, and in 0.6.1 --rename_map "
+                    "does not change what it reads: write the dataset again under these names, by the script "
+                    'in docs/finetuning.md ("Datasets with other names")'
                 )
+            limit = self.padded_state_dim if kind == OBS_STATE else self.max_action_dim
             if len(feature.shape) != 1 or feature.shape[0] > limit:
                 raise UserError(
                     f"'{kind}' has shape {feature.shape}; the model takes vectors of at most {limit}. "
@@ -307,8 +310,8 @@ class Pi0Config(PreTrainedConfig):
                 )
         if not self.image_features:
             raise UserError(
-                f"π0 needs at least one camera. The input features are {list(self.input_features or ())}: "
-                "use a dataset with images or videos"
+                f"{self.model_name} needs at least one camera. The input features are "
+                f"{list(self.input_features or ())}: use a dataset with images or videos"
             )
         given, images = self.cameras, self.image_features
         not_rgb = {key: of.shape for key, of in images.items() if num_channels(of.shape) != 3}
@@ -320,6 +323,11 @@ class Pi0Config(PreTrainedConfig):
             )
         if not_rgb and not given:
             logger.warning("cameras left out, because they are not RGB: %s", not_rgb)
+
+    @property
+    def padded_state_dim(self) -> int:
+        """Size of the state in the observation that the network is given."""
+        return self.max_state_dim
 
     def set_dataset_feature_metadata(self, features: dict[str, dict[str, Any]]) -> None:
         """Called by LeRobot with the dataset's features before it builds a policy to train: keeps the names

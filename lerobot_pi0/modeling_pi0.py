@@ -22,10 +22,10 @@ from lerobot_pi0.data.action_space import ActionSpace, pad
 from lerobot_pi0.data.training_data import check_first_batch, describe_training
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.lerobot_compat import make_card_by
-from lerobot_pi0.model import Observation, Pi0
+from lerobot_pi0.model import Network, Observation, Pi0
 from lerobot_pi0.model.layers import Layer
 from lerobot_pi0.model.observation import letterbox
-from lerobot_pi0.processor_pi0 import InstructionCheck, load_tokenizer
+from lerobot_pi0.processor_pi0 import WITHOUT_TASK, InstructionCheck, load_tokenizer
 from lerobot_pi0.sampling.action_queue import ActionQueue
 from lerobot_pi0.sampling.guard import check_observation
 from lerobot_pi0.sampling.policy_sampler import PolicySampler
@@ -63,7 +63,7 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
     config_class = Pi0Config  # pyrefly: ignore[bad-assignment]
     name = "lerobot_pi0"  # pyrefly: ignore[bad-assignment]
     config: Pi0Config  # pyrefly: ignore[bad-override-mutable-attribute]
-    model: Pi0
+    model: Network
     # What FSDP shards and gathers as one: modules that are only ever used by calling them.
     _fsdp_wrap_modules: ClassVar[list[str]] = ["DecoderLayer", "VisionLayer", "Embedding"]
 
@@ -90,11 +90,11 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
             make_card_by(self)
         if not torch.empty(0).is_meta:
             logger.warning(
-                "random weights%s. To start from published ones: --policy.pretrained_path=lerobot/pi0_base",
+                "random weights%s. To start from published ones: --policy.pretrained_path=%s",
                 f", until those of '{checkpoint}' are put in" if checkpoint else "",
+                config.published_base,
             )
-        dims, dtype = (config.max_state_dim, config.max_action_dim), getattr(torch, config.dtype)
-        self.model = Pi0(config.vision, config.vlm, config.expert, *dims, dtype)
+        self.model = self.make_network(config)
         for frozen in self._frozen():
             frozen.requires_grad_(False)
         for module in self.model.modules():
@@ -163,6 +163,12 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
             check_golden_actions(folder, policy.config, policy.predict_with_network, policy.device)
         return policy
 
+    @staticmethod
+    def make_network(config: Any) -> Network:
+        """The network that a config describes, with random weights."""
+        dims = config.max_state_dim, config.max_action_dim
+        return Pi0(config.vision, config.vlm, config.expert, *dims, getattr(torch, config.dtype))
+
     @property
     def device(self) -> torch.device:
         """Where the network is."""
@@ -184,7 +190,7 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
             image_mask=torch.ones(images.shape[:2], dtype=torch.bool, device=images.device),
             tokens=batch[OBS_LANGUAGE_TOKENS],
             token_mask=batch[OBS_LANGUAGE_ATTENTION_MASK].bool(),
-            state=pad(batch, OBS_STATE, self.config.robot_state_feature, self.config.max_state_dim),
+            state=pad(batch, OBS_STATE, self.config.robot_state_feature, self.config.padded_state_dim),
         )
 
     def forward(
@@ -211,8 +217,14 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
         observation = self.observation(batch)
         if self.training:
             of_samples = keys[:: config.num_flow_samples]
+            without_task = tuple(batch[key] for key in WITHOUT_TASK if key in batch)
             observation = augment_observation(
-                observation, of_samples, list(config.cameras), config.augmentation, config.prompt_dropout
+                observation,
+                of_samples,
+                list(config.cameras),
+                config.augmentation,
+                config.prompt_dropout,
+                without_task or None,
             )
         max_delay = config.rtc_training_max_delay if self.training else 0
         losses, valid = flow_matching_loss(

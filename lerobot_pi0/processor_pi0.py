@@ -11,12 +11,13 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lerobot.configs import PipelineFeatureType, PolicyFeature
 from lerobot.lerobot_types import EnvTransition, TransitionKey
 from lerobot.processor import (
+    DefaultPolicyProcessorSteps,
     PolicyAction,
     PolicyProcessorPipeline,
     ProcessorStep,
@@ -34,8 +35,31 @@ from lerobot_pi0.errors import CheckpointError, UnavailableError, UserError
 logger = logging.getLogger(__name__)
 
 MAX_PROMPT = 10_000  # characters: what is beyond is not tokenized, since far fewer tokens are kept
+# Keys of a batch: tokens of the prompts and which are real; the same without the instruction.
+LANGUAGE = OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK
+WITHOUT_TASK = f"{OBS_LANGUAGE_TOKENS}_without_task", f"{OBS_LANGUAGE_ATTENTION_MASK}_without_task"
 SHOWN = 500  # characters of a prompt in a message
 MAX_REMEMBERED = 100  # prompts that were warned about
+
+
+class Word(NamedTuple):
+    """A word of a prompt, and the number of its tokens."""
+
+    text: str
+    num_tokens: int
+    is_state: bool = False  # a number of the state
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The text of a prompt behind its beginning of sequence."""
+
+    parts: tuple[str, ...]  # each encoded by itself
+    state: range = range(0)  # the characters that the state's numbers stand in
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
 
 
 @ProcessorStepRegistry.register("lerobot_pi0_tokenizer")
@@ -57,82 +81,96 @@ class Pi0TokenizerStep(ProcessorStep):
     _warned_of: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __call__(self, transition: EnvTransition) -> EnvTransition:
-        complementary: Any = transition.get(TransitionKey.COMPLEMENTARY_DATA)
-        task = (complementary or {}).get("task")
-        texts = [task] if isinstance(task, str) else task
-        if not (texts and isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)):
-            raise UserError(
-                f"π0 needs an instruction, but 'task' is {task!r}. Datasets store one per episode; "
-                'lerobot-rollout takes --task="..."'
+        transition = with_float_vectors(transition)
+        prompts = self.encode_batch(_instructions(transition), transition)
+        longest = max(len(row) for rows in prompts.values() for row in rows)
+        length = min(self.max_length, 8 * math.ceil(longest / 8))
+        observation: Any = transition[TransitionKey.OBSERVATION]  # pyrefly: ignore[bad-typed-dict-key]
+        for (tokens, mask), rows in prompts.items():
+            observation[tokens] = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+            observation[mask] = torch.tensor(
+                [[True] * len(row) + [False] * (length - len(row)) for row in rows]
             )
-        rows = [self.encode(text) for text in texts]
-        length = min(self.max_length, 8 * math.ceil(max(map(len, rows)) / 8))
-        tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-        mask = torch.tensor([[True] * len(row) + [False] * (length - len(row)) for row in rows])
-        given: Any = transition.get(TransitionKey.OBSERVATION) or {}
-        observation: dict[str, Any] = {**given}
-        if OBS_STATE in observation:
-            observation[OBS_STATE] = _floating(observation[OBS_STATE])
-        added = {OBS_LANGUAGE_TOKENS: tokens, OBS_LANGUAGE_ATTENTION_MASK: mask}
-        transition = transition.copy()
-        # LeRobot indexes by the enum and types by its values.
-        transition[TransitionKey.OBSERVATION] = observation | added  # pyrefly: ignore[bad-typed-dict-key]
-        if (action := transition.get(TransitionKey.ACTION)) is not None:
-            transition[TransitionKey.ACTION] = _floating(action)  # pyrefly: ignore[bad-typed-dict-key]
         return transition
 
-    def encode(self, prompt: str) -> list[int]:
-        """Token ids of one prompt; one longer than `max_length` is cut, newline and all, with a warning."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer)
-        encode = self._tokenizer.encode
-        text = encode(clean_prompt(prompt[:MAX_PROMPT]), add_special_tokens=False).ids
+    def encode_batch(
+        self, tasks: Sequence[str], transition: EnvTransition
+    ) -> dict[tuple[str, str], list[list[int]]]:
+        """Token ids of the prompts of a batch, under the keys of the observation that they and their mask
+        get.
+        """
+        return {LANGUAGE: [self.encode(task) for task in tasks]}
+
+    def prompt(self, task: str, state: Tensor | None = None) -> Prompt:
+        """The prompt for an instruction and a state (dims,), normalized, which π0 does not write into it."""
+        return Prompt((clean_prompt(task[:MAX_PROMPT]), "\n"))
+
+    def encode(self, task: str, state: Tensor | None = None) -> list[int]:
+        """Token ids of one prompt; one longer than `max_length` loses its end, with a warning."""
+        prompt = self.prompt(task, state)
+        tokens = self._tokens(prompt)
+        assert self._tokenizer is not None
         beginning = self._tokenizer.token_to_id("<bos>")
         if beginning is None:
             raise UserError(
-                f"the tokenizer '{self.tokenizer}' has no token '<bos>', with which a prompt of π0 begins: "
+                f"the tokenizer '{self.tokenizer}' has no token '<bos>', with which a prompt begins: "
                 "name PaliGemma's, or one made like it, with --policy.tokenizer"
             )
-        ids = [beginning, *text, *encode("\n", add_special_tokens=False).ids]
+        ids = [beginning, *(token for token, _, _ in tokens)]
         if max(ids) >= self.vocab_size:
             raise UserError(
-                f"the tokenizer '{self.tokenizer}' gives id {max(ids)} for {shown(prompt)}, but the model's "
+                f"the tokenizer '{self.tokenizer}' gives id {max(ids)} for {shown(task)}, but the model's "
                 f"vocabulary has {self.vocab_size} entries: raise --policy.vlm.vocab_size (training from "
                 "scratch), or name the tokenizer that belongs to the weights with --policy.tokenizer"
             )
-        if len(ids) > self.max_length and first_time(prompt, self._warned_of):
+        if len(ids) > self.max_length and first_time(task, self._warned_of):
+            _, start, _ = tokens[self.max_length - 1]
             logger.warning(
-                "the prompt has %d tokens and is cut to %d (--policy.tokenizer_max_length): %s",
+                "the prompt has %d tokens and is cut to %d (--policy.tokenizer_max_length): %s. It loses its "
+                "end, %s",
                 len(ids),
                 self.max_length,
-                shown(prompt),
+                shown(task),
+                shown(prompt.text[start:], 100),
             )
         return ids[: self.max_length]
 
-    def words(self, prompt: str) -> list[tuple[str, int]]:
+    def words(self, task: str, state: Tensor | None = None) -> list[Word]:
         """The words of a prompt, each with the number of its tokens, in the order of `encode`.
 
         The beginning of sequence and the newline are words of their own; a cut prompt has fewer.
         """
-        left = len(self.encode(prompt))  # loads the tokenizer
-        assert self._tokenizer is not None
-        text = clean_prompt(prompt)
-        spans = [word.span() for word in re.finditer(r"\S+", text)]
+        left = len(self.encode(task, state))
+        prompt = self.prompt(task, state)
+        spans = [word.span() for word in re.finditer(r"\n|\S+", prompt.text)]
         counts = [0] * len(spans)
-        for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets:
+        for _, _, end in self._tokens(prompt):
             # A token that is a space alone belongs to the word behind it, or to the last one.
             counts[min(sum(stop < end for _, stop in spans), len(spans) - 1)] += 1
-        words = [
-            ("<bos>", 1),
-            *((text[a:b], n) for (a, b), n in zip(spans, counts, strict=True)),
-            ("newline", 1),
-        ]
+        words = [Word("<bos>", 1)]
+        for (start, stop), count in zip(spans, counts, strict=True):
+            text, is_state = prompt.text[start:stop], start in prompt.state
+            words.append(Word("newline" if text == "\n" else text.rstrip(";" * is_state), count, is_state))
         kept = []
-        for word, count in words:
+        for word in words:
             if left > 0:
-                kept.append((word, min(count, left)))
-            left -= count
+                kept.append(word._replace(num_tokens=min(word.num_tokens, left)))
+            left -= word.num_tokens
         return kept
+
+    def _tokens(self, prompt: Prompt) -> list[tuple[int, int, int]]:
+        """Id of each token, and where in the text it starts and ends."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer)
+        tokens, start = [], 0
+        for part in prompt.parts:
+            encoding = self._tokenizer.encode(part, add_special_tokens=False)
+            tokens += [
+                (token, start + a, start + b)
+                for token, (a, b) in zip(encoding.ids, encoding.offsets, strict=True)
+            ]
+            start += len(part)
+        return tokens
 
     def get_config(self) -> dict[str, Any]:
         return {"tokenizer": self.tokenizer, "max_length": self.max_length, "vocab_size": self.vocab_size}
@@ -160,10 +198,31 @@ class Pi0TokenizerStep(ProcessorStep):
         return features
 
 
-def _floating(values: Any) -> Any:
-    """A tensor of floats; anything else stays as it is."""
-    integers = isinstance(values, Tensor) and not values.is_floating_point()
-    return values.float() if integers else values
+def with_float_vectors(transition: EnvTransition) -> EnvTransition:
+    """A copy of a transition, with its own observation, whose state and actions are floats."""
+    transition = transition.copy()
+    # LeRobot indexes by the enum and types by its values.
+    of: Any = transition
+    observation = {**(of.get(TransitionKey.OBSERVATION) or {})}
+    of[TransitionKey.OBSERVATION] = observation
+    for vectors, key in ((observation, OBS_STATE), (of, TransitionKey.ACTION)):
+        values = vectors.get(key)
+        if isinstance(values, Tensor) and not values.is_floating_point():
+            vectors[key] = values.float()
+    return transition
+
+
+def _instructions(transition: EnvTransition) -> Sequence[str]:
+    """The instructions of a batch. Raises UserError where there is none."""
+    complementary: Any = transition.get(TransitionKey.COMPLEMENTARY_DATA)
+    task = (complementary or {}).get("task")
+    texts = [task] if isinstance(task, str) else task
+    if not (texts and isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)):
+        raise UserError(
+            f"the policy needs an instruction, but 'task' is {task!r}. Datasets store one per episode; "
+            'lerobot-rollout takes --task="..."'
+        )
+    return texts
 
 
 def clean_prompt(prompt: str) -> str:
@@ -201,9 +260,9 @@ def first_time(prompt: str, seen: set[str]) -> bool:
     return True
 
 
-def shown(prompt: str) -> str:
+def shown(prompt: str, limit: int = SHOWN) -> str:
     """A prompt in quotes, for a message: control characters are escaped, and a long one is cut."""
-    return repr(prompt) if len(prompt) <= SHOWN else f"{prompt[:SHOWN]!r}… ({len(prompt):,} characters)"
+    return repr(prompt) if len(prompt) <= limit else f"{prompt[:limit]!r}… ({len(prompt):,} characters)"
 
 
 def unknown_instruction(prompt: str, data: TrainingData) -> str | None:
@@ -263,16 +322,36 @@ def load_tokenizer(name: str) -> Tokenizer:
         ) from error
 
 
-def make_lerobot_pi0_pre_post_processors(
-    config: Pi0Config, dataset_stats: Statistics | None = None
-) -> tuple[
+Pipelines = tuple[
     PolicyProcessorPipeline[dict[str, Any], dict[str, Any]],
     PolicyProcessorPipeline[PolicyAction, PolicyAction],
-]:
+]
+
+
+def make_lerobot_pi0_pre_post_processors(
+    config: Pi0Config, dataset_stats: Statistics | None = None
+) -> Pipelines:
     """The pipelines of a new policy. As in openpi raw values are normalised, then padded (by the policy).
 
     Without statistics from a dataset, those of the checkpoint that the weights came from are taken.
     """
+    steps = standard_steps(config, dataset_stats)
+    tokenize = Pi0TokenizerStep(config.tokenizer, config.tokenizer_max_length, config.vlm.vocab_size)
+    tokenize.state_dict()  # fetches the tokenizer: if it cannot be had, now is the time to say so
+    return make_policy_processor_pipelines(
+        input_steps=[
+            steps.rename_observations,
+            steps.add_batch_dim,
+            tokenize,
+            steps.to_device,
+            steps.normalize,
+        ],
+        output_steps=[steps.unnormalize, steps.to_cpu],
+    )
+
+
+def standard_steps(config: Pi0Config, dataset_stats: Statistics | None) -> DefaultPolicyProcessorSteps:
+    """LeRobot's steps, with statistics that are prepared: the dataset's, or those of the base checkpoint."""
     from lerobot_pi0.data.normalization import NormalizationStatistics
     from lerobot_pi0.data.statistics import prepare_statistics
 
@@ -281,7 +360,7 @@ def make_lerobot_pi0_pre_post_processors(
         if config.relative_actions:
             raise UserError(
                 "with --policy.relative_actions=true the statistics are computed when the policy is made: "
-                "make it first, Pi0Policy(config, dataset.meta.stats, dataset.meta), then these pipelines "
+                "make it first, from the config, dataset.meta.stats and dataset.meta, then these pipelines "
                 "with dataset.meta.stats"
             )
         source = config if dataset_stats else replace(config, statistics="checkpoint")
@@ -295,15 +374,4 @@ def make_lerobot_pi0_pre_post_processors(
         )
     steps = make_default_policy_processor_steps(config, dataset_stats)
     steps.normalize.eps = steps.unnormalize.eps = 0.0  # it is in the statistics
-    tokenize = Pi0TokenizerStep(config.tokenizer, config.tokenizer_max_length, config.vlm.vocab_size)
-    tokenize.state_dict()  # fetches the tokenizer: if it cannot be had, now is the time to say so
-    return make_policy_processor_pipelines(
-        input_steps=[
-            steps.rename_observations,
-            steps.add_batch_dim,
-            tokenize,
-            steps.to_device,
-            steps.normalize,
-        ],
-        output_steps=[steps.unnormalize, steps.to_cpu],
-    )
+    return steps

@@ -1,16 +1,20 @@
-"""A π0 of some 100,000 parameters with one camera, five joints and four actions, and batches for it."""
+"""A π0 or π0.5 of some 100,000 parameters, one camera, five joints and four actions, and batches for it."""
 
 from typing import Any
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.factory import make_pre_post_processors
 from torch import Tensor
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.configuration_pi05 import Pi05Config
+from lerobot_pi0.inputs.policy import policy_class
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
+from lerobot_pi0.model.pi05 import AdaptiveRMSNorm
 from lerobot_pi0.modeling_pi0 import Pi0Policy
-from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 
+MODELS = ("pi0", "pi05")
 VISION = SiglipConfig(image_size=32, patch_size=8, width=32, depth=2, mlp_dim=64, num_heads=2)
 VLM = GemmaConfig(width=48, depth=2, mlp_dim=96, num_heads=4, num_kv_heads=1, head_dim=16, vocab_size=1024)
 EXPERT = ExpertConfig(width=32, mlp_dim=64)
@@ -41,7 +45,7 @@ SIZES = [
 ]
 
 
-def tiny_config(**changes: Any) -> Pi0Config:
+def tiny_config(model: str = "pi0", /, **changes: Any) -> Pi0Config:
     settings: dict[str, Any] = {
         "vision": VISION,
         "vlm": VLM,
@@ -59,13 +63,17 @@ def tiny_config(**changes: Any) -> Pi0Config:
         },
         "output_features": {"action": PolicyFeature(FeatureType.ACTION, (ACTION,))},
     }
-    return Pi0Config(**settings | changes)
+    return {"pi0": Pi0Config, "pi05": Pi05Config}[model](**settings | changes)
 
 
-def tiny_policy(**changes: Any) -> Pi0Policy:
-    """In eval mode, as `from_pretrained` gives it."""
+def tiny_policy(model: str = "pi0", /, **changes: Any) -> Pi0Policy:
+    """In eval mode, as `from_pretrained` gives it. The norms of π0.5 modulate, as after some training."""
     torch.manual_seed(0)
-    return Pi0Policy(tiny_config(**changes)).eval()
+    policy = policy_class(config := tiny_config(model, **changes))(config).eval()
+    for module in policy.modules():
+        if isinstance(module, AdaptiveRMSNorm):
+            torch.nn.init.normal_(module.dense.weight, std=0.2)
+    return policy
 
 
 def tiny_network() -> Pi0:
@@ -95,9 +103,9 @@ def raw_batch(size: int = 2, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def batch(size: int = 2, seed: int = 0) -> dict[str, Any]:
+def batch(size: int = 2, seed: int = 0, model: str = "pi0") -> dict[str, Any]:
     """Processed, as the policy takes it."""
-    preprocess, _ = make_lerobot_pi0_pre_post_processors(tiny_config(), statistics())
+    preprocess, _ = make_pre_post_processors(tiny_config(model), dataset_stats=statistics())
     return preprocess(raw_batch(size, seed))
 
 

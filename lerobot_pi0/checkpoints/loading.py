@@ -83,8 +83,11 @@ def open_source(
                 f"--policy.type={policy_type} --policy.pretrained_path={name}"
             )
         config = read_config(folder)
-    if not isinstance(config, Pi0Config):
-        raise TypeError(f"config is a {type(config).__name__}, this policy takes a Pi0Config")
+    if not isinstance(config, Pi0Config) or config.type != policy_type:
+        raise TypeError(
+            f"config is a {type(config).__name__}, of type '{config.type}': this policy is of type "
+            f"'{policy_type}'"
+        )
     source = Source(folder, config, adapters.Base.of(name, revision, folder, Checkpoint(folder)))
     _check_family(policy_type, name, source.base.checkpoint.family)
     # LeRobot's commands load the pipelines next: those of the adapters, or the checkpoint's own.
@@ -93,9 +96,9 @@ def open_source(
         above = find_checkpoint(config.pretrained_path, revision=config.pretrained_revision)
         adapters.read_settings(above)
         adapters.check_base(config, source.base)
-        check_processors(above)
+        check_processors(above, config)
     elif source.is_ours:
-        check_processors(folder)
+        check_processors(folder, config)
     if not source.is_ours:
         config.base_checkpoint, config.base_revision = str(name), source.base.revision
     if not source.is_ours and not source.is_below_adapters:

@@ -45,6 +45,6 @@ class PeftHooks:
         if self.base is None:
             raise UserError(
                 "adapters over random weights are of no use: start from a checkpoint (--policy.path=... or "
-                "--policy.pretrained_path=lerobot/pi0_base), or train without --peft"
+                f"--policy.pretrained_path={self.config.published_base}), or train without --peft"
             )
         adapters.check_settings(peft_config)

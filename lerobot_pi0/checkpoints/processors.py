@@ -13,6 +13,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_steps, read_tensors
+from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import CheckpointError
 
 PIPELINES = ("policy_preprocessor.json", "policy_postprocessor.json")
@@ -20,6 +21,8 @@ PIPELINES = ("policy_preprocessor.json", "policy_postprocessor.json")
 STEPS = frozenset(
     (
         "device_processor",
+        "lerobot_pi05_float_vectors",
+        "lerobot_pi05_tokenizer",
         "lerobot_pi0_tokenizer",
         "normalizer_processor",
         "rename_observations_processor",
@@ -32,11 +35,7 @@ STEPS = frozenset(
 ENDS = {"max": "min", "q99": "q01", "q90": "q10"}
 # What each pipeline must have once: without the first one, actions are in other units than the robot's.
 NEEDED = dict(
-    zip(
-        PIPELINES,
-        (("normalizer_processor", "lerobot_pi0_tokenizer", "device_processor"), ("unnormalizer_processor",)),
-        strict=True,
-    )
+    zip(PIPELINES, (("normalizer_processor", "device_processor"), ("unnormalizer_processor",)), strict=True)
 )
 VECTORS = (OBS_STATE, ACTION)
 # No statistic in a robot's units is larger. With normalized actions within `action_space.LARGEST`,
@@ -44,12 +43,18 @@ VECTORS = (OBS_STATE, ACTION)
 LARGEST = 1e29
 
 
-def check_processors(folder: Path) -> None:
+def tokenizer_step(config: Pi0Config) -> str:
+    """The registered name of the step that writes the prompts of a policy."""
+    return f"{config.type}_tokenizer"
+
+
+def check_processors(folder: Path, config: Pi0Config) -> None:
     """Check the steps of a checkpoint's pipelines, before LeRobot loads them. A missing file passes.
 
     Raises CheckpointError for a damaged file, a step that is not one of `STEPS`, a state file outside the
-    folder, a missing step of `NEEDED`, a normalizer that leaves the state out, one with other settings or
-    statistics than its counterpart, and statistics that are NaN or infinite or cannot be divided by.
+    folder, a missing step of `NEEDED`, prompts that are not those of the config, a normalizer that leaves the
+    state out, one with other settings or statistics than its counterpart, and statistics that are NaN or
+    infinite or cannot be divided by.
     """
     settings: dict[str, Any] = {}
     statistics: list[dict[str, Tensor]] = []
@@ -60,12 +65,15 @@ def check_processors(folder: Path) -> None:
         for step in steps:
             _check_step(file, step)
         names = [step["registry_name"] for step in steps]
-        for name in NEEDED[file.name]:
+        prompts = (tokenizer_step(config),) if file.name == PIPELINES[0] else ()
+        for name in (*NEEDED[file.name], *prompts):
             if (found := names.count(name)) != 1:
                 raise CheckpointError(
                     f"{file} has {found} steps '{name}' instead of one: the policy would not act as it was "
                     f"trained to. {COPY_AGAIN.capitalize()}"
                 )
+        if prompts:
+            _check_prompts(file, steps, config)
         normalizing = steps[names.index(NEEDED[file.name][0])]
         config, state = normalizing["config"], normalizing.get("state_file")
         settings[file.name] = config.get("eps"), config.get("norm_map"), state is not None
@@ -88,6 +96,24 @@ def check_processors(folder: Path) -> None:
                     f"the pipelines in {folder} have different statistics ('{name}'), so what is normalized "
                     "by one is not unnormalized by the other: copy or download them again"
                 )
+
+
+def _check_prompts(file: Path, steps: list[dict[str, Any]], config: Pi0Config) -> None:
+    """Raises CheckpointError for a step that writes other prompts than the config says."""
+    names = [step["registry_name"] for step in steps]
+    place = names.index(tokenizer_step(config))
+    wanted = getattr(config, "state_in_prompt", None)  # π0 has no such setting
+    found = steps[place]["config"].get("state_in_prompt")
+    if found != wanted:
+        raise CheckpointError(
+            f"--policy.state_in_prompt={str(wanted).lower()}, but {file} has {str(found).lower()}, and a "
+            "checkpoint keeps its processors: leave the flag out. To train these weights with other prompts, "
+            f"write the value into the step '{names[place]}' of that file"
+        )
+    if wanted and place < names.index("normalizer_processor"):
+        raise CheckpointError(
+            f"{file} writes the state into the prompt before it is normalized: {COPY_AGAIN}"
+        )
 
 
 def _check_step(file: Path, step: dict[str, Any]) -> None:

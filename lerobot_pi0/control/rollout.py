@@ -96,7 +96,7 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
     check_flags(cfg)
     if config.pretrained_path is not None:
         path, revision = str(config.pretrained_path), config.pretrained_revision
-        check_processors(find_checkpoint(path, revision=revision, ignore_patterns="*.safetensors"))
+        check_processors(find_checkpoint(path, revision=revision, ignore_patterns="*.safetensors"), config)
     check_robot(cfg, config)
     check_rate(cfg.fps, config.training_data)
     # LeRobot's flag is ours. Its warm-up, which throws chunks away, has nothing to do after our measurement.

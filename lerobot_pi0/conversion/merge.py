@@ -16,7 +16,7 @@ from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.conversion.flags import MergeConfig
 from lerobot_pi0.conversion.output import copy_processors, unfinished_folder
 from lerobot_pi0.errors import CheckpointError, CommandError
-from lerobot_pi0.inputs.policy import load_adapters
+from lerobot_pi0.inputs.policy import load_adapters, policy_class
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.training.lora import fold, trains_in_full
 
@@ -61,7 +61,7 @@ def merge(adapter: str, output: Path) -> tuple[float, float]:
         del merged
         copy_processors(folder, unfinished)
         config.device = "cpu"
-        found = _chunk(Pi0Policy.from_pretrained(unfinished, config=config))
+        found = _chunk(policy_class(config).from_pretrained(unfinished, config=config))
         difference = (found - wanted).abs().max().item()
         if not difference <= TOLERANCE[getattr(torch, config.dtype)]:
             raise CommandError(
@@ -82,9 +82,9 @@ def _load(adapter: str, folder: Path) -> tuple[Pi0Policy, str | None]:
     config: Any = read_config(folder)
     if not isinstance(config, Pi0Config):
         raise CheckpointError(
-            f"'{adapter}' holds adapters of another policy, of type '{config.type}'. For LeRobot's own π0: "
-            "merge them there (PEFT's merge_and_unload, then save_pretrained), and convert the result "
-            "(lerobot-pi0 convert)"
+            f"'{adapter}' holds adapters of another policy, of type '{config.type}'. For LeRobot's own π0 "
+            "and π0.5: merge them there (PEFT's merge_and_unload, then save_pretrained), and convert the "
+            "result (lerobot-pi0 convert)"
         )
     device, config.device, config.backend = config.device, "cpu", "auto"
     return load_adapters(adapter, folder, config), device
@@ -94,7 +94,7 @@ def _folded(policy: Pi0Policy, config: Pi0Config) -> Pi0Policy:
     """The policy without adapters, their effect in its weights."""
     assert policy.base is not None
     with torch.device("meta"):
-        merged = Pi0Policy(config)
+        merged = policy_class(config)(config)
     checkpoint, tensors = policy.base.checkpoint, {}
     for name in merged.model.state_dict():
         tensor, was = fold(policy.model, name, checkpoint), checkpoint[name].dtype

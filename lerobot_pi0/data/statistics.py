@@ -178,9 +178,9 @@ def _check_dimensions(config: Pi0Config, dataset: Any) -> None:
             raise UserError(
                 f"'{key}' has {found['shape'][0]} dimensions in the dataset and {feature.shape[0]} "
                 "in the policy: --policy.path keeps the features of its checkpoint. To train the same "
-                "weights on another robot, replace it by --policy.type=lerobot_pi0 "
-                "--policy.pretrained_path=CHECKPOINT, and give the checkpoint's other settings as flags "
-                "(sizes, tokenizer: see its config.json)"
+                "weights on another robot, replace it by "
+                f"--policy.type={config.type} --policy.pretrained_path=CHECKPOINT, and give the "
+                "checkpoint's other settings as flags (sizes, tokenizer: see its config.json)"
             )
 
 
@@ -236,7 +236,7 @@ def _check_kind(config: Pi0Config, checkpoint: str | Path, revision: str | None)
     file = find_checkpoint(checkpoint, revision=revision) / "config.json"
     saved = read_json(file) if file.is_file() else {}
     wanted = [action for action, _ in relative_joints(config)] if config.relative_actions else []
-    if saved.get("type") == "lerobot_pi0":
+    if saved.get("type") == config.type:
         same = wanted == (saved.get("reference_state") or saved.get("anchor") or {"actions": []})["actions"]
     elif saved:
         same = bool(wanted) == bool(saved.get("use_relative_actions"))

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from draccus.utils import ParsingError
 from lerobot.configs import PreTrainedConfig
-from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.device_utils import is_torch_device_available
 from lerobot.utils.import_utils import require_package
@@ -57,7 +57,7 @@ def read_config(flags: PolicyFlags) -> tuple[Pi0Config, Path]:
     if not isinstance(config, Pi0Config):
         cure = (
             f"To make one of ours of its weights: lerobot-pi0 convert {flags.path} TARGET"
-            if config.type == "pi0"
+            if config.type in ("pi0", "pi05")
             else "That is another model, which LeRobot's own commands run"
         )
         raise CheckpointError(f"'{flags.path}' is a policy of type '{config.type}'. {cure}")
@@ -85,14 +85,14 @@ def load_policy(flags: PolicyFlags) -> LoadedPolicy:
                 f"'{flags.path}' has no {name}, with which the policy was trained: copy or download the "
                 "whole folder again"
             )
-    check_processors(folder)
+    check_processors(folder, config)
     for name in PIPELINES:
         for step in read_steps(folder / name):
             read_state(folder, step)  # errors that name the file, before the weights are loaded
     if (folder / ADAPTER_CONFIG).is_file():
         policy = load_adapters(flags.path, folder, config)
     else:
-        policy = Pi0Policy.from_pretrained(folder, config=config)
+        policy = policy_class(config).from_pretrained(folder, config=config)
     try:
         preprocess, postprocess = make_pre_post_processors(
             config,
@@ -115,6 +115,11 @@ def load_policy(flags: PolicyFlags) -> LoadedPolicy:
     return LoadedPolicy(policy, cast(Any, preprocess), cast(Any, postprocess))
 
 
+def policy_class(config: Pi0Config) -> type[Pi0Policy]:
+    """The policy that a config is of."""
+    return cast(type[Pi0Policy], get_policy_class(config.type))
+
+
 def load_adapters(name: str, folder: Path, config: Pi0Config) -> Pi0Policy:
     """The base with the adapters of `folder` in it, in eval mode. `name` is what the user called them.
 
@@ -126,7 +131,7 @@ def load_adapters(name: str, folder: Path, config: Pi0Config) -> Pi0Policy:
         raise CheckpointError(f"'{name}' holds adapters: {error}") from error
     config.pretrained_path = folder
     settings = read_settings(folder)
-    policy = Pi0Policy.from_pretrained(
+    policy = policy_class(config).from_pretrained(
         settings.base_model_name_or_path, config=config, revision=settings.revision
     )
     put_in(policy, folder, settings)

@@ -31,7 +31,6 @@ from torch import Tensor
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.control.trace import Trace
 from lerobot_pi0.errors import UserError, printable
-from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.serving.messages import read_instructions, read_observation
 from lerobot_pi0.serving.remote_robot import RemoteRobot, check_robot
 from lerobot_pi0.serving.served_policy import ServedPolicy
@@ -157,12 +156,9 @@ class PolicyServer:
         """The robot, and the checkpoint that it wants: loaded, unless it is, and checked against it."""
         with self._call(context) as session:
             instructions = read_instructions(request.data)
-            if instructions.policy_type != Pi0Policy.name:
-                raise UserError(
-                    f"this server serves policies of type '{Pi0Policy.name}', and the client asks for "
-                    f"'{instructions.policy_type}': start it with --policy_type={Pi0Policy.name}"
-                )
-            loaded = self._policy.load(instructions.pretrained_name_or_path, instructions.device)
+            loaded = self._policy.load(
+                instructions.pretrained_name_or_path, instructions.device, instructions.policy_type
+            )
             if loaded.config.device != instructions.device:
                 logger.info(
                     "the policy runs on '%s', where the server has it; the client's --policy_device=%s has "

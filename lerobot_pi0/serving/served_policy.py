@@ -30,13 +30,13 @@ class ServedPolicy:
         self._loaded: LoadedPolicy | None = None
         self._loaded_from: tuple[Path, str | None] | None = None
 
-    def load(self, name: str, device: str | None) -> LoadedPolicy:
+    def load(self, name: str, device: str | None, policy_type: str | None = None) -> LoadedPolicy:
         """The policy that a client names, or the server if it does. It stays until another one is named.
 
-        Raises ValueError or FileNotFoundError that says why it cannot be had; what was loaded then still is,
-        unless it failed halfway.
+        Raises ValueError for another type than the client's, and ValueError or FileNotFoundError that says
+        why it cannot be had; what was loaded then still is, unless it failed halfway.
         """
-        return self._thread.submit(self._load, name, device).result()
+        return self._thread.submit(self._load, name, device, policy_type).result()
 
     def predict(self, batch: dict[str, Any], num_actions: int) -> Tensor:
         """Actions (num_actions, action size) in robot units for an observation.
@@ -50,7 +50,7 @@ class ServedPolicy:
         self._thread.shutdown()
         self._loaded = None
 
-    def _load(self, name: str, device: str | None) -> LoadedPolicy:
+    def _load(self, name: str, device: str | None, policy_type: str | None) -> LoadedPolicy:
         flags = self.flags
         if flags.path and name != flags.path and Path(name).resolve() != Path(flags.path).resolve():
             raise UserError(
@@ -60,6 +60,11 @@ class ServedPolicy:
         if not flags.path:
             flags = replace(flags, path=name, device=flags.device or device)
         config, folder = read_config(flags)
+        if policy_type not in (None, config.type):
+            raise UserError(
+                f"the policy '{flags.path}' is of type '{config.type}', and the client asks for "
+                f"'{policy_type}': start it with --policy_type={config.type}"
+            )
         wanted = (folder.resolve(), config.device)
         if self._loaded is None or self._loaded_from != wanted:
             self._loaded = self._loaded_from = None  # before the next one takes its memory

@@ -9,19 +9,22 @@ which hooks record while it samples. What is attended to need not be what matter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, cast
 
 import numpy as np
 import torch
+from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
+from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.dataset import dataset_metadata, open_dataset
 from lerobot_pi0.inputs.policy import LoadedPolicy, load_policy, read_config
 from lerobot_pi0.model import Network, Observation
 from lerobot_pi0.model.flow import integrate
 from lerobot_pi0.model.gemma import Decoder, DecoderLayer, rotate
-from lerobot_pi0.processor_pi0 import Pi0TokenizerStep
+from lerobot_pi0.processor_pi0 import Pi0TokenizerStep, Word
 from lerobot_pi0.tools.flags import AttentionConfig
 from lerobot_pi0.tools.open_loop import draw_noise, observations, prepare, read_recording, select_episodes
 
@@ -34,8 +37,9 @@ class Look:
     """Shares of the action tokens' attention, which sum to 1."""
 
     cameras: dict[str, np.ndarray]  # patches (rows, columns) of the square that the model sees, by camera
-    words: list[tuple[str, float]]
-    state: float
+    words: list[tuple[str, float]]  # of the prompt, but for the state's numbers
+    state_words: list[tuple[str, float]]  # those numbers, where the prompt has them
+    state_token: float  # 0 where there is none
     actions: float
 
     def shares(self) -> list[tuple[str, float]]:
@@ -43,7 +47,7 @@ class Look:
         return [
             *((_short(camera), float(patches.sum())) for camera, patches in self.cameras.items()),
             ("instruction", sum(share for _, share in self.words)),
-            ("state", self.state),
+            ("state", self.state_token + sum(share for _, share in self.state_words)),
             ("actions", self.actions),
         ]
 
@@ -66,14 +70,14 @@ def main(config: AttentionConfig) -> str:
     loaded = load_policy(config.policy)
     (item,) = observations(dataset, recording.index[rows[[frame]]], "looking")
     batch = prepare(loaded, item)
-    words = tokenizer_of(loaded).words(item["task"])
+    words = _named(tokenizer_of(loaded).words(item["task"], batch[OBS_STATE][0]), policy_config)
     seen = look(loaded, batch, words, config.layer, config.head)
     pictures = {key: batch[key][0].cpu() for key in seen.cameras}
     title = f"Episode {episode}, frame {frame}: {item['task']}"
     config.output.parent.mkdir(parents=True, exist_ok=True)
     _figure(seen, pictures, title, policy_config.vision.image_size).savefig(config.output, dpi=DPI)
     shares = ", ".join(f"{name} {share:.0%}" for name, share in seen.shares())
-    words_said = ", ".join(f"{word!r} {share:.1%}" for word, share in seen.words)
+    words_said = ", ".join(f"{word!r} {share:.1%}" for word, share in (*seen.words, *seen.state_words))
     return f"{title}\nThe actions look at: {shares}\nWords: {words_said}\nPicture: {config.output}"
 
 
@@ -81,11 +85,11 @@ def main(config: AttentionConfig) -> str:
 def look(
     loaded: LoadedPolicy,
     batch: dict[str, Any],
-    words: Sequence[tuple[str, int]],
+    words: Sequence[Word],
     layer: int | None = None,
     head: int | None = None,
 ) -> Look:
-    """Where the actions look at a prepared item, whose instruction has these words, each of so many tokens.
+    """Where the actions look at a prepared item, whose prompt has these words.
 
     The mean over denoising steps, actions and a few samples of noise; over layers and heads too, unless one
     is named.
@@ -98,7 +102,8 @@ def look(
     attention = attention.mean(0) if head is None else attention[head]
     grid = config.vision.image_size // config.vision.patch_size
     cameras = list(config.cameras.values())
-    return divide(attention.double().cpu().numpy(), cameras, grid, words, observation.tokens.shape[1])
+    padded, actions = observation.tokens.shape[1], config.chunk_size
+    return divide(attention.double().cpu().numpy(), cameras, grid, words, padded, actions)
 
 
 def tokenizer_of(loaded: LoadedPolicy) -> Pi0TokenizerStep:
@@ -108,25 +113,39 @@ def tokenizer_of(loaded: LoadedPolicy) -> Pi0TokenizerStep:
 
 
 def divide(
-    attention: np.ndarray, cameras: Sequence[str], grid: int, words: Sequence[tuple[str, int]], padded: int
+    attention: np.ndarray,
+    cameras: Sequence[str],
+    grid: int,
+    words: Sequence[Word],
+    padded: int,
+    num_actions: int,
 ) -> Look:
     """Attention (T,) by what the tokens stand for.
 
     They are `grid` by `grid` patches of each camera, the words' tokens (a prompt of `padded` in all), the
-    state, and the actions.
+    state's token in a network that has one, and the actions.
     """
-    patches, rest = np.split(attention, [len(cameras) * grid**2])
-    prompt, rest = np.split(rest, [padded])
-    ends = np.cumsum([count for _, count in words])
+    end_of_patches = len(cameras) * grid**2
+    places = [end_of_patches, end_of_patches + padded, len(attention) - num_actions]
+    patches, prompt, state, actions = np.split(attention, places)
+    ends = np.cumsum([word.num_tokens for word in words])
+    shares = [
+        (word.text, float(prompt[end - word.num_tokens : end].sum()))
+        for word, end in zip(words, ends, strict=True)
+    ]
     return Look(
         cameras=dict(zip(cameras, patches.reshape(-1, grid, grid), strict=True)),
-        words=[
-            (word, float(prompt[end - count : end].sum()))
-            for (word, count), end in zip(words, ends, strict=True)
-        ],
-        state=float(rest[0]),
-        actions=float(rest[1:].sum()),
+        words=[share for word, share in zip(words, shares, strict=True) if not word.is_state],
+        state_words=[share for word, share in zip(words, shares, strict=True) if word.is_state],
+        state_token=float(state.sum()),
+        actions=float(actions.sum()),
     )
+
+
+def _named(words: Sequence[Word], config: Pi0Config) -> list[Word]:
+    """Words of which the state's numbers say whose they are."""
+    names = iter(config.state_feature_names or map(str, count()))
+    return [word._replace(text=f"{next(names)} {word.text}") if word.is_state else word for word in words]
 
 
 def sampling_attention(model: Network, observation: Observation, noise: Tensor, num_steps: int) -> Tensor:
@@ -205,7 +224,9 @@ def _figure(seen: Look, pictures: dict[str, Tensor], title: str, size: int) -> A
                 axes.set_title(f"{share:.0%} of the attention\n{scale}", fontsize=8)
             else:
                 axes.set_title(_short(camera), fontsize=9)
-    for column, (heading, shares) in enumerate((("all", seen.shares()), ("instruction", seen.words))):
+    for column, (heading, shares) in enumerate(
+        (("all", seen.shares()), ("prompt", [*seen.words, *seen.state_words]))
+    ):
         axes = figure.add_subplot(grid[count, column])
         names, values = [name for name, _ in shares], [100 * share for _, share in shares]
         axes.barh(range(len(names)), values, color=COLOUR, height=0.7)

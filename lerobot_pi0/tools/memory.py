@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.inputs.policy import policy_class
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 Device = Literal["gpu", "cpu"]
@@ -185,7 +186,7 @@ def _attention_of(device: Device) -> Iterator[None]:
 def _skeleton(config: Pi0Config, peft: PeftConfig | None) -> Pi0Policy:
     """The policy as LeRobot's loop trains it, without values."""
     with torch.device("meta"):
-        policy = Pi0Policy(config)
+        policy = policy_class(config)(config)
         if peft is not None:
             # As `wrap_with_peft`, which wants to know the checkpoint that adapters are over.
             adapters = policy.adapter_config(dataclasses.asdict(peft))

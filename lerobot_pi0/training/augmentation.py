@@ -41,19 +41,27 @@ IMAGES, PROMPT = 2, 3
 
 
 def augment_observation(
-    observation: Observation, keys: Tensor, slots: Sequence[str], images: bool, prompt_dropout: float
+    observation: Observation,
+    keys: Tensor,
+    slots: Sequence[str],
+    images: bool,
+    prompt_dropout: float,
+    without_task: tuple[Tensor, Tensor] | None = None,
 ) -> Observation:
     """An observation as training shows it, of which the b `keys` are the samples'.
 
     With `images` the cameras in these slots are augmented; `prompt_dropout` is the share of samples without
-    their prompt.
+    their instruction. Their prompts are then `without_task`, tokens and mask (b, l), or else the beginning of
+    the sequence alone.
     """
     if images:
         geometric = ["wrist" not in slot for slot in slots]
         observation = replace(observation, images=augment(observation.images, keys, geometric))
     if prompt_dropout:
-        mask = drop_prompts(observation.token_mask, keys, prompt_dropout)
-        observation = replace(observation, token_mask=mask)
+        without_task = without_task or (observation.tokens, beginning_alone(observation.token_mask))
+        tokens = drop_prompts(observation.tokens, without_task[0], keys, prompt_dropout)
+        mask = drop_prompts(observation.token_mask, without_task[1], keys, prompt_dropout)
+        observation = replace(observation, tokens=tokens, token_mask=mask)
     return observation
 
 
@@ -131,14 +139,17 @@ def crop_and_rotate(images: Tensor, angle: Tensor, down: Tensor, right: Tensor) 
     return F.grid_sample(images + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) - 1
 
 
-def drop_prompts(token_mask: Tensor, keys: Tensor, probability: float) -> Tensor:
-    """Token masks (b, l), with this probability without the prompt: of it the first token is left.
+def drop_prompts(given: Tensor, without_task: Tensor, keys: Tensor, probability: float) -> Tensor:
+    """Tokens or masks (b, l), with this probability those without the instruction: for both the same rows."""
+    return torch.where(uniform(keys, (1,), PROMPT) < probability, without_task, given)
 
-    That one, the beginning of the sequence, says nothing, and a row of a mask should not be empty.
+
+def beginning_alone(token_mask: Tensor) -> Tensor:
+    """Token masks (b, l) of which the first token is left: the beginning of the sequence, which says nothing.
+
+    A row of a mask should not be empty.
     """
-    dropped = uniform(keys, (1,), PROMPT) < probability
-    first = torch.arange(token_mask.shape[1], device=token_mask.device) == 0
-    return token_mask & (first | ~dropped)
+    return token_mask & (torch.arange(token_mask.shape[1], device=token_mask.device) == 0)
 
 
 def _pixelwise(amounts: Tensor) -> Tensor:

@@ -5,27 +5,59 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import ProcessorStepRegistry
 from tiny_policy import statistics, tiny_config
 
 from lerobot_pi0.checkpoints.processors import STEPS, check_processors
+from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import CheckpointError
-from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
+
+
+def save(folder: Path, model: str, **changes: Any) -> Pi0Config:
+    config = tiny_config(model, **changes)
+    for pipeline in make_pre_post_processors(config, dataset_stats=statistics()):
+        pipeline.save_pretrained(folder)
+    return config
 
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    for pipeline in make_lerobot_pi0_pre_post_processors(tiny_config(), statistics()):
-        pipeline.save_pretrained(tmp_path)
+    save(tmp_path, "pi0")
     return tmp_path
 
 
-def test_the_steps_of_our_own_checkpoints_pass_and_are_the_list(saved):
-    check_processors(saved)
-    files = saved.glob("policy_p*processor.json")
-    steps = {step["registry_name"] for file in files for step in json.loads(file.read_text())["steps"]}
+def test_the_steps_of_our_own_checkpoints_pass_and_are_the_list(tmp_path):
+    steps = set()
+    for model in ("pi0", "pi05"):
+        config = save(tmp_path / model, model)
+        check_processors(tmp_path / model, config)
+        for file in (tmp_path / model).glob("policy_p*processor.json"):
+            steps |= {step["registry_name"] for step in json.loads(file.read_text())["steps"]}
     assert steps == STEPS
     assert set(ProcessorStepRegistry.list()) >= STEPS
+
+
+def test_the_prompts_of_the_other_model_are_refused(tmp_path):
+    save(tmp_path, "pi0")
+    with pytest.raises(CheckpointError, match=r"has 0 steps 'lerobot_pi05_tokenizer' instead of one"):
+        check_processors(tmp_path, tiny_config("pi05"))
+
+
+def test_prompts_without_the_state_where_the_config_has_it_there_are_refused(tmp_path):
+    save(tmp_path, "pi05", state_in_prompt=False)
+    with pytest.raises(CheckpointError, match=r"--policy.state_in_prompt=true, but .* has false"):
+        check_processors(tmp_path, tiny_config("pi05"))
+
+
+def test_a_state_that_is_written_before_it_is_normalized_is_refused(tmp_path):
+    config = save(tmp_path, "pi05")
+    file = tmp_path / "policy_preprocessor.json"
+    described = json.loads(file.read_text())
+    described["steps"][3:5] = reversed(described["steps"][3:5])
+    file.write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=r"before it is normalized"):
+        check_processors(tmp_path, config)
 
 
 @pytest.mark.parametrize("file", ["policy_preprocessor.json", "policy_postprocessor.json"])
@@ -48,7 +80,7 @@ def test_any_other_step_is_refused_with_its_file(saved, file, step, reason):
     described["steps"].append(step)
     (saved / file).write_text(json.dumps(described))
     with pytest.raises(CheckpointError, match=reason) as error:
-        check_processors(saved)
+        check_processors(saved, tiny_config())
     assert str(saved / file) in str(error.value)
 
 
@@ -56,4 +88,4 @@ def test_any_other_step_is_refused_with_its_file(saved, file, step, reason):
 def test_a_damaged_file_is_named(saved, text):
     (saved / "policy_preprocessor.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"policy_preprocessor\.json"):
-        check_processors(saved)
+        check_processors(saved, tiny_config())

@@ -300,7 +300,7 @@ def test_of_unknown_training_data_no_instruction_is_unknown():
 
 
 def test_what_a_policy_was_trained_on_is_saved_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_data, "read_columns", lambda *_: {})
+    monkeypatch.setattr(training_data, "read_columns", lambda *_, **__: {})
     meta: Any = SimpleNamespace(stats=statistics(), fps=15, tasks=pd.DataFrame(index=["push", "pull"]))
     policy = Pi0Policy(tiny_config(), statistics(), meta)
     policy.save_pretrained(tmp_path)

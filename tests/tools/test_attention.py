@@ -11,7 +11,7 @@ from tiny_policy import VLM, batch, noise, tiny_config, tiny_policy
 from lerobot_pi0 import cli
 from lerobot_pi0.model.gemma import Cache
 from lerobot_pi0.model.observation import letterbox
-from lerobot_pi0.processor_pi0 import Pi0TokenizerStep
+from lerobot_pi0.processor_pi0 import Pi0TokenizerStep, Word
 from lerobot_pi0.tools.attention import divide, recorded_attention, sampling_attention, without_letterbox
 
 PATCHES = 16
@@ -52,7 +52,9 @@ def test_camera_that_is_not_there_is_not_looked_at():
     )
     first = replace(two, **{key: getattr(two, key)[:1] for key in vars(two)})
     attention = sampling_attention(policy.model, first, noise(1), 2)
-    seen = divide(attention.mean((0, 1)).numpy(), ["front", "absent"], 4, [("all", 8)], two.tokens.shape[1])
+    padded, actions = two.tokens.shape[1], noise().shape[1]
+    words = [Word("all", 8)]
+    seen = divide(attention.mean((0, 1)).numpy(), ["front", "absent"], 4, words, padded, actions)
     assert seen.cameras["absent"].sum() == 0
     assert seen.cameras["front"].min() > 0
     assert sum(share for _, share in seen.shares()) == pytest.approx(1)
@@ -95,11 +97,11 @@ def test_patch_is_drawn_over_what_the_model_sees_there(height, width):
 
 def test_attention_is_divided_by_what_the_tokens_stand_for():
     attention = np.arange(2 * 4 + 8 + 1 + 3, dtype=float)
-    words = [("<bos>", 1), ("faucet", 2), ("newline", 1)]
-    seen = divide(attention, ["front", "wrist"], 2, words, 8)
+    words = [Word("<bos>", 1), Word("faucet", 2), Word("newline", 1)]
+    seen = divide(attention, ["front", "wrist"], 2, words, 8, 3)
     np.testing.assert_array_equal(seen.cameras["wrist"], [[4, 5], [6, 7]])
     assert seen.words == [("<bos>", 8.0), ("faucet", 9.0 + 10.0), ("newline", 11.0)]
-    assert (seen.state, seen.actions) == (16.0, 17.0 + 18.0 + 19.0)
+    assert (seen.state_token, seen.actions) == (16.0, 17.0 + 18.0 + 19.0)
 
 
 @pytest.mark.parametrize(
@@ -109,10 +111,10 @@ def test_words_of_a_prompt_have_its_tokens(prompt):
     config = tiny_config()
     step = Pi0TokenizerStep("small", 48, config.vlm.vocab_size)
     words = step.words(prompt)
-    assert sum(count for _, count in words) == len(step.encode(prompt))
-    assert [word for word, _ in words[1:-1]] == prompt.strip().replace("_", " ").split()
+    assert sum(word.num_tokens for word in words) == len(step.encode(prompt))
+    assert [word.text for word in words[1:-1]] == prompt.strip().replace("_", " ").split()
     short = Pi0TokenizerStep("small", 4, config.vlm.vocab_size).words(prompt)
-    assert sum(count for _, count in short) == 4
+    assert sum(word.num_tokens for word in short) == 4
 
 
 @pytest.mark.slow

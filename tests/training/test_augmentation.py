@@ -9,7 +9,13 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-from lerobot_pi0.training.augmentation import augment, crop_and_rotate, drop_prompts, jitter
+from lerobot_pi0.training.augmentation import (
+    augment,
+    beginning_alone,
+    crop_and_rotate,
+    drop_prompts,
+    jitter,
+)
 from lerobot_pi0.training.randomness import sample_keys
 
 SIZE = 40  # of which 38 are cropped: one pixel to each side
@@ -17,6 +23,10 @@ SIZE = 40  # of which 38 are cropped: one pixel to each side
 
 def keys_of(count: int, step: int = 0) -> Tensor:
     return sample_keys(seed=7, step=step, index=torch.arange(count))
+
+
+def dropped_masks(mask: Tensor, keys: Tensor, probability: float) -> Tensor:
+    return drop_prompts(mask, beginning_alone(mask), keys, probability)
 
 
 def noise(*shape: int) -> Tensor:
@@ -263,7 +273,7 @@ def test_the_host_never_waits_for_a_value():
     """Tensors without values: whoever asks for one fails."""
     images, keys = noise(4, 2, 3, SIZE, SIZE).to("meta"), keys_of(4).to("meta")
     assert augment(images, keys, [True, False]).shape == images.shape
-    assert drop_prompts(torch.ones(4, 9, dtype=torch.bool, device="meta"), keys, 0.5).shape == (4, 9)
+    assert dropped_masks(torch.ones(4, 9, dtype=torch.bool, device="meta"), keys, 0.5).shape == (4, 9)
 
 
 def test_it_is_one_graph_to_a_compiler():
@@ -275,7 +285,7 @@ def test_it_is_one_graph_to_a_compiler():
 
 def test_prompts_are_dropped_as_often_as_asked_and_keep_their_first_token():
     mask = (torch.arange(12) < 7).expand(4000, -1)
-    out = drop_prompts(mask, keys_of(4000), 0.2)
+    out = dropped_masks(mask, keys_of(4000), 0.2)
     dropped = out.sum(1) == 1
     assert 0.18 < dropped.float().mean() < 0.22
     assert out[:, 0].all()
@@ -285,12 +295,12 @@ def test_prompts_are_dropped_as_often_as_asked_and_keep_their_first_token():
 @pytest.mark.parametrize(("probability", "left"), [(0.0, 7), (1.0, 1)])
 def test_no_prompt_or_every_prompt_is_dropped(probability, left):
     mask = (torch.arange(12) < 7).expand(100, -1)
-    assert (drop_prompts(mask, keys_of(100), probability).sum(1) == left).all()
+    assert (dropped_masks(mask, keys_of(100), probability).sum(1) == left).all()
 
 
 def test_which_prompts_are_dropped_has_nothing_to_do_with_the_images():
     keys = keys_of(2000)
-    dropped = drop_prompts(torch.ones(2000, 2, dtype=torch.bool), keys, 0.5)[:, 1]
+    dropped = dropped_masks(torch.ones(2000, 2, dtype=torch.bool), keys, 0.5)[:, 1]
     rows = torch.linspace(-0.9, 0.9, 20)[:, None].expand(20, 20)
     out = augment(repeated(picture(rows, size=20), 2000), keys, [True])[:, 0, 0]
     turned_left = out[:, 10, 4] < out[:, 10, 16]

@@ -7,6 +7,7 @@ import torch
 from lerobot.utils.device_utils import is_torch_device_available
 
 from lerobot_pi0.checkpoints.reading import read_json
+from lerobot_pi0.inputs.policy import policy_class
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, note
 from lerobot_pi0.tools.doctor.inputs import Inputs
 from lerobot_pi0.tools.memory import estimate_memory
@@ -30,9 +31,7 @@ def policy_fits(inputs: Inputs) -> Iterator[Finding]:
     """Running the policy needs less memory than there is."""
     config = inputs.config
     with torch.device("meta"):
-        from lerobot_pi0.modeling_pi0 import Pi0Policy
-
-        model = Pi0Policy(config).model
+        model = policy_class(config)(config).model
     size = getattr(torch, config.dtype).itemsize
     needs = sum(parameter.numel() for parameter in model.parameters()) * size
     if config.device and config.device.startswith("cuda"):
