@@ -38,6 +38,7 @@ StatisticsSource = Literal["dataset", "checkpoint"]
 Dtype = Literal["bfloat16", "float32"]
 Frozen = Literal["nothing", "vision", "vlm"]
 Backend = Literal["auto", "int8", "compile"]
+FirstAction = Literal["clamp", "refuse", "free"]
 
 RETIRED = {"int8", "compile", "cache_prefix", "anchor"}
 SMALL_TOKENIZER = "small"  # ships with the package
@@ -63,7 +64,8 @@ class ReferenceState:
 class ActionLimits:
     """What actions the training data has, dimension by dimension, in the robot's units.
 
-    A normalised action is action · `gain` + `offset`.
+    A normalised action is action · `gain` + `offset`. `pose` gives the normalised action at which the robot
+    stays where it is; None where actions are no positions, or it is not known.
     """
 
     low: list[float]
@@ -71,6 +73,7 @@ class ActionLimits:
     step: list[float] | None  # the largest between two successive actions; None: not known
     gain: list[float]
     offset: list[float]
+    pose: ReferenceState | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,9 @@ class Pi0Config(PreTrainedConfig):
     # Actions outside the range of the training data by more than a tenth of it, or in larger steps than any
     # there, are held at the limit and reported. Off for simulators, where nothing breaks.
     chunk_guard: bool = True
+    # The first action, which no other one precedes: at most one of the data's steps from the measured pose
+    # (clamp: the robot approaches by such steps), an error if it is further (refuse), or as it is (free).
+    first_action: FirstAction = "clamp"
 
     # Which camera fills which slot, for example '{"base": "front", "left_wrist": "wrist"}'. Empty: assigned
     # by name, logged and saved. A slot without a camera costs nothing: it is neither encoded nor attended to.

@@ -257,7 +257,8 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
         of the last chunk, normalised, that were not executed when the observation was taken;
         `inference_delay` of them will have been when these actions arrive. From there on the chunk continues
         the last one: by what the policy has learnt (`rtc_training_max_delay`), or else guided, over
-        `execution_horizon` steps. Raises UserError for a delay in which a whole chunk would be executed,
+        `execution_horizon` steps. With a delay and no such actions, it begins where the robot is
+        (`first_action`). Raises UserError for a delay in which a whole chunk would be executed,
         and for NaN or Inf, in the observation or in the actions.
         """
         observation = self._checked_observation(batch)
@@ -266,7 +267,10 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
         left, delay = prev_chunk_left_over, inference_delay or 0
         remainder = self.sampler.remainder(left, delay, noise, reference, execution_horizon)
         actions = self.sampler.sample(observation, noise, remainder, execution_horizon)
-        return self.action_space.from_network(actions, reference)
+        actions = self.action_space.from_network(actions, reference)
+        # Real-time chunking gives a delay with each chunk, and the first one continues none.
+        begins = inference_delay is not None and remainder is None
+        return self.action_space.first(actions, batch[OBS_STATE]) if begins else actions
 
     def encode(self, batch: Batch) -> Context:
         """What all chunks from an observation share. `plan` after it is `predict_action_chunk`."""
@@ -303,9 +307,11 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
     ) -> Tensor:
         """The next action (B, action size), normalised; after `n_action_steps` a new chunk is predicted."""
         if not self.action_queue:
-            chunk = self.predict_action_chunk(batch, noise=noise)
-            if self.action_queue.last is not None:
-                chunk = self.action_space.held(chunk, self.action_queue.last)
+            chunk, before = self.predict_action_chunk(batch, noise=noise), self.action_queue.last
+            if before is None:
+                chunk = self.action_space.first(chunk, batch[OBS_STATE])
+            else:
+                chunk = self.action_space.held(chunk, before)
             self.action_queue.extend(chunk[:, : self.config.n_action_steps].unbind(1))
         return self.action_queue.popleft()
 

@@ -56,6 +56,8 @@ class Instrumentation:
         self.cfg, self.policy, self.trace, self.start = ctx.runtime.cfg, policy, trace, start
         self.kind = start["kind"]
         self.times: list[array[float]] = []  # of the actions, from reset to reset
+        self.waits: list[array[float]] = []  # of each, how long the loop waited for the policy before it
+        self._waited = 0.0
         self.latencies = array("d")
         self.engine = ctx.policy.inference
         self._postprocess = ctx.policy.postprocessor
@@ -98,6 +100,8 @@ class Instrumentation:
             self._queued.clear()
             self._action, self._sends_left = None, 0
         self.times.append(array("d"))
+        self.waits.append(array("d"))
+        self._waited = 0.0
         self._write("start", **self.start)
 
     def stop(self) -> None:
@@ -126,6 +130,7 @@ class Instrumentation:
         """The policy's next action from LeRobot's engine."""
         began = time.monotonic()
         action = engine.get_action(frame)
+        self._waited += time.monotonic() - began if action is not None else 1 / self.cfg.fps
         if self.kind == "sync" and self._predicted is not None:
             self._began = self._observed, began
             self._chunk_arrived(self._postprocess(self._predicted[0]))
@@ -144,10 +149,12 @@ class Instrumentation:
         self._sends_left -= 1
         now = time.monotonic()
         self.times[-1].append(now)
+        self.waits[-1].append(self._waited)
         chunk, step = self._action or (None, None)
         if self.trace is not None:
             values = {name: round(float(value), 5) for name, value in action.items()}
-            self._write("action", now, values=values, chunk=chunk, step=step)
+            self._write("action", now, values=values, chunk=chunk, step=step, waited=round(self._waited, 5))
+        self._waited = 0.0
 
     def instrument_queue(self, queue: ActionQueue) -> None:
         """Record what LeRobot's thread puts into its action queue, and what the loop takes out."""

@@ -23,6 +23,7 @@ class LoopTiming:
     stalls: int
     stalled: float  # of all of them
     longest: float
+    waits: int | None = None  # stalls in which the loop waited for the policy; None: not known
 
     def __str__(self) -> str:
         if self.actions < 2:
@@ -37,12 +38,33 @@ class LoopTiming:
             f"longest {self.longest:.2f} s"
         )
 
+    @property
+    def causes(self) -> str:
+        """What the stalls waited for, in words."""
+        if self.waits is None:
+            return "what the stalls waited for is not known"
+        return (
+            f"in {self.waits} of the stalls the loop waited for the policy, in {self.stalls - self.waits} "
+            "for the robot, its cameras or the computer"
+        )
 
-def loop_timing(episodes: Sequence[Sequence[float]], fps: float) -> LoopTiming:
-    """Of the times of actions, episode by episode: what lies between two episodes is no stall."""
+
+def loop_timing(
+    episodes: Sequence[Sequence[float]], fps: float, waits: Sequence[Sequence[float]] | None = None
+) -> LoopTiming:
+    """Of the times of actions, episode by episode: what lies between two episodes is no stall.
+
+    `waits`: of each action, how long the loop waited for the policy since the one before.
+    """
     times = [np.asarray(episode, dtype=float) for episode in episodes]
     periods = np.concatenate([np.diff(episode) for episode in times]) if times else np.empty(0)
-    stalls = periods[periods >= STALL / fps] - 1 / fps
+    stalled = periods >= STALL / fps
+    stalls = periods[stalled] - 1 / fps
+    waited = None
+    if waits is not None:
+        flat = [np.asarray(episode, dtype=float)[1:] for episode in waits]
+        # Most of what is missing.
+        waited = int((np.concatenate(flat)[stalled] > stalls / 2).sum()) if flat else 0
     seconds = float(periods.sum())
     return LoopTiming(
         actions=sum(map(len, times)),
@@ -54,6 +76,7 @@ def loop_timing(episodes: Sequence[Sequence[float]], fps: float) -> LoopTiming:
         stalls=len(stalls),
         stalled=float(stalls.sum()),
         longest=float(stalls.max(initial=0.0)),
+        waits=waited,
     )
 
 

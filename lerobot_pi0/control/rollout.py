@@ -18,10 +18,10 @@ import draccus
 import lerobot.scripts.lerobot_rollout  # noqa: F401  # registers the robots, cameras and teleoperators
 import numpy as np
 from huggingface_hub.errors import HFValidationError
-from lerobot.processor import UnnormalizerProcessorStep
+from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
 from lerobot.robots import make_robot_from_config
 from lerobot.rollout import RolloutConfig, RolloutContext, build_rollout_context, create_strategy
-from lerobot.utils.constants import ACTION, OBS_IMAGES
+from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from lerobot.utils.import_utils import register_third_party_plugins
 from lerobot.utils.process import ProcessSignalHandler
 from lerobot.utils.utils import init_logging
@@ -52,6 +52,7 @@ from lerobot_pi0.lerobot_compat import (
     robots_state_order,
 )
 from lerobot_pi0.modeling_pi0 import Pi0Policy
+from lerobot_pi0.sampling.guard import LEAST, MARGIN
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
         policy = next(module for module in ctx.policy.policy.modules() if isinstance(module, Pi0Policy))
         try:
             check_state_order(fed_state_names(ctx), config)
+            check_pose(ctx.hardware.robot_wrapper.get_observation(), ctx.policy.preprocessor, config)
             check_latency(cfg, _measured(cfg, ctx, policy), config)
         except (RuntimeError, UserError):
             ctx.hardware.initial_position = None  # the robot has not left it: no way back
@@ -230,6 +232,37 @@ def check_state_order(names: list[str], config: Pi0Config) -> None:
             f"LeRobot would hand the policy the state as {names}, and it was trained with {trained}: joints "
             "would get each other's values. Use the robot (type and configuration) that the dataset was "
             "recorded with"
+        )
+
+
+def check_pose(observation: Mapping[str, Any], preprocessor: Any, config: Pi0Config) -> None:
+    """Warn, joint by joint, about a robot that stands outside of where the training data has been.
+
+    By more than a tenth of a joint's range; the ranges are those of the normalizer's statistics.
+    """
+    steps = [step for step in preprocessor.steps if isinstance(step, NormalizerProcessorStep)]
+    statistics = (steps[0].stats or {}).get(OBS_STATE, {}) if steps else {}
+    if config.state_feature_names is None or not {"min", "max"} <= statistics.keys():
+        return
+    low, high = (np.asarray(statistics[name], dtype=float).ravel() for name in ("min", "max"))
+    margin = np.maximum(MARGIN * (high - low), LEAST)
+    far = [
+        f"{name} at {observation[name]:.4g} (in the data {low[i]:.4g} to {high[i]:.4g})"
+        for i, name in enumerate(config.state_feature_names)
+        if name in observation and not low[i] - margin[i] <= observation[name] <= high[i] + margin[i]
+    ]
+    if far:
+        how = {
+            "clamp": "It approaches by steps of the data",
+            "refuse": "The policy refuses a first action that is far from there",
+            "free": "Nothing limits its first movement",
+        }
+        logger.warning(
+            "the robot stands where the training data has never been: %s. %s (--policy.first_action=%s); "
+            "better move it first to where an episode of the data begins",
+            ", ".join(far),
+            how[config.first_action],
+            config.first_action,
         )
 
 
@@ -349,15 +382,16 @@ def _why_it_failed(recorded: Instrumentation, failed: bool, error: str | None, i
 
 
 def _summary(recorded: Instrumentation, folder: Path | None, error: str | None) -> str:
-    run = loop_timing(recorded.times, recorded.cfg.fps * recorded.cfg.interpolation_multiplier)
+    fps = recorded.cfg.fps * recorded.cfg.interpolation_multiplier
+    run = loop_timing(recorded.times, fps, recorded.waits)
     lines = [str(run)]
     if recorded.latencies:
         p50, p95 = (1000 * quantile(recorded.latencies, percent) for percent in (50, 95))
         lines.append(f"{len(recorded.latencies)} chunks, latency p50 {p50:.0f} ms, p95 {p95:.0f} ms")
-    if run.stalls and recorded.latencies:
-        expected = recorded.timing(quantile(recorded.latencies, 95))
-        other = "" if expected.stall else " from the policy: the robot, its cameras or the computer were late"
-        lines.append(f"{expected}{other}")
+    if run.stalls:
+        lines.append(run.causes)
+    if run.waits:
+        lines.append("`lerobot-pi0 latency` says which settings would wait less")
     if error:
         lines.append(f"the policy failed on the way ({error})")
     lines.append(

@@ -144,6 +144,8 @@ def read_run(folder: Path) -> Run:
 def make_report(run: Run) -> Report:
     """All figures of a run."""
     times = [[action["t"] for action in episode] for episode in run.episodes]
+    is_known = all("waited" in action for action in run.actions)
+    waits = [[action["waited"] for action in episode] for episode in run.episodes] if is_known else None
     latencies = [event["ended"] - event["began"] for event in run.inferences.values()]
     empty, blocked = _ticks(run)
     first = [event["t"] for event in run.observations if event["t"] <= times[0][0]]
@@ -162,7 +164,7 @@ def make_report(run: Run) -> Report:
     ]
     return Report(
         start=run.start,
-        loop_timing=loop_timing(times, run.fps),
+        loop_timing=loop_timing(times, run.fps, waits),
         first_action=times[0][0] - first[0] if first else None,
         empty_ticks=empty,
         blocked_ticks=blocked,
@@ -259,6 +261,8 @@ def _as_text(run: Run, report: Report) -> str:
         lines.append(
             f"Period in ms: {listed}; {100 * report.loop_timing.overruns:.1f} % are over 1.5 control steps."
         )
+    if report.loop_timing.stalls and report.loop_timing.waits is not None:
+        lines.append(f"{report.loop_timing.causes[0].upper()}{report.loop_timing.causes[1:]}.")
     if report.loop_timing.stalls and report.empty_ticks is not None:
         lines.append(
             f"In the stalls, {report.empty_ticks} ticks of the loop found no action, and "

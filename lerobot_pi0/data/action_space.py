@@ -1,5 +1,6 @@
 """The robot's actions ↔ the network's: padding, relative actions, limits, names."""
 
+import math
 from collections.abc import Mapping
 from typing import cast
 
@@ -8,7 +9,7 @@ from lerobot.configs import PolicyFeature
 from lerobot.utils.constants import ACTION
 from torch import Tensor
 
-from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.configuration_pi0 import Pi0Config, ReferenceState
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.sampling.guard import ChunkGuard, not_finite
 
@@ -41,13 +42,7 @@ class ActionSpace:
         normalised, zero where actions are absolute. None if all are.
         """
         by = self.config.reference_state
-        if by is None:
-            return None
-        state = state.float()
-        reference = state.new_zeros(len(state), self.size)
-        gain, offset = state.new_tensor(by.gain), state.new_tensor(by.offset)
-        reference[:, by.actions] = state[:, by.states] * gain + offset
-        return reference
+        return None if by is None else self._of_state(state, by, 0.0)
 
     def to_network(self, batch: Mapping[str, Tensor], reference: Tensor | None) -> Tensor:
         """Actions of a batch as the network learns them: float32, relative to `reference`, padded."""
@@ -65,12 +60,36 @@ class ActionSpace:
         actions = actions if reference is None else actions + reference[:, None]
         if bad := not_finite(actions, self.names, LARGEST):
             raise UserError(
-                f"the policy returned NaN, Inf or more than {LARGEST:g} for {bad} from a finite observation; "
-                "no action was sent. "
-                "Its weights are damaged, or overflow: `lerobot-pi0 doctor "
+                f"the policy returned NaN or Inf for {bad} from a finite observation (beyond {LARGEST:g} is "
+                "Inf); no action was sent. Its weights are damaged, or overflow: `lerobot-pi0 doctor "
                 f"--policy.path={self.config.pretrained_path or '...'}` checks them"
             )
         return self.held(actions)
+
+    def first(self, actions: Tensor, state: Tensor) -> Tensor:
+        """A first chunk (B, steps, size), which begins near where the robot is by its normalised state.
+
+        As the config's `first_action` says. Raises UserError with the distance where that refuses.
+        """
+        limits, setting = self.config.action_limits, self.config.first_action
+        if self.guard is None or limits is None or limits.pose is None or setting == "free":
+            return actions
+        pose = self._of_state(state, limits.pose, math.nan)
+        if setting == "refuse" and (far := self.guard.beyond_one_step(actions[:, 0], pose)):
+            raise UserError(
+                f"the first action is further from where the robot is than any step of the training data: "
+                f"{far}. No action was sent. Move the robot to where episodes of the data begin, or let it "
+                "approach by steps of the data (--policy.first_action=clamp)"
+            )
+        return self.guard.hold(actions, pose)
+
+    def _of_state(self, state: Tensor, by: ReferenceState, elsewhere: float) -> Tensor:
+        """Normalised actions (B, size) that belong to normalised states (B, state size): float32."""
+        state = state.float()
+        found = state.new_full((len(state), self.size), elsewhere)
+        gain, offset = state.new_tensor(by.gain), state.new_tensor(by.offset)
+        found[:, by.actions] = state[:, by.states] * gain + offset
+        return found
 
     def held(self, actions: Tensor, before: Tensor | None = None) -> Tensor:
         """Actions within the limits; `before` (B, size) is the action that they follow."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot_pi0.configuration_pi0 import ActionLimits, Pi0Config, Statistics, TrainingData
 from lerobot_pi0.data.frames import data_files, episode_borders, read_columns
 from lerobot_pi0.data.normalization import NormalizationStatistics, affine, dimension_name
-from lerobot_pi0.data.relative_actions import make_reference_state
+from lerobot_pi0.data.relative_actions import make_reference_state, reference_state_of
 from lerobot_pi0.data.statistics import prepare_statistics
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.lerobot_compat import dataset_key, normalize_by, trained_episodes, training_setting
@@ -136,8 +137,9 @@ def make_limits(
     """What actions the dataset has, for the chunk guard: from its frames on disk, all or those of `episodes`,
     or else its statistics, which say nothing of steps. None where neither says.
     """
-    frames = {} if dataset is None else read_columns(dataset, [ACTION, "episode_index"], episodes=episodes)
-    step = None
+    columns = [ACTION, "episode_index", *([OBS_STATE] if _called_alike(config) else [])]
+    frames = {} if dataset is None else read_columns(dataset, columns, episodes=episodes)
+    step = pose = None
     if frames:
         actions, successive = frames[ACTION].astype(np.float64), ~episode_borders(frames)[1:]
         finite = np.isfinite(actions).all(1)
@@ -154,12 +156,35 @@ def make_limits(
         successive &= finite[1:] & finite[:-1]
         if successive.any():
             step = np.abs(np.diff(actions, axis=0)[successive]).max(0).tolist()
+        if positions := _positions(config, frames, finite):
+            relative = reference_state_of(config, statistics, positions)
+            offset = affine(config, statistics, ACTION)[1][relative.actions] + relative.offset
+            pose = replace(relative, offset=offset.tolist())
     elif {"min", "max"} <= statistics.raw.get(ACTION, {}).keys():
         low, high = (np.asarray(statistics.raw[ACTION][name], np.float64).ravel() for name in ("min", "max"))
     else:
         return None
     gain, offset = affine(config, statistics, ACTION)
-    return ActionLimits(low.tolist(), high.tolist(), step, gain.tolist(), offset.tolist())
+    return ActionLimits(low.tolist(), high.tolist(), step, gain.tolist(), offset.tolist(), pose)
+
+
+def _called_alike(config: Pi0Config) -> list[tuple[int, int]]:
+    """The dimensions of actions that have the name of one of the state, with that one."""
+    actions, states = config.action_feature_names or [], config.state_feature_names or []
+    return [(i, states.index(name)) for i, name in enumerate(actions) if states.count(name) == 1]
+
+
+def _positions(config: Pi0Config, frames: dict[str, np.ndarray], finite: np.ndarray) -> list[tuple[int, int]]:
+    """Those of `_called_alike` whose actions are positions of the state: in half of the finite frames they
+    are as near to it as a quarter of their range. Changes of a position may be called like it.
+    """
+    near = []
+    for action, state in _called_alike(config):
+        actions = frames[ACTION][finite, action].astype(np.float64)
+        distance = np.median(np.abs(actions - frames[OBS_STATE][finite, state]))
+        if distance <= np.ptp(actions) / 4:
+            near.append((action, state))
+    return near
 
 
 def describe_data(dataset: Any, episodes: Sequence[int] | None = None) -> TrainingData | None:

@@ -61,7 +61,8 @@ class ChunkGuard:
 
     def __init__(self, limits: ActionLimits, names: Sequence[str]):
         self.names, self.num_held = names, Counter[str]()
-        given = {name: values for name, values in vars(limits).items() if values}
+        vectors = ("low", "high", "step", "gain", "offset")
+        given = {name: values for name in vectors if (values := getattr(limits, name))}
         if wrong := {name: len(values) for name, values in given.items() if len(values) != len(names)}:
             raise UserError(
                 f"action_limits in the policy's config.json have other sizes than the {len(names)} actions: "
@@ -96,18 +97,34 @@ class ChunkGuard:
     def hold(self, chunk: Tensor, before: Tensor | None = None) -> Tensor:
         """The chunk (b, a, d), normalised, where it keeps to the limits; at the limit where it does not.
 
-        `before` (b, d) is the action that it follows, if it follows one.
+        `before` (b, d) is the action that it follows, if it follows one; NaN where it does not.
         """
         gain, offset = self._gain.to(chunk.device), self._offset.to(chunk.device)
         low, high = (limit.to(chunk.device) * gain + offset for limit in (self._low, self._high))
         held = chunk.clamp(low, high)
         if self._step is not None:
             step = self._step.to(chunk.device) * gain
-            first = held[:, :1] if before is None else before[:, None]
-            held = _slowed(torch.cat((first, held), 1), step)[:, 1:]
+            first = held[:, 0]
+            if before is not None:
+                first = torch.where(before.isnan(), first, before)
+            held = _slowed(torch.cat((first[:, None], held), 1), step)[:, 1:]
         if not torch.equal(held, chunk):
             self._warn(chunk, held)
         return held
+
+    def beyond_one_step(self, actions: Tensor, pose: Tensor) -> str:
+        """Where actions (b, d) are more than the largest step from a pose (b, d), NaN where it is not known:
+        in words, in the robot's units; empty if nowhere.
+        """
+        if self._step is None:
+            return ""
+        gain = self._gain.to(actions.device)
+        distance = ((actions - pose).abs() / gain.abs()).amax(0)
+        far = distance > self._step.to(actions.device)  # NaN is not
+        return ", ".join(
+            f"{self.names[i]} by {distance[i]:.4g} (a step is at most {self._step[i]:.4g})"
+            for i in far.nonzero()[:, 0].tolist()
+        )
 
     def _warn(self, chunk: Tensor, held: Tensor) -> None:
         raw, kept = (((x.float().cpu() - self._offset) / self._gain).flatten(0, 1) for x in (chunk, held))

@@ -213,7 +213,8 @@ class PolicyServer:
             if observed is None or not self._serves(session):
                 return wire.Actions()
             began = time.monotonic()
-            actions = self._policy.predict(observed.batch, robot.actions_per_chunk)
+            is_first = session.num_chunks == 0
+            actions = self._policy.predict(observed.batch, robot.actions_per_chunk, is_first)
             ended = time.monotonic()
             with self._changed:
                 session.answered = max(session.answered, observed.age)

@@ -38,12 +38,12 @@ class ServedPolicy:
         """
         return self._thread.submit(self._load, name, device, policy_type).result()
 
-    def predict(self, batch: dict[str, Any], num_actions: int) -> Tensor:
-        """Actions (num_actions, action size) in robot units for an observation.
+    def predict(self, batch: dict[str, Any], num_actions: int, is_first: bool = False) -> Tensor:
+        """Actions (num_actions, action size) in robot units for an observation, a robot's first or another.
 
         Raises RuntimeError when the policy gives anything that is not finite.
         """
-        return self._thread.submit(self._predict, batch, num_actions).result()
+        return self._thread.submit(self._predict, batch, num_actions, is_first).result()
 
     def close(self) -> None:
         """Wait for what runs, and give the policy's memory back."""
@@ -84,17 +84,19 @@ class ServedPolicy:
             self._loaded, self._loaded_from = loaded, wanted
         return self._loaded
 
-    def _predict(self, batch: dict[str, Any], num_actions: int) -> Tensor:
+    def _predict(self, batch: dict[str, Any], num_actions: int, is_first: bool) -> Tensor:
         assert self._loaded is not None
-        actions = predict_chunk(self._loaded, self._loaded.preprocess(batch))[:num_actions]
+        actions = predict_chunk(self._loaded, self._loaded.preprocess(batch), is_first)[:num_actions]
         if not actions.isfinite().all():
             raise RuntimeError("the policy's actions are not finite: nothing is sent. Look at its checkpoint")
         return actions
 
 
-def predict_chunk(loaded: LoadedPolicy, batch: dict[str, Any]) -> Tensor:
+def predict_chunk(loaded: LoadedPolicy, batch: dict[str, Any], is_first: bool = False) -> Tensor:
     """Actions (chunk, action size) in robot units for a processed batch of one: float32, on the CPU."""
-    return loaded.postprocess(loaded.policy.predict_action_chunk(batch))[0].float().cpu()
+    # With a delay and nothing to continue, a chunk begins where the robot is.
+    chunk = loaded.policy.predict_action_chunk(batch, inference_delay=0 if is_first else None)
+    return loaded.postprocess(chunk)[0].float().cpu()
 
 
 def _warm_up(loaded: LoadedPolicy) -> float:

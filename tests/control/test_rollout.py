@@ -377,18 +377,52 @@ def test_a_camera_that_is_not_there_is_refused_with_the_map_that_renames_one(syn
         rollout.rollout(sync)
 
 
-def test_a_policy_that_is_too_slow_is_told_with_what_would_do(sync, delayed, caplog, monkeypatch):
+def test_a_policy_that_is_too_slow_is_told_with_what_would_do(sync, delayed, caplog, monkeypatch, tmp_path):
     monkeypatch.setattr(Pi0Policy, "supports_rtc", lambda self: False)
     monkeypatch.setattr(instrumentation, "REMIND_AFTER", 0.4)
     delayed(0.2)
     sync.duration = 1.5
     with caplog.at_level(logging.WARNING):
-        said = rollout.rollout(sync)
+        said = rollout.rollout(sync, tmp_path)
     assert "the robot stands still for" in caplog.text
     assert "every 8 actions" in caplog.text
     assert "--policy.n_action_steps=50" in caplog.text  # all of a chunk
     assert "p95 of the last chunks" in caplog.text  # while it moves, too
-    assert "stall" in said
+    run = make_report(read_run(tmp_path)).loop_timing
+    assert run.waits
+    assert run.stalls == run.waits
+    assert f"{run.stalls} stall" in said
+    assert f"in {run.waits} of the stalls the loop waited for the policy, in 0 for the robot" in run.causes
+    assert run.causes in said
+
+
+def test_a_robot_that_is_slow_is_not_the_policys_fault(sync, tmp_path, monkeypatch):
+    send, sent = Arm.send_action, []
+
+    def slow(self, action):
+        sent.append(time.sleep(0.3 if len(sent) in (3, 5) else 0.0))
+        return send(self, action)
+
+    monkeypatch.setattr(Arm, "send_action", slow)
+    sync.duration = 1.5
+    said = rollout.rollout(sync, tmp_path)
+    run = make_report(read_run(tmp_path)).loop_timing
+    assert run.stalls >= 2
+    assert run.waits is not None
+    assert run.stalls - run.waits >= 2
+    assert run.causes in said
+
+
+def test_a_robot_that_stands_far_from_the_data_is_warned_about_joint_by_joint(sync, caplog, monkeypatch):
+    joints = {STATES[0]: -85.0, STATES[1]: 0.1}
+    observe = Arm.get_observation
+    monkeypatch.setattr(Arm, "get_observation", lambda self: observe(self) | joints)
+    with caplog.at_level(logging.WARNING):
+        rollout.rollout(sync)
+    (warning,) = [message for message in caplog.messages if "has never been" in message]
+    assert f"{STATES[0]} at -85 (in the data -1 to 1)" in warning
+    assert "--policy.first_action=clamp" in warning
+    assert not any(f"{name} at" in warning for name in STATES[1:])
 
 
 def test_a_policy_that_can_never_keep_up_does_not_start(rtc, delayed, arms):

@@ -190,7 +190,7 @@ def test_the_largest_actions_times_the_largest_statistics_are_finite(folder, act
 def test_what_would_overflow_when_it_is_unnormalized_is_refused(folder):
     policy = Pi0Policy.from_pretrained(folder)
     policy.model.action_out_proj.bias.data.fill_(1.1 * action_space.LARGEST)
-    with pytest.raises(UserError, match="more than 1e\\+08 for"):
+    with pytest.raises(UserError, match=r"NaN or Inf for .*beyond 1e\+08"):
         policy.select_action(batch())
     set_statistics(1.1 * processors.LARGEST)(folder)
     with pytest.raises(CheckpointError, match=r"in 'action\.std', which nothing"):

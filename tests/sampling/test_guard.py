@@ -2,18 +2,21 @@
 
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from tiny_policy import ACTION, CHUNK, FRONT, batch, first, noise, statistics, tiny_config, tiny_policy
+from tiny_policy import ACTION, CHUNK, FRONT, STATE, batch, first, noise, statistics, tiny_config, tiny_policy
 
-from lerobot_pi0.configuration_pi0 import ActionLimits
+from lerobot_pi0.configuration_pi0 import ActionLimits, ReferenceState
 from lerobot_pi0.data.normalization import NormalizationStatistics
 from lerobot_pi0.data.training_data import make_limits
+from lerobot_pi0.errors import UserError
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.sampling.guard import ChunkGuard
 
@@ -145,6 +148,79 @@ def test_no_step_between_two_chunks_is_larger_than_the_datas():
     assert (chunk[0, 2] - left[1]).abs().max() <= 0.0201
 
 
+# The first action.
+
+POSE = ReferenceState(actions=[0, 2], states=[1, 4], gain=[1.0, 1.0], offset=[0.0, 0.0])
+AT = 0.05  # joints 0 and 2 of the robot, whose first action without limits is elsewhere
+
+
+def standing(**changes) -> tuple[Pi0Policy, dict[str, Any]]:
+    """A guarded policy whose actions 0 and 2 are positions of the state's 1 and 4, and an observation."""
+    policy, observation = guarded(**changes), first(batch())
+    limits = policy.config.action_limits
+    assert limits is not None
+    config = {"action_limits": replace(limits, pose=POSE), "action_feature_names": NAMES}
+    observation["observation.state"] = torch.full((1, STATE), AT)
+    return tiny_policy(**config | changes), observation
+
+
+def ways_to_begin(policy: Pi0Policy, observation: dict[str, Any]) -> list[torch.Tensor]:
+    """The first actions of an episode: in turn, and of real-time chunking (also the policy server's way)."""
+    policy.reset()
+    return [
+        torch.stack([policy.select_action(observation, noise=noise(1)) for _ in range(3)], 1),
+        policy.predict_action_chunk(observation, noise=noise(1), inference_delay=0)[:, :3],
+    ]
+
+
+def test_the_first_action_is_a_step_of_the_data_from_where_the_robot_is():
+    policy, observation = standing()
+    free = policy.predict_action_chunk(observation, noise=noise(1))
+    assert (free[0, 0, [0, 2]] - AT).abs().min() > 0.0201
+    for begun in ways_to_begin(policy, observation):
+        assert (begun[0, 0, [0, 2]] - AT).abs().max() <= 0.0201
+        assert torch.equal(begun[0, 0, [1, 3]], free[0, 0, [1, 3]])  # which are no positions of the state
+        assert begun.diff(dim=1).abs().max() <= 0.0201  # and so it goes on
+
+
+def test_a_first_action_that_is_far_is_refused_with_the_distance_or_free_as_it_is_set():
+    policy, observation = standing(first_action="refuse")
+    for begin in (
+        lambda: policy.select_action(observation, noise=noise(1)),
+        lambda: policy.predict_action_chunk(observation, noise=noise(1), inference_delay=0),
+    ):
+        with pytest.raises(
+            UserError, match=r"pan\.pos by 0\.\d+ \(a step is at most 0\.02\).*first_action=clamp"
+        ):
+            begin()
+    near = policy.predict_action_chunk(observation, noise=noise(1))[:, 0]
+    observation["observation.state"][:, [1, 4]] = near[:, [0, 2]]
+    assert torch.isfinite(policy.select_action(observation, noise=noise(1))).all()
+    policy, observation = standing(first_action="free")
+    free = policy.predict_action_chunk(observation, noise=noise(1))
+    for begun in ways_to_begin(policy, observation):
+        assert torch.equal(begun, free[:, :3])
+
+
+def test_only_joints_whose_actions_are_positions_of_the_state_have_a_pose(tmp_path):
+    """Of three that are called alike: a position, changes of a position, and a position of another thing."""
+    generator = np.random.default_rng(0)
+    state = 50 + generator.standard_normal((40, STATE)).cumsum(0)
+    elsewhere = generator.standard_normal(40).cumsum()
+    actions = np.stack([state[:, 1] + 0.1, np.gradient(state[:, 0]), elsewhere, state[:, 3]], 1)
+    config = tiny_config(
+        action_feature_names=["a", "b", "c", "another"], state_feature_names=["b", "a", "c", "d", "e"]
+    )
+    given = NormalizationStatistics(statistics())
+    found = make_limits(config, given, dataset(tmp_path, actions, [0] * 40, state))
+    assert found is not None
+    assert found.pose is not None
+    assert (found.pose.actions, found.pose.states) == ([0], [1])
+    mean, std = (statistics()["observation.state"][name][1].item() for name in ("mean", "std"))
+    normal = (state[:, 1] - mean) / std * found.pose.gain[0] + found.pose.offset[0]
+    np.testing.assert_allclose((normal - found.offset[0]) / found.gain[0], state[:, 1], rtol=1e-5)
+
+
 # Numbers.
 
 
@@ -172,7 +248,9 @@ def test_actions_that_are_no_numbers_are_not_sent(monkeypatch):
 # Limits of a dataset.
 
 
-def dataset(tmp_path, actions: np.ndarray, episodes: list[int]) -> SimpleNamespace:
+def dataset(
+    tmp_path, actions: np.ndarray, episodes: list[int], states: np.ndarray | None = None
+) -> SimpleNamespace:
     folder = tmp_path / "data" / "chunk-000"
     folder.mkdir(parents=True)
     columns = {
@@ -180,6 +258,8 @@ def dataset(tmp_path, actions: np.ndarray, episodes: list[int]) -> SimpleNamespa
         "episode_index": episodes,
         "index": list(range(len(episodes))),
     }
+    if states is not None:
+        columns["observation.state"] = list(states.astype(np.float32))
     pyarrow.parquet.write_table(pyarrow.table(columns), folder / "file-000.parquet")
     return SimpleNamespace(root=tmp_path)
 

@@ -281,7 +281,9 @@ def test_a_picture_keeps_its_proportions(client, checkpoint, monkeypatch, caplog
     seen = []
     chunk = served_policy.predict_chunk
     monkeypatch.setattr(
-        served_policy, "predict_chunk", lambda loaded, batch: seen.append(batch) or chunk(loaded, batch)
+        served_policy,
+        "predict_chunk",
+        lambda *given: seen.append(given[1]) or chunk(*given),
     )
     client.greet(checkpoint, lerobot_features=features(front=(36, 64, 3)))
     client.send(observed(0, {"front": np.full((36, 64, 3), 255, np.uint8)}))
@@ -316,9 +318,9 @@ def test_what_a_robot_sends_while_it_waits_for_actions_is_not_answered_again(rob
     robot.send(observed(4, must_go=True))
     chunk = served_policy.predict_chunk
 
-    def meanwhile(loaded: Any, batch: Any) -> Any:
+    def meanwhile(*given: Any) -> Any:
         robot.send(observed(4))
-        return chunk(loaded, batch)
+        return chunk(*given)
 
     monkeypatch.setattr(served_policy, "predict_chunk", meanwhile)
     assert robot.actions()[0].timestep == 4
@@ -638,9 +640,7 @@ def test_each_answered_observation_is_in_the_trace(checkpoint, tmp_path):
 def test_the_first_chunk_of_a_robot_is_not_the_first_of_the_policy(checkpoint, monkeypatch):
     chunks = []
     chunk = served_policy.predict_chunk
-    monkeypatch.setattr(
-        served_policy, "predict_chunk", lambda loaded, batch: chunks.append(batch) or chunk(loaded, batch)
-    )
+    monkeypatch.setattr(served_policy, "predict_chunk", lambda *given: chunks.append(given) or chunk(*given))
     with serving(ServeConfig(ControlPolicyFlags(path=str(checkpoint)), port=0)):
         assert chunks
 
