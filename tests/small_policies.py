@@ -1,4 +1,4 @@
-"""Small policies of sizes that LeRobot's own π0 can be made to have, and the command that converts them."""
+"""Small policies of sizes that LeRobot's own can be made to have, and the command that converts them."""
 
 from pathlib import Path
 from typing import Any
@@ -6,20 +6,22 @@ from typing import Any
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from lerobot.policies.pi0 import modeling_pi0 as in_tree
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.pi0 import modeling_pi0
+from lerobot.policies.pi05 import modeling_pi05
 from tiny_policy import ACTION, STATE, statistics, tiny_config
 
 from lerobot_pi0 import Pi0Config
+from lerobot_pi0.checkpoints.layouts import PI0, Family
 from lerobot_pi0.conversion import targets
 from lerobot_pi0.conversion.convert import convert
 from lerobot_pi0.conversion.flags import ConvertConfig
 from lerobot_pi0.data.statistics import prepare_statistics
+from lerobot_pi0.inputs.policy import policy_class
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
-from lerobot_pi0.modeling_pi0 import Pi0Policy
-from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 
 VISION = SiglipConfig(image_size=28, patch_size=14, width=32, depth=2, mlp_dim=48, num_heads=2)
-# LeRobot's π0 has eight query heads written into its attention.
+# LeRobot's own have eight query heads written into their attention.
 VLM = GemmaConfig(width=64, depth=3, mlp_dim=96, num_heads=8, num_kv_heads=1, head_dim=16, vocab_size=1024)
 EXPERT = ExpertConfig(width=32, mlp_dim=48)
 JOINTS = ["shoulder", "elbow", "wrist", "gripper"]
@@ -35,7 +37,8 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(targets, "VARIANTS", variants)
     monkeypatch.setattr(targets, "VISION", VISION)
     monkeypatch.setattr(targets, "VOCABULARY", VLM.vocab_size)
-    paligemma, gemma = in_tree.PaliGemmaForConditionalGenerationWithPiGemma, in_tree.PiGemmaForCausalLM
+    paligemma = modeling_pi0.PaliGemmaForConditionalGenerationWithPiGemma
+    gemma = modeling_pi0.PiGemmaForCausalLM
 
     def small_paligemma(config: Any) -> Any:
         text, tower = config.text_config, config.vision_config
@@ -49,26 +52,30 @@ def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
         config.vocab_size = VLM.vocab_size
         return gemma(config)
 
-    monkeypatch.setattr(in_tree, "PaliGemmaForConditionalGenerationWithPiGemma", small_paligemma)
-    monkeypatch.setattr(in_tree, "PiGemmaForCausalLM", small_gemma)
-    monkeypatch.setattr(in_tree, "get_gemma_config", lambda variant: in_tree.GemmaConfig(*variants[variant]))
+    for in_tree in (modeling_pi0, modeling_pi05):
+        monkeypatch.setattr(in_tree, "PaliGemmaForConditionalGenerationWithPiGemma", small_paligemma)
+        monkeypatch.setattr(in_tree, "PiGemmaForCausalLM", small_gemma)
+        monkeypatch.setattr(
+            in_tree, "get_gemma_config", lambda variant: modeling_pi0.GemmaConfig(*variants[variant])
+        )
 
 
-def save(folder: Path, **settings: Any) -> Path:
+def save(folder: Path, family: Family = PI0, **settings: Any) -> Path:
     """A checkpoint of ours as training leaves it."""
-    config = small_config(**settings)
+    config = small_config(family, **settings)
     torch.manual_seed(0)
-    policy = Pi0Policy(config)
+    policy = policy_class(config)(config)
     for parameter in policy.parameters():
         spread = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.2
         parameter.data = torch.randn_like(parameter) * spread
     policy.save_pretrained(folder)
-    for pipeline in make_lerobot_pi0_pre_post_processors(config, prepare_statistics(config, statistics())):
+    prepared: Any = prepare_statistics(config, statistics())
+    for pipeline in make_pre_post_processors(config, dataset_stats=prepared):
         pipeline.save_pretrained(folder)
     return folder
 
 
-def small_config(**settings: Any) -> Pi0Config:
+def small_config(family: Family = PI0, **settings: Any) -> Pi0Config:
     """Two cameras, the wrist's before the base's in the features, as a dataset may have them."""
     names = {"action_feature_names": JOINTS, "state_feature_names": [*JOINTS, "force"]}
     features = {
@@ -78,7 +85,7 @@ def small_config(**settings: Any) -> Pi0Config:
     }
     sizes = {"vision": VISION, "vlm": VLM, "expert": EXPERT, "max_state_dim": 32, "max_action_dim": 32}
     assert tiny_config().output_features == {"action": PolicyFeature(FeatureType.ACTION, (ACTION,))}
-    return tiny_config(**{**sizes, **names, "input_features": features, **settings})
+    return tiny_config(family.in_tree, **{**sizes, **names, "input_features": features, **settings})
 
 
 def run(source: Path, target: Path, **flags: Any) -> str:

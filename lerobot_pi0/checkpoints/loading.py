@@ -18,8 +18,10 @@ from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, Checkpoint, find_checkpo
 from lerobot_pi0.checkpoints.golden_actions import GOLDEN_ACTIONS_FILE
 from lerobot_pi0.checkpoints.layouts import Family, family_of_type
 from lerobot_pi0.checkpoints.processors import check_processors
+from lerobot_pi0.checkpoints.published import assumptions
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json
 from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.errors import CheckpointError
 from lerobot_pi0.lerobot_compat import build_new_processors
 
@@ -105,6 +107,8 @@ def open_source(
         # An adapter's folder has our processors. For new ones a --rename_map finds no step to go to.
         build_new_processors(config)
         logger.info("weights of another layout: the processors are new, and --rename_map has no effect")
+        if isinstance(config, Pi05Config):
+            logger.info(assumptions(name, config))
     return source
 
 

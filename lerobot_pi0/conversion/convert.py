@@ -1,4 +1,4 @@
-"""`lerobot-pi0 convert`: convert a π0 policy from one layout to another, and verify the result.
+"""`lerobot-pi0 convert`: convert a policy from one layout to another, and verify the result.
 
 Every source is read into a `sources.Policy`, and every target is written from one (`targets`). Tensors are
 streamed in pieces. The target appears when it is complete and verified.
@@ -10,8 +10,11 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class
 from torch import Tensor, nn
 
 from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, Checkpoint, load_weights
@@ -23,7 +26,7 @@ from lerobot_pi0.conversion.sources import IN_TREE, Policy, read_policy
 from lerobot_pi0.conversion.streaming import digest, write_safetensors
 from lerobot_pi0.conversion.targets import write_in_tree, write_openpi, write_ours
 from lerobot_pi0.errors import CommandError
-from lerobot_pi0.modeling_pi0 import Pi0Policy
+from lerobot_pi0.inputs.policy import policy_class
 
 EXPERT_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
 # Policies of up to this many parameters are run in both implementations without being asked.
@@ -104,22 +107,24 @@ def _proof(policy: Policy, folder: Path, digests: dict[str, str], flags: Convert
         f"read back, all equal ({whole.hexdigest()})."
     )
     if flags.to == "lerobot_pi0":
-        ours = Pi0Policy.from_pretrained(folder, config=replace(policy.config, device="cpu"))
+        ours = policy_class(policy.config).from_pretrained(
+            folder, config=replace(policy.config, device="cpu")
+        )
         _give_back(ours.model, written)
         write_golden_actions(folder, ours.config, ours.predict_with_network, ours.device)
         text += " Its golden actions are beside it."
-    in_tree = folder if flags.to == "lerobot" else policy.folder if policy.layout == IN_TREE else None
+    in_tree = folder if flags.to == "lerobot" else policy.folder if policy.layout in IN_TREE else None
     if in_tree is None or not (parameters <= _COMPARED if flags.compare is None else flags.compare):
         return text
-    difference, largest = _compare(policy, folder, in_tree)
+    name, (difference, largest) = policy.family.name, _compare(policy, folder, in_tree)
     if not difference <= _TOLERANCE * max(largest, 1):
         raise CommandError(
-            f"LeRobot's own π0 and ours act differently on the same weights, by {difference:.1e} (the "
-            "largest "
-            f"action is {largest:.2f}): nothing was written. Please report this"
+            f"LeRobot's own {name} and ours act differently on the same weights, by {difference:.1e} (the "
+            f"largest action is {largest:.2f}): nothing was written. Please report this"
         )
     return (
-        f"{text} Run as LeRobot's own π0 and as ours: actions differ by {difference:.1e}, of {largest:.2f}."
+        f"{text} Run as LeRobot's own {name} and as ours: actions differ by {difference:.1e}, of "
+        f"{largest:.2f}."
     )
 
 
@@ -139,24 +144,21 @@ def _give_back(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _compare(policy: Policy, target: Path, in_tree: Path) -> tuple[float, float]:
-    """Largest difference of a chunk in float32 between ours and LeRobot's own π0, and the largest action."""
-    from lerobot.policies.pi0 import PI0Config, PI0Policy
-
+    """Largest difference of a chunk in float32 between ours and LeRobot's own, and the largest action."""
     # What makes relative actions absolute is in its processors.
     config = replace(
         policy.config, device="cpu", dtype="float32", relative_actions=False, reference_state=None
     )
     with torch.device("meta"):
-        ours = Pi0Policy(config).eval()
+        ours = policy_class(config)(config).eval()
     load_weights(ours.model, Checkpoint(target), dict.fromkeys(policy.meta, torch.float32))
     batch, noise = fixed_input(config)
     size = config.vision.image_size  # the model's own, so that resizing is not compared
     batch = {key: of[:, :, :size] / 255 if key in config.image_features else of for key, of in batch.items()}
     wanted = ours.predict_action_chunk(batch, noise=noise)
-    theirs_config = PI0Config.from_pretrained(in_tree)
-    assert isinstance(theirs_config, PI0Config)
+    theirs_config: Any = PreTrainedConfig.from_pretrained(in_tree)
     theirs_config.device, theirs_config.dtype = "cpu", "float32"
     with contextlib.redirect_stdout(io.StringIO()):
-        theirs = PI0Policy.from_pretrained(in_tree, config=theirs_config)
-    found = theirs.predict_action_chunk(batch, noise=noise)  # pyrefly: ignore[unexpected-keyword]
+        theirs: Any = get_policy_class(policy.family.in_tree).from_pretrained(in_tree, config=theirs_config)
+    found = theirs.predict_action_chunk(batch, noise=noise)
     return (found - wanted).abs().max().item(), wanted.abs().max().item()

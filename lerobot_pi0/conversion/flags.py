@@ -10,13 +10,14 @@ Layout = Literal["lerobot_pi0", "lerobot", "openpi-pytorch"]
 
 @dataclass
 class ConvertConfig:
-    """Convert a π0 policy between openpi (JAX, PyTorch), LeRobot's own π0, transformers' and this one.
+    """Convert a π0 or π0.5 between openpi (JAX, PyTorch), LeRobot's own, transformers' π0 and this package.
 
     What SOURCE is, is recognised: a folder, or a repository on the hub. Weights are bit for bit those of the
     source unless --dtype says otherwise.
     """
 
-    # Checkpoint to read: openpi's JAX (with params/) or PyTorch, LeRobot's pi0, transformers' PI0, or ours.
+    # Checkpoint to read: openpi's JAX (with params/) or PyTorch, LeRobot's pi0 or pi05, transformers' PI0, or
+    # ours.
     source: str
     # Folder to write, which must not exist.
     target: Path
@@ -38,15 +39,20 @@ class ConvertConfig:
     state_dim: int | None = None
     # The same of its action.
     action_dim: int | None = None
-    # openpi's action_horizon. Default: as the source says, or 50.
+    # openpi's norm_stats.json, for a source without statistics.
+    norm_stats: Path | None = None
+    # openpi's action_horizon. Default: as the source says, or 50; no default for π0.5.
     chunk_size: int | None = None
-    # openpi's mask of actions that are relative to the state, as given to make_bool_mask: '[6, -1]'.
-    delta_mask: list[int] = field(default_factory=list)
+    # π0.5 alone: whether it was trained with the state in the prompt (openpi's discrete_state_input).
+    state_in_prompt: bool | None = None
+    # openpi's mask of actions that are relative to the state, as given to make_bool_mask: '[6, -1]'. Default:
+    # none are; no default for π0.5.
+    delta_mask: list[int] | None = None
     # alpha of openpi's LoRA. Default: the rank.
     lora_alpha: float | None = None
     # Attention heads of a vision tower that is not SigLIP So400m, where the source does not say.
     vision_heads: int | None = None
-    # Where one side is LeRobot's own π0: run it and ours, and compare. Needs 30 GB of memory at full size.
+    # Where one side is LeRobot's own: run it and ours, and compare. Needs 30 GB of memory at full size.
     # Default: small policies only.
     compare: bool | None = None
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lerobot_pi0.checkpoints.layouts import family_of
 from lerobot_pi0.conversion.openpi_jax import as_tensor, openpi_jax_parts
 from lerobot_pi0.errors import CheckpointError, CommandError
 
@@ -62,6 +63,7 @@ class _Leaf:
 class OrbaxCheckpoint(Mapping[str, Tensor]):
     """The tensors of an openpi JAX checkpoint by our names, LoRA merged, each read when it is asked for.
 
+    `family`: the model that they are of.
     In the order of iteration everything is read once. With LoRA a tensor is as wide as its adapters.
     `scratch`: a folder for the temporary file. `lora_alpha`: openpi's, which no checkpoint holds; default:
     the rank, as in openpi's own configurations.
@@ -102,6 +104,7 @@ class OrbaxCheckpoint(Mapping[str, Tensor]):
         }
         self._lora = {path: leaf for path, leaf in everything.items() if path.endswith(_LORA)}
         self._leaves = {path: leaf for path, leaf in everything.items() if path not in self._lora}
+        self.family = family_of(self._leaves)
         self._parts = openpi_jax_parts({path: leaf.shape for path, leaf in self._leaves.items()})
         unknown = {path for path in self._lora if self._over(path) not in self._leaves}
         if unknown:

@@ -1,8 +1,8 @@
-"""Readers of π0 checkpoints of any layout: config, statistics, and tensors by our names (read lazily)."""
+"""Readers of checkpoints of any layout: config, statistics, and tensors by our names (read lazily)."""
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isqrt
 from pathlib import Path
 from typing import Any, cast
@@ -15,20 +15,32 @@ from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import Checkpoint, check_fit, find_checkpoint
+from lerobot_pi0.checkpoints.layouts import FAMILIES, PI0, PI05, Family
+from lerobot_pi0.checkpoints.published import TRAININGS, as_flags, training_of
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json, read_steps
 from lerobot_pi0.configuration_pi0 import CAMERA_SLOTS, Pi0Config, Statistics
+from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.conversion.flags import ConvertConfig
 from lerobot_pi0.conversion.orbax import PARAMS, OrbaxCheckpoint, find_params
 from lerobot_pi0.data.normalization import EPSILON, NEEDED, NormalizationStatistics
 from lerobot_pi0.data.relative_actions import reference_state_of
-from lerobot_pi0.data.statistics import PREPROCESSOR, read_statistics, unnormalizer_differences
+from lerobot_pi0.data.statistics import (
+    PREPROCESSOR,
+    processor_statistics,
+    read_statistics,
+    unnormalizer_differences,
+)
 from lerobot_pi0.errors import CheckpointError, MissingFileError, UserError
+from lerobot_pi0.inputs.policy import policy_class
 from lerobot_pi0.lerobot_compat import parsing_failure_line
-from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
+from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 
 logger = logging.getLogger(__name__)
 
-OURS, IN_TREE = "lerobot_pi0", "LeRobot's pi0"
+# Layouts, each of both models: this package's, and LeRobot's own as it is today.
+OURS = tuple(family.type for family in FAMILIES)
+IN_TREE = tuple(f"LeRobot's {family.in_tree}" for family in FAMILIES)
+CONFIGS = {PI0: Pi0Config, PI05: Pi05Config}
 LEROBOT_EPSILON = 1e-8  # LeRobot's normalizer adds this to deviations, and divides by it where a range is 0
 
 
@@ -37,6 +49,7 @@ class Policy:
     """A policy, independent of the layout it was read from."""
 
     layout: str
+    family: Family
     folder: Path
     config: Pi0Config
     statistics: NormalizationStatistics | None
@@ -50,9 +63,21 @@ class _Source:
     """A checkpoint folder: its config.json, and its tensors by our names."""
 
     folder: Path
+    family: Family
     saved: dict[str, Any]
     tensors: Mapping[str, Tensor]
     meta: dict[str, Tensor]
+
+    @property
+    def says_how_it_was_trained(self) -> bool:
+        """Whether its config.json does: that of a π0.5 which LeRobot did not train has LeRobot's defaults."""
+        return self.saved.get("type") == self.family.type or (
+            self.saved.get("type") == self.family.in_tree
+            and (
+                self.family is PI0
+                or processor_statistics(self.folder, PREPROCESSOR, "normalizer_processor") is not None
+            )
+        )
 
 
 def read_policy(flags: ConvertConfig, scratch: Path) -> Policy:
@@ -77,28 +102,28 @@ def read_policy(flags: ConvertConfig, scratch: Path) -> Policy:
             flags.source,
         )
     meta = {name: tensor.to("meta") for name, tensor in checkpoint.items()}
-    source = _Source(folder, saved, checkpoint, meta)
-    if saved.get("type") in ("lerobot_pi0", "pi0"):
+    source, family = _Source(folder, checkpoint.family, saved, checkpoint, meta), checkpoint.family
+    if source.says_how_it_was_trained:
         _refuse_flags(flags)
     match saved.get("type"), saved.get("model_type"):
-        case "lerobot_pi0", _:
+        case family.type, _:
             return _read_ours(source, flags)
-        case "pi0", _:
+        case family.in_tree, _ if source.says_how_it_was_trained:
             return _read_in_tree(source, flags)
+        case family.in_tree, _:
+            return _read_published_by_lerobot(source, flags)
         case None, "pi0":
             return _read_transformers(source, flags)
         case None, _:
             return _read_openpi_pytorch(source, flags)
-    raise CheckpointError(f"'{flags.source}' is a policy of type '{saved.get('type')}', not π0")
+    raise CheckpointError(f"'{flags.source}' is a policy of type '{saved.get('type')}', not {family.name}")
 
 
 def _refuse_flags(flags: ConvertConfig) -> None:
     """Raises ValueError for a flag about what a LeRobot policy says itself."""
-    given = [
-        name
-        for name in ("cameras", "state_dim", "action_dim", "chunk_size", "delta_mask", "lora_alpha")
-        if getattr(flags, name)
-    ]
+    vectors = "state_dim", "action_dim", "delta_mask", "norm_stats", "state_in_prompt"
+    names = "cameras", "chunk_size", "lora_alpha", *vectors
+    given = [name for name in names if getattr(flags, name) not in (None, {})]
     if given:
         raise UserError(
             f"--{given[0]} says what openpi's checkpoints do not; '{flags.source}' is a LeRobot policy, "
@@ -119,7 +144,7 @@ def _read_ours(source: _Source, flags: ConvertConfig) -> Policy:
             f"'{flags.source}' is a policy of ours already and keeps its processors: leave {given} out"
         )
     try:
-        config = cast(Pi0Config, Pi0Config.from_pretrained(folder))
+        config = cast(Pi0Config, CONFIGS[source.family].from_pretrained(folder))
     except (ValueError, ParsingError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'} cannot be read ({parsing_failure_line(error)}): copy or "
@@ -128,11 +153,11 @@ def _read_ours(source: _Source, flags: ConvertConfig) -> Policy:
     config.dtype, config.tokenizer = flags.dtype or config.dtype, flags.tokenizer or config.tokenizer
     check_fit(_network(config), source.meta)
     statistics = _statistics(folder, config, flags, LEROBOT_EPSILON)
-    return Policy(OURS, folder, config, statistics, source.tensors, source.meta, _rename_map(folder))
+    return _policy(source.family.type, source, config, statistics)
 
 
 def _read_in_tree(source: _Source, flags: ConvertConfig) -> Policy:
-    """LeRobot's own π0, of today or up to 0.3: the file of its config is read, since its class changes."""
+    """LeRobot's own, of today, or its π0 up to 0.3: the file of its config is read, as its class changes."""
     folder, saved = source.folder, source.saved
     if saved.get("adapt_to_pi_aloha"):
         raise UserError(
@@ -142,24 +167,15 @@ def _read_in_tree(source: _Source, flags: ConvertConfig) -> Policy:
     needed = ("chunk_size", "n_action_steps", "tokenizer_max_length", "normalization_mapping")
     if missing := [name for name in needed if name not in saved]:
         raise CheckpointError(f"{folder / 'config.json'} has no {missing}: {COPY_AGAIN}")
-    features = {
-        name: PolicyFeature(FeatureType(of["type"]), tuple(of["shape"]))
-        for name, of in {**saved.get("input_features", {}), **saved.get("output_features", {})}.items()
-    }
-    cameras = [
-        name
-        for name, of in features.items()
-        if of.type is FeatureType.VISUAL and not name.startswith(f"{OBS_IMAGES}.empty_camera_")
-    ]
+    features, cameras = _features(saved), _cameras(saved)
     sizes = _sizes(source.meta, flags)
     state, action = features.get(OBS_STATE), features.get(ACTION)
-    # In the order of the features: that is how they stand in its prefix.
-    slots = [*CAMERA_SLOTS, *(name.removeprefix(f"{OBS_IMAGES}.") for name in cameras[len(CAMERA_SLOTS) :])]
     config = _config(
+        source,
         sizes,
         flags,
-        cameras=dict(zip(slots, cameras, strict=False)),
-        shapes={name: features[name].shape for name in cameras},
+        cameras=cameras,
+        shapes={name: features[name].shape for name in cameras.values()},
         state_dim=state.shape[0] if state else sizes["max_state_dim"],
         action_dim=action.shape[0] if action else sizes["max_action_dim"],
         chunk_size=saved["chunk_size"],
@@ -179,19 +195,46 @@ def _read_in_tree(source: _Source, flags: ConvertConfig) -> Policy:
         size = cast(PolicyFeature, config.action_feature).shape[0]
         config.absolute_joints = words
         _make_relative(config, statistics, [i for i in range(size) if not is_absolute(names, i, words)])
-    layout = IN_TREE if "paligemma_variant" in saved else "LeRobot's pi0 up to 0.3"
-    return Policy(layout, folder, config, statistics, source.tensors, source.meta, _rename_map(folder))
+    layout = f"LeRobot's {source.family.in_tree}"
+    if "paligemma_variant" not in saved:
+        layout = f"{layout} up to 0.3"
+    return _policy(layout, source, config, statistics)
+
+
+def _features(saved: Mapping[str, Any]) -> dict[str, PolicyFeature]:
+    """Those of a config of LeRobot's, with the names of its datasets."""
+    both = {**saved.get("input_features", {}), **saved.get("output_features", {})}
+    return {name: PolicyFeature(FeatureType(of["type"]), tuple(of["shape"])) for name, of in both.items()}
+
+
+def _cameras(saved: Mapping[str, Any]) -> dict[str, str]:
+    """The slots in the order of LeRobot's features: that is how they stand in its prefix."""
+    names = [
+        name
+        for name, of in _features(saved).items()
+        if of.type is FeatureType.VISUAL and not name.startswith(f"{OBS_IMAGES}.empty_camera_")
+    ]
+    slots = [*CAMERA_SLOTS, *(name.removeprefix(f"{OBS_IMAGES}.") for name in names[len(CAMERA_SLOTS) :])]
+    return dict(zip(slots, names, strict=False))
+
+
+def _read_published_by_lerobot(source: _Source, flags: ConvertConfig) -> Policy:
+    """openpi's π0.5 under LeRobot's names, as lerobot/pi05_base is: the config is LeRobot's, and not what the
+    weights were trained with."""
+    flags = replace(flags, cameras=flags.cameras or _cameras(source.saved))
+    dtype = flags.dtype or source.saved.get("dtype", "float32")
+    return _read_openpi("openpi's, in LeRobot's layout", source, flags, None, dtype)
 
 
 def _read_openpi_pytorch(source: _Source, flags: ConvertConfig) -> Policy:
     dtype = flags.dtype or ("float32" if source.saved.get("precision") == "float32" else "bfloat16")
-    return _read_openpi("openpi's PyTorch", source, flags, source.saved.get("action_horizon", 50), dtype)
+    return _read_openpi("openpi's PyTorch", source, flags, source.saved.get("action_horizon"), dtype)
 
 
 def _read_openpi_jax(folder: Path, checkpoint: OrbaxCheckpoint, flags: ConvertConfig) -> Policy:
     layout = "openpi's JAX, LoRA merged" if checkpoint.has_lora else "openpi's JAX"
-    source = _Source(folder, {}, checkpoint, checkpoint.meta())
-    return _read_openpi(layout, source, flags, 50, flags.dtype or "bfloat16", checkpoint.heads())
+    source = _Source(folder, checkpoint.family, {}, checkpoint, checkpoint.meta())
+    return _read_openpi(layout, source, flags, None, flags.dtype or "bfloat16", checkpoint.heads())
 
 
 def _read_transformers(source: _Source, flags: ConvertConfig) -> Policy:
@@ -210,39 +253,79 @@ def _read_openpi(
     layout: str,
     source: _Source,
     flags: ConvertConfig,
-    chunk_size: int,
+    chunk_size: int | None,
     dtype: str,
     heads: tuple[int, int, int] | None = None,
 ) -> Policy:
-    """A checkpoint that knows nothing of a robot but its statistics."""
+    """A checkpoint that knows nothing of a robot but its statistics. `chunk_size`: what it says, or None."""
     folder, sizes = source.folder, _sizes(source.meta, flags, heads)
+    settings = _unsaid(source, flags, chunk_size)
     raw = _openpi_statistics(folder, flags)
-    dims = {key: len(np.ravel(of["mean"])) for key, of in raw.items()}
+    dims = {key: len(np.ravel(next(iter(of.values())))) for key, of in raw.items() if of}
     cameras = {
         slot: name if name.startswith("observation.") else f"{OBS_IMAGES}.{name}"
         for slot, name in (flags.cameras or {slot: slot for slot in CAMERA_SLOTS}).items()
     }
     square = (3, sizes["vision"].image_size, sizes["vision"].image_size)
-    horizon = flags.chunk_size or chunk_size
     config = _config(
+        source,
         sizes,
         flags,
         cameras=cameras,
         shapes=dict.fromkeys(cameras.values(), square),
         state_dim=flags.state_dim or dims.get(OBS_STATE, sizes["max_state_dim"]),
         action_dim=flags.action_dim or dims.get(ACTION, sizes["max_action_dim"]),
-        chunk_size=horizon,
-        n_action_steps=horizon,
+        n_action_steps=settings["chunk_size"],
         dtype=dtype,
+        **settings,
     )
-    statistics = _fitting(config, raw, EPSILON, str(folder)) if raw else None
+    statistics = _fitting(config, raw, EPSILON, str(flags.norm_stats or folder)) if raw else None
     if flags.delta_mask:
         mask = [on for n in flags.delta_mask for on in [n > 0] * abs(n)]
         _make_relative(config, statistics, [i for i, on in enumerate(mask) if on])
-    return Policy(layout, folder, config, statistics, source.tensors, source.meta)
+    return _policy(layout, source, config, statistics)
+
+
+def _unsaid(source: _Source, flags: ConvertConfig, chunk_size: int | None) -> dict[str, Any]:
+    """The settings that openpi's files do not say, from the flags. `chunk_size`: what this one says, or None.
+
+    Raises UserError for a flag that is missing.
+    """
+    chunk_size = flags.chunk_size or chunk_size
+    if source.family is PI0:
+        if flags.state_in_prompt is not None:
+            raise UserError(
+                f"--state_in_prompt is about π0.5, and '{flags.source}' is π0, which has a token of the "
+                "state: leave the flag out"
+            )
+        return {"chunk_size": chunk_size or 50}
+    needed = {
+        "chunk_size (actions in a chunk)": chunk_size,
+        "state_in_prompt (false where its prompts held the instruction alone)": flags.state_in_prompt,
+        "delta_mask (openpi's, as '[6, -1]'; '[]' where no action is relative to the state)": (
+            flags.delta_mask if flags.statistics else []
+        ),
+    }
+    if missing := [f"--{flag}" for flag, value in needed.items() if value is None]:
+        named = training_of(flags.source)
+        all_known = "; ".join(f"{name} {as_flags(training)}" for name, training in TRAININGS.items())
+        known = f"{named[0]} was trained with {as_flags(named[1])}" if named else f"Known are: {all_known}"
+        raise UserError(
+            f"'{flags.source}' does not say how it was trained, and a π0.5 that is run otherwise fails "
+            f"without an error: give {', '.join(missing)}. {known}"
+        )
+    return {"chunk_size": chunk_size, "state_in_prompt": flags.state_in_prompt}
+
+
+def _policy(
+    layout: str, source: _Source, config: Pi0Config, statistics: NormalizationStatistics | None
+) -> Policy:
+    folder, rename = source.folder, _rename_map(source.folder) if source.saved.get("type") else {}
+    return Policy(layout, source.family, folder, config, statistics, source.tensors, source.meta, rename)
 
 
 def _config(
+    source: _Source,
     sizes: dict[str, Any],
     flags: ConvertConfig,
     *,
@@ -252,7 +335,7 @@ def _config(
     action_dim: int,
     **settings: Any,
 ) -> Pi0Config:
-    config = Pi0Config(
+    config = CONFIGS[source.family](
         **sizes,
         **settings,
         cameras=cameras,
@@ -265,13 +348,14 @@ def _config(
     if flags.tokenizer:
         config.tokenizer = flags.tokenizer
     config.validate_features()
+    check_fit(_network(config), source.meta)
     return config
 
 
 def _sizes(
     meta: Mapping[str, Tensor], flags: ConvertConfig, heads: tuple[int, int, int] | None = None
 ) -> dict[str, Any]:
-    """The network's sizes, by the shapes of its tensors, which must all be there.
+    """The network's sizes, by the shapes of its tensors.
 
     `heads`: of the vision tower, the language model's queries and its keys; else they are those of the
     published sizes, all of which have one head of keys.
@@ -312,14 +396,13 @@ def _sizes(
                 vocab_size=vocab_size,
             ),
             "expert": ExpertConfig(
-                width=shape["state_proj.weight"][0], mlp_dim=shape["expert.layers.0.up_proj.weight"][0]
+                width=shape["action_in_proj.weight"][0], mlp_dim=shape["expert.layers.0.up_proj.weight"][0]
             ),
-            "max_state_dim": shape["state_proj.weight"][1],
+            "max_state_dim": shape.get("state_proj.weight", (0, Pi0Config.max_state_dim))[1],
             "max_action_dim": shape["action_in_proj.weight"][1],
         }
     except KeyError as error:
-        raise CheckpointError(f"the checkpoint has no {error}: it is incomplete, or not π0") from error
-    check_fit(_network(Pi0Config(**sizes)), meta)
+        raise CheckpointError(f"the checkpoint has no {error}: it is incomplete, or no π0") from error
     return sizes
 
 
@@ -329,9 +412,8 @@ def _depth(shapes: Mapping[str, Any], stack: str) -> int:
 
 def _network(config: Pi0Config) -> dict[str, Tensor]:
     """The network's tensors, without values."""
-    sizes = config.vision, config.vlm, config.expert, config.max_state_dim, config.max_action_dim
     with torch.device("meta"):
-        return Pi0(*sizes, torch.float32).state_dict()
+        return policy_class(config).make_network(config).state_dict()
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -344,7 +426,13 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _openpi_statistics(folder: Path, flags: ConvertConfig) -> Statistics:
     """openpi's own, of the robot that is asked for; empty where none are wanted."""
     if not flags.statistics:
+        if flags.norm_stats:
+            raise UserError(
+                f"--statistics=false leaves out --norm_stats={flags.norm_stats}: give one of them"
+            )
         return {}
+    if flags.norm_stats:
+        return _read_norm_stats(flags.norm_stats)
     files = {file.parent.relative_to(folder / "assets").as_posix(): file for file in _assets(folder)}
     if flags.asset_id is not None and flags.asset_id not in files:
         raise UserError(f"{folder} has no assets/{flags.asset_id}/norm_stats.json; it has {sorted(files)}")
@@ -353,14 +441,16 @@ def _openpi_statistics(folder: Path, flags: ConvertConfig) -> Statistics:
             (
                 f"{folder} has statistics of several robots: --asset_id=... chooses one of {sorted(files)}"
                 if files
-                else f"{folder} has no statistics (assets/<asset_id>/norm_stats.json): copy those of "
-                "your robot "
-                "there"
+                else f"{folder} has no statistics (assets/<asset_id>/norm_stats.json): --norm_stats=FILE "
+                "names those of your robot"
             )
             + ", and --statistics=false makes a checkpoint without, to be fine-tuned"
         )
-    file = files[flags.asset_id or next(iter(files))]
-    saved = _read_json(file).get("norm_stats", {})
+    return _read_norm_stats(files[flags.asset_id or next(iter(files))])
+
+
+def _read_norm_stats(file: Path) -> Statistics:
+    saved = read_json(file).get("norm_stats", {})
     try:
         return {
             ours: {name: np.array(values, np.float64) for name, values in saved[theirs].items() if values}
@@ -412,19 +502,25 @@ def _fitting(config: Pi0Config, found: Statistics, epsilon: float, source: str) 
             continue
         missing = [name for name in NEEDED.get(mode, ()) if name not in of]
         lengths = {len(value) for value in of.values()}
-        if missing or any(length < size or (length > size and epsilon != EPSILON) for length in lengths):
-            what = f"has no {missing}" if missing else f"has statistics of {sorted(lengths)} dimensions"
+        if missing:
+            raise UserError(
+                f"{source} has no {' and '.join(missing)} for '{key}', by which this policy normalises "
+                f"({mode.value}): compute the statistics again, with today's version of what wrote them, or "
+                "--statistics=false does without"
+            )
+        if any(length < size or (length > size and epsilon != EPSILON) for length in lengths):
             flag = "state_dim" if key == OBS_STATE else "action_dim"
             raise UserError(
-                f"{source} {what} for '{key}', and the robot has {size}: statistics of another robot? "
+                f"{source} has statistics of {sorted(lengths)} dimensions for '{key}', and the robot has "
+                f"{size}: statistics of another robot? "
                 f"--asset_id chooses among openpi's, --{flag} gives the size, --statistics=false does without"
             )
-        prepared[key] = {
-            name: value[:size].astype(np.float32)
-            for name, value in (
-                of if isinstance(found, NormalizationStatistics) else _with_epsilon(of, epsilon)
-            ).items()
-        }
+        ready = of if isinstance(found, NormalizationStatistics) else _with_epsilon(of, epsilon)
+        prepared[key] = {name: value[:size].astype(np.float32) for name, value in ready.items()}
+        if mode is not NormalizationMode.MEAN_STD:
+            # An epsilon may be less than float32 has between two numbers.
+            low, high = (prepared[key][name] for name in NEEDED[mode])
+            prepared[key][NEEDED[mode][1]] = np.maximum(high, np.nextafter(low, np.float32(np.inf)))
         if not all(np.isfinite(value).all() for value in prepared[key].values()):
             raise UserError(f"{source}: the statistics of '{key}' hold NaN or infinite values")
     return NormalizationStatistics(prepared)

@@ -1,25 +1,28 @@
-"""A π0 policy's files in another layout, all but its weights."""
+"""A policy's files in another layout, all but its weights."""
 
 import json
 from pathlib import Path, PurePath
 from typing import Any, cast
 
 import numpy as np
-from lerobot.configs import NormalizationMode, PolicyFeature
+from lerobot.configs import PolicyFeature, PreTrainedConfig
+from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 
+from lerobot_pi0.checkpoints.layouts import PI05
 from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.conversion.flags import ConvertConfig
 from lerobot_pi0.conversion.output import copy_processors
-from lerobot_pi0.conversion.sources import OURS, Policy, is_absolute
+from lerobot_pi0.conversion.sources import IN_TREE, OURS, Policy, is_absolute
 from lerobot_pi0.data.normalization import EPSILON, NormalizationStatistics
 from lerobot_pi0.errors import UnavailableError, UserError
 from lerobot_pi0.lerobot_compat import tokenizer_step
 from lerobot_pi0.model import GemmaConfig, SiglipConfig
-from lerobot_pi0.processor_pi0 import load_tokenizer, make_lerobot_pi0_pre_post_processors
+from lerobot_pi0.processor_pi0 import load_tokenizer
 
-# The sizes that openpi and LeRobot's own π0 know by name: width, depth, MLP, heads, heads of keys, and the
-# size of a head.
+# The sizes that openpi's and LeRobot's own policies know by name: width, depth, MLP, heads, heads of keys,
+# and the size of a head.
 VARIANTS = {
     "gemma_2b": (2048, 18, 16384, 8, 1, 256),
     "gemma_300m": (1024, 18, 4096, 8, 1, 256),
@@ -30,7 +33,7 @@ VISION, VOCABULARY = SiglipConfig(), GemmaConfig().vocab_size  # and those that 
 def write_ours(policy: Policy, folder: Path, flags: ConvertConfig) -> list[str]:
     """Write config, processors and tokenizer; returns what was set, as sentences."""
     config = policy.config
-    if policy.layout == OURS:
+    if policy.layout in OURS:
         copy_processors(policy.folder, folder)
     else:
         try:
@@ -43,7 +46,7 @@ def write_ours(policy: Policy, folder: Path, flags: ConvertConfig) -> list[str]:
                 "huggingface.co/google/paligemma-3b-pt-224 and "
                 "run `hf auth login`"
             ) from error
-        pre, post = make_lerobot_pi0_pre_post_processors(config, policy.statistics)
+        pre, post = make_pre_post_processors(config, dataset_stats=cast(Any, policy.statistics))
         cast(Any, pre.steps[0]).rename_map = policy.rename
         pre.save_pretrained(folder)
         post.save_pretrained(folder)
@@ -53,9 +56,10 @@ def write_ours(policy: Policy, folder: Path, flags: ConvertConfig) -> list[str]:
 
 
 def write_in_tree(policy: Policy, folder: Path, flags: ConvertConfig) -> list[str]:
-    """The same for LeRobot's own π0."""
-    from lerobot.policies.pi0 import PI0Config
+    """The same for LeRobot's own π0 or π0.5."""
+    import lerobot.policies  # noqa: F401  # registers their configs
     from lerobot.policies.pi0.processor_pi0 import Pi0NewLineProcessor
+    from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProcessorStep
     from lerobot.processor import (
         AbsoluteActionsProcessorStep,
         ProcessorStep,
@@ -64,10 +68,15 @@ def write_in_tree(policy: Policy, folder: Path, flags: ConvertConfig) -> list[st
         make_policy_processor_pipelines,
     )
 
-    config = policy.config
+    config, family = policy.config, policy.family
+    if isinstance(config, Pi05Config) and not config.state_in_prompt:
+        raise UserError(
+            "LeRobot's own π0.5 always writes the state into the prompt, and this policy was trained without "
+            "(state_in_prompt=false): only this package and openpi run it"
+        )
     paligemma, expert = _variants(config)
     words, names = _in_tree_joints(config)
-    theirs = PI0Config(
+    theirs: Any = PreTrainedConfig.get_choice_class(family.in_tree)(
         paligemma_variant=paligemma,
         action_expert_variant=expert,
         dtype=config.dtype,
@@ -94,15 +103,17 @@ def write_in_tree(policy: Policy, folder: Path, flags: ConvertConfig) -> list[st
     steps = make_default_policy_processor_steps(theirs, policy.statistics)
     steps.rename_observations.rename_map = policy.rename
     steps.normalize.eps = steps.unnormalize.eps = 0.0  # it is in the statistics
+    tokenize = tokenizer_step(config.tokenizer, config.tokenizer_max_length)
     relative = RelativeActionsProcessorStep(config.relative_actions, words, names)
+    state_in_prompt = Pi05PrepareStateTokenizerProcessorStep(config.max_state_dim)
     first: list[ProcessorStep] = [
         steps.rename_observations,
         steps.add_batch_dim,
-        Pi0NewLineProcessor(),
-        tokenizer_step(config.tokenizer, config.tokenizer_max_length),
-        steps.to_device,
-        relative,
-        steps.normalize,
+        *(
+            [relative, steps.normalize, state_in_prompt, tokenize, steps.to_device]
+            if family is PI05
+            else [Pi0NewLineProcessor(), tokenize, steps.to_device, relative, steps.normalize]
+        ),
     ]
     last: list[ProcessorStep] = [
         steps.unnormalize,
@@ -126,13 +137,18 @@ def write_openpi(policy: Policy, folder: Path, flags: ConvertConfig) -> list[str
         "precision": config.dtype,
     }
     (folder / "config.json").write_text(json.dumps(saved, indent=2))
+    if isinstance(config, Pi05Config):
+        summary.append(
+            "openpi's train config must say what the files do not: Pi0Config(pi05=True, "
+            f"action_horizon={config.chunk_size}, discrete_state_input={config.state_in_prompt})."
+        )
     if policy.statistics is not None:
         asset_id = flags.asset_id or "lerobot"
         if (path := PurePath(asset_id)).is_absolute() or ".." in path.parts:
             raise UserError(f"--asset_id={asset_id} leads out of TARGET/assets: give a plain name")
         file = folder / "assets" / asset_id / "norm_stats.json"
         file.parent.mkdir(parents=True)
-        file.write_text(json.dumps({"norm_stats": _openpi_norm_stats(config, policy.statistics)}, indent=2))
+        file.write_text(json.dumps({"norm_stats": _openpi_norm_stats(policy, policy.statistics)}, indent=2))
         summary.append(
             f"openpi's train config must name these statistics: AssetsConfig(asset_id={asset_id!r})."
         )
@@ -158,10 +174,9 @@ def _variants(config: Pi0Config) -> tuple[str, str]:
     )
     if None in found or config.vision != VISION or vlm.vocab_size != VOCABULARY:
         raise UserError(
-            f"openpi and LeRobot's own π0 know SigLIP So400m at {VISION.image_size} pixels and Gemma as "
-            f"{' or '.join(VARIANTS)} with {VOCABULARY} words, and this policy is another size: only "
-            "this package "
-            "runs it"
+            f"openpi and LeRobot's own policies know SigLIP So400m at {VISION.image_size} pixels and Gemma "
+            f"as {' or '.join(VARIANTS)} with {VOCABULARY} words, and this policy is another size: only this "
+            "package runs it"
         )
     return cast(tuple[str, str], found)
 
@@ -177,9 +192,8 @@ def _in_tree_joints(config: Pi0Config) -> tuple[list[str], list[str] | None]:
         if [i for i in range(size) if not is_absolute(names, i, words)] == relative:
             return words, names
     raise UserError(
-        f"LeRobot's own π0 distinguishes relative from absolute joints by words in their names, and {names} "
-        "has no "
-        f"words for {[names[i] for i in relative]} alone"
+        "LeRobot's own policies distinguish relative from absolute joints by words in their names, and "
+        f"{names} has no words for {[names[i] for i in relative]} alone"
     )
 
 
@@ -189,7 +203,7 @@ def _anchored(config: Pi0Config) -> list[int]:
     assert reference is not None
     if reference.actions != reference.states:
         raise UserError(
-            "openpi and LeRobot's own π0 take an action to be relative to the dimension of the state "
+            "openpi and LeRobot's own policies take an action to be relative to the dimension of the state "
             "with the "
             f"same number; here actions {reference.actions} are relative to {reference.states} "
             "of the state"
@@ -197,16 +211,22 @@ def _anchored(config: Pi0Config) -> list[int]:
     return sorted(reference.actions)
 
 
-def _openpi_norm_stats(config: Pi0Config, statistics: NormalizationStatistics) -> dict[str, Any]:
-    """openpi's file: what openpi adds to deviations and ranges is taken off again."""
-    found = {}
+def _openpi_norm_stats(policy: Policy, statistics: NormalizationStatistics) -> dict[str, Any]:
+    """openpi's file: what openpi adds to deviations and ranges is taken off again.
+
+    Raises UserError for a policy that normalises otherwise than openpi's of the same model.
+    """
+    config, found = policy.config, {}
+    wanted = type(config).default_normalization
     for theirs, ours, kind in (("state", OBS_STATE, "STATE"), ("actions", ACTION, "ACTION")):
-        if config.normalization_mapping[kind] is not NormalizationMode.MEAN_STD:
+        if config.normalization_mapping[kind] is not wanted[kind]:
             raise UserError(
-                f"openpi's π0 normalises by mean and standard deviation, and this policy's {kind} by "
-                f"{config.normalization_mapping[kind].value}"
+                f"openpi's {policy.family.name} normalises {kind} by {wanted[kind].value}, and this policy "
+                f"by {config.normalization_mapping[kind].value}"
             )
         of = {name: np.ravel(np.asarray(value, np.float64)) for name, value in statistics[ours].items()}
+        if missing := {"mean", "std"} - of.keys():
+            raise UserError(f"the statistics of '{ours}' have no {sorted(missing)}, as openpi's file must")
         saved = {"mean": of["mean"], "std": np.maximum(of["std"] - EPSILON, 0)}
         if {"q01", "q99"} <= of.keys():
             saved |= {"q01": of["q01"], "q99": np.maximum(of["q99"] - EPSILON, of["q01"])}
@@ -225,6 +245,14 @@ def _summary(policy: Policy) -> list[str]:
         f"State of {state}, chunks of {config.chunk_size} actions of {action}, computed in {config.dtype}. "
         f"Cameras: {cameras}.",
     ]
+    if isinstance(config, Pi05Config):
+        lines.append(f"The state is {'' if config.state_in_prompt else 'not '}in the prompt.")
     if policy.statistics is None:
         lines.append("Without statistics: fine-tune it before it drives a robot.")
+    elif policy.family is PI05 and policy.layout in IN_TREE:
+        lines.append(
+            "If LeRobot up to 0.4.4 trained it, which the files do not say: the prompt then had the state "
+            "padded to 32 numbers, and the bars around pictures were -3. It acts differently here, and in "
+            "LeRobot since 0.5. Train it for some thousand steps more."
+        )
     return lines

@@ -8,18 +8,20 @@ import pytest
 import torch
 from lerobot.policies.pi0.configuration_pi0 import PI0Config as InTreeConfig
 from lerobot.policies.pi0.modeling_pi0 import PI0Pytorch
+from lerobot.policies.pi05.configuration_pi05 import PI05Config as InTreePi05Config
+from lerobot.policies.pi05.modeling_pi05 import PI05Pytorch
 from openpi_jax import from_openpi_jax
-from tiny_policy import EXPERT, VISION, VLM, tiny_network
+from tiny_policy import EXPERT, VISION, VLM, tiny_network, tiny_policy
 from torch import Tensor
 from transformers import PI0Config as NativeConfig
 from transformers import PI0ForConditionalGeneration
 
 from lerobot_pi0.checkpoints.files import Checkpoint, load_weights
-from lerobot_pi0.checkpoints.layouts import PI0, PI05, family_of, from_published, to_openpi
+from lerobot_pi0.checkpoints.layouts import FAMILIES, PI0, PI05, Family, family_of, from_published, to_openpi
 from lerobot_pi0.conversion.convert import convert
 from lerobot_pi0.conversion.flags import ConvertConfig
 from lerobot_pi0.errors import CheckpointError
-from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
+from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, Pi05, SiglipConfig
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 PALIGEMMA = "paligemma_with_expert.paligemma."
@@ -67,36 +69,53 @@ EXPERT_NAMES = {
     "layers.1.mlp.down_proj.weight": "expert.layers.1.down_proj.weight",
     "norm.weight": "expert.norm.weight",
 }
-OPENPI = (
-    {PALIGEMMA + theirs: ours for theirs, ours in NAMES.items()}
-    | {EXPERT_MODEL + theirs: ours for theirs, ours in EXPERT_NAMES.items()}
-    | {
-        f"{name}.{kind}": f"{name}.{kind}"
-        for name in (
-            "state_proj",
-            "action_in_proj",
-            "action_time_mlp_in",
-            "action_time_mlp_out",
-            "action_out_proj",
-        )
-        for kind in ("weight", "bias")
+ADAPTIVE_NAMES = {
+    theirs.replace("norm.weight", "norm.dense.weight"): ours.replace("norm.weight", "norm.dense.weight")
+    for theirs, ours in EXPERT_NAMES.items()
+}
+PROJECTIONS = {
+    PI0: ["state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj"],
+    PI05: ["action_in_proj", "time_mlp_in", "time_mlp_out", "action_out_proj"],
+}
+OPENPI = {
+    family: {
+        **{PALIGEMMA + theirs: ours for theirs, ours in NAMES.items()},
+        **{EXPERT_MODEL + theirs: ours for theirs, ours in expert.items()},
+        **{f"{name}.{kind}": f"{name}.{kind}" for name in PROJECTIONS[family] for kind in ("weight", "bias")},
     }
-)
+    for family, expert in ((PI0, EXPERT_NAMES), (PI05, ADAPTIVE_NAMES))
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=["pi0", "pi05"])
+def family(request) -> Family:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def in_tree() -> dict[str, Tensor]:
-    """What LeRobot's π0 of the published size saves, without its values."""
+def in_tree(family) -> dict[str, Tensor]:
+    """What LeRobot's own policy of the published size saves, without its values."""
     with torch.device("meta"):
-        network = PI0Pytorch(InTreeConfig(device="cpu"))
+        network = (
+            PI0Pytorch(InTreeConfig(device="cpu"))
+            if family is PI0
+            else PI05Pytorch(InTreePi05Config(device="cpu"))
+        )
     return {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
 
 
 @pytest.fixture(scope="module")
-def published_shapes() -> dict[str, torch.Size]:
+def published_shapes(family) -> dict[str, torch.Size]:
     with torch.device("meta"):
-        network = Pi0(SiglipConfig(), GemmaConfig(), ExpertConfig(), 32, 32, torch.float32)
+        sizes = SiglipConfig(), GemmaConfig(), ExpertConfig()
+        network = Pi0(*sizes, 32, 32, torch.float32) if family is PI0 else Pi05(*sizes, 32, torch.float32)
     return shapes(network.state_dict())
+
+
+@pytest.fixture(scope="module")
+def tiny(family) -> dict[str, Tensor]:
+    """The tensors of a tiny network of ours."""
+    return tiny_policy(family.in_tree).model.state_dict()
 
 
 def shapes(state_dict: dict[str, Tensor]) -> dict[str, torch.Size]:
@@ -108,25 +127,36 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
 
 
-def test_openpi_names_of_every_kind_of_tensor_are_the_ones_written_by_hand():
-    ours = tiny_network().state_dict()
-    published = to_openpi(ours)
-    for theirs, name in OPENPI.items():
-        assert published[theirs] is ours[name]
+def test_openpi_names_of_every_kind_of_tensor_are_the_ones_written_by_hand(family, tiny):
+    published, by_hand = to_openpi(tiny), OPENPI[family]
+    for theirs, name in by_hand.items():
+        assert published[theirs] is tiny[name]
     kinds = {re.sub(r"layers\.\d+", "layers.1", name).replace(".bias", ".weight") for name in published}
-    assert kinds == {name.replace(".bias", ".weight") for name in OPENPI}
+    assert kinds == {name.replace(".bias", ".weight") for name in by_hand}
 
 
-def test_openpi_round_trip_is_the_identity():
-    ours = tiny_network().state_dict()
-    assert_same(from_published(to_openpi(ours)), ours)
-    published = to_openpi(ours)
+def test_openpi_round_trip_is_the_identity(tiny):
+    assert_same(from_published(to_openpi(tiny)), tiny)
+    published = to_openpi(tiny)
     assert_same(to_openpi(from_published(published)), published)
 
 
-def test_a_file_of_ours_passes_through():
-    ours = tiny_network().state_dict()
-    assert_same(from_published({f"model.{name}": tensor for name, tensor in ours.items()}), ours)
+def test_a_file_of_ours_passes_through(tiny):
+    assert_same(from_published({f"model.{name}": tensor for name, tensor in tiny.items()}), tiny)
+
+
+def test_what_another_model_has_is_left_over(family, tiny):
+    """Norms of the other kind, projections that the model does not have, old LeRobot's statistics of π0.5."""
+    strays = {
+        PI0: [f"{EXPERT_MODEL}norm.bias"],
+        PI05: [
+            f"{EXPERT_MODEL}norm.weight",
+            "state_proj.weight",
+            "normalize_targets.buffer_action.std",
+        ],
+    }[family]
+    found = from_published(to_openpi(tiny) | dict.fromkeys(strays, torch.zeros(1)))
+    assert len(found.keys() - tiny.keys()) == len(strays)
 
 
 def test_in_tree_at_the_published_size_fits_name_for_name_and_shape_for_shape(in_tree, published_shapes):

@@ -26,8 +26,10 @@ from tiny_policy import batch, noise, raw_batch, statistics, tiny_config, tiny_p
 from torch import Tensor
 
 from lerobot_pi0.checkpoints import files, loading
+from lerobot_pi0.checkpoints.layouts import to_openpi
 from lerobot_pi0.data.statistics import read_statistics
 from lerobot_pi0.errors import CheckpointError
+from lerobot_pi0.inputs.policy import policy_class
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.sampling.linear import Packed
 
@@ -150,21 +152,43 @@ def test_checkpoint_of_another_family_is_named(tmp_path, family, name):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("train", [{}, TRAINING])
-@pytest.mark.parametrize("config", [{"type": "pi05"}, {"type": "lerobot_pi05"}, {"action_dim": 32}])
-def test_checkpoint_of_the_other_model_names_its_policy_type(tmp_path, config, train):
-    save_file({"time_mlp_in.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+MODELS = {"pi0": ("π0", "action_time_mlp_in.weight"), "pi05": (r"π0\.5", "time_mlp_in.weight")}
+
+
+@pytest.mark.parametrize("train", [{}, TRAINING], ids=["", "train"])
+@pytest.mark.parametrize("saved_as", ["{}", "lerobot_{}", None])
+@pytest.mark.parametrize(("model", "other"), [("pi0", "pi05"), ("pi05", "pi0")])
+def test_checkpoint_of_the_other_model_names_its_policy_type(tmp_path, model, other, saved_as, train):
+    name, tensor = MODELS[other]
+    save_file({tensor: torch.zeros(1)}, tmp_path / "model.safetensors")
+    config = {"type": saved_as.format(other)} if saved_as else {"action_dim": 32}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"is a checkpoint of π0\.5.*Set --policy\.type=lerobot_pi05"):
-        load(tmp_path, **train)
-    with pytest.raises(CheckpointError, match=r"is a checkpoint of π0\.5.*Set --policy\.type=lerobot_pi05"):
-        Pi0Policy.from_pretrained(tmp_path, **train)
+    message = rf"is a checkpoint of {name}, .*Set --policy\.type=lerobot_{other}, "
+    own = tiny_config(model)
+    for given in (own, None):
+        with pytest.raises(CheckpointError, match=message):
+            policy_class(own).from_pretrained(tmp_path, config=given, **train)
 
 
 def test_the_other_model_is_refused_before_its_weights_are_fetched(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"type": "pi05"}))
     with pytest.raises(CheckpointError, match=r"Set --policy\.type=lerobot_pi05"):
         load(tmp_path, **TRAINING)
+
+
+@pytest.mark.parametrize(
+    ("folder", "known"), [("mine", "trained. Assumed"), ("pi05_libero", "(pi05_libero with --chunk_size=10 ")]
+)
+def test_what_is_assumed_of_pi05_weights_is_logged(tmp_path, caplog, folder, known):
+    policy = tiny_policy("pi05")
+    (tmp_path / folder).mkdir()
+    save_file(to_openpi(policy.model.state_dict()), tmp_path / folder / "model.safetensors")
+    with caplog.at_level("INFO", "lerobot_pi0"):
+        policy_class(policy.config).from_pretrained(tmp_path / folder, config=policy.config)
+    (line,) = [line for line in caplog.messages if "Assumed" in line]
+    assert "Assumed: chunks of 6 actions (--policy.chunk_size), state_in_prompt=true, relative" in line
+    assert known in line
+    assert policy.config.base_checkpoint is not None
 
 
 def test_policy_of_another_type_says_how_to_take_its_weights(published):

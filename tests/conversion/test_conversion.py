@@ -1,4 +1,4 @@
-"""Policies of ours in other layouts, and back: nothing is lost, and LeRobot's own π0 runs what it gets."""
+"""Policies of ours in other layouts, and back: nothing is lost, and LeRobot's own runs what it gets."""
 
 import json
 import shutil
@@ -9,16 +9,17 @@ from typing import Any, cast
 import pytest
 import torch
 from lerobot.configs import NormalizationMode, PreTrainedConfig
-from lerobot.policies.pi0 import PI0Policy
+from lerobot.policies.factory import get_policy_class
 from lerobot.processor import PolicyProcessorPipeline
 from safetensors.torch import load_file, save_file
 from small_policies import make_small, run, save
-from tiny_policy import ACTION, STATE
+from tiny_policy import ACTION, CHUNK, STATE
 
 from lerobot_pi0 import Pi0Config
 from lerobot_pi0.checkpoints.files import Checkpoint
 from lerobot_pi0.checkpoints.golden_actions import write_golden_actions
-from lerobot_pi0.checkpoints.layouts import to_openpi
+from lerobot_pi0.checkpoints.layouts import FAMILIES, PI0, PI05, Family, to_openpi
+from lerobot_pi0.checkpoints.published import TRAININGS
 from lerobot_pi0.conversion import convert, targets
 from lerobot_pi0.conversion.merge import merge
 from lerobot_pi0.data.normalization import NormalizationStatistics
@@ -29,7 +30,12 @@ from lerobot_pi0.model import SiglipConfig
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 BACK: dict[str, Any] = {"tokenizer": "small", "vision_heads": 2}  # what LeRobot's and openpi's do not say
-# What LeRobot's own π0 knows of a policy, and what openpi's files say.
+# And what openpi's do not say of π0.5.
+UNSAID: dict[Family, dict[str, Any]] = {
+    PI0: {},
+    PI05: {"state_in_prompt": True, "delta_mask": []},
+}
+# What LeRobot's own policy knows of ours, and what openpi's files say.
 BY_IN_TREE = (
     "chunk_size",
     "n_action_steps",
@@ -62,8 +68,17 @@ def small_sizes() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def ours(tmp_path_factory, small_sizes) -> Path:
-    return save(tmp_path_factory.mktemp("saved") / "ours")
+def family(request) -> Family:
+    """π0, or what `of_both` says."""
+    return getattr(request, "param", PI0)
+
+
+of_both = pytest.mark.parametrize("family", FAMILIES, ids=lambda of: of.name, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory, family, small_sizes) -> Path:
+    return save(tmp_path_factory.mktemp("saved") / "ours", family)
 
 
 @pytest.fixture(scope="module")
@@ -106,25 +121,28 @@ def assert_same_statistics(found: Path, wanted: Path, names: tuple[str, ...]) ->
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_to_lerobots_own_policy_and_back(dtype, tmp_path):
-    ours = save(tmp_path / "ours", dtype=dtype, num_inference_steps=4)
+@of_both
+def test_to_lerobots_own_policy_and_back(family, dtype, tmp_path):
+    ours = save(tmp_path / "ours", family, dtype=dtype, num_inference_steps=4)
     text = run(ours, tmp_path / "in_tree", to="lerobot")
-    assert "Run as LeRobot's own π0 and as ours: actions differ by" in text
+    assert f"Run as LeRobot's own {family.name} and as ours: actions differ by" in text
     text = run(tmp_path / "in_tree", tmp_path / "back", **BACK)
-    assert "Run as LeRobot's own π0 and as ours: actions differ by" in text
+    assert f"Run as LeRobot's own {family.name} and as ours: actions differ by" in text
+    assert ("LeRobot up to 0.4.4" in text) == (family is PI05)
     assert_same_weights(tmp_path / "back", ours)
     assert_same_statistics(tmp_path / "back", ours, ("mean", "std", "min", "max", "q01", "q99"))
     assert settings(tmp_path / "back", BY_IN_TREE) == settings(ours, BY_IN_TREE)
 
 
-def test_to_openpi_and_back(tmp_path):
-    ours = save(tmp_path / "ours", dtype="bfloat16")
+@of_both
+def test_to_openpi_and_back(family, tmp_path):
+    ours = save(tmp_path / "ours", family, dtype="bfloat16")
     run(ours, tmp_path / "openpi", to="openpi-pytorch", asset_id="my_robot")
     assert (tmp_path / "openpi" / "assets" / "my_robot" / "norm_stats.json").is_file()
     cameras = {"base": "front", "left_wrist": "wrist"}
-    run(tmp_path / "openpi", tmp_path / "back", **BACK, cameras=cameras)
+    run(tmp_path / "openpi", tmp_path / "back", **BACK, **UNSAID[family], cameras=cameras)
     assert_same_weights(tmp_path / "back", ours)
-    assert_same_statistics(tmp_path / "back", ours, ("mean", "std"))
+    assert_same_statistics(tmp_path / "back", ours, ("mean", "std", "q01", "q99"))
     assert settings(tmp_path / "back", BY_OPENPI) == settings(ours, BY_OPENPI)
 
 
@@ -146,11 +164,12 @@ def test_running_a_converted_policy_keeps_no_weights_in_memory(in_tree, tmp_path
     assert [name for name in kept if not name.startswith("vision.patch_embedding.")] == []
 
 
-def test_lerobots_own_policy_loads_and_normalises_the_same(ours, in_tree, tmp_path, capsys):
+@of_both
+def test_lerobots_own_policy_loads_and_normalises_the_same(family, ours, in_tree, tmp_path, capsys):
     """By its own loader and its own processors; the actions are compared by the conversion itself."""
     copy(ours, tmp_path / "ours")
     copy(in_tree, tmp_path / "in_tree")
-    policy = PI0Policy.from_pretrained(tmp_path / "in_tree")
+    policy: Any = get_policy_class(family.in_tree).from_pretrained(tmp_path / "in_tree")
     printed = capsys.readouterr().out
     assert "All keys loaded successfully!" in printed  # else it would have random weights
     assert "Could not load" not in printed
@@ -185,7 +204,8 @@ def make_relative(folder: Path, absolute_joints: list[str], **names: Any) -> Pat
     return folder
 
 
-def test_relative_actions_go_both_ways(ours, tmp_path):
+@of_both
+def test_relative_actions_go_both_ways(family, ours, tmp_path):
     relative = make_relative(copy(ours, tmp_path / "ours"), ["gripper"])
     run(relative, tmp_path / "in_tree", to="lerobot", compare=False)
     saved = json.loads((tmp_path / "in_tree" / "policy_preprocessor.json").read_text())
@@ -395,15 +415,113 @@ def test_other_sizes_than_published_ones_cannot_be_said_elsewhere(ours, tmp_path
             run(ours, tmp_path / layout, to=layout)
 
 
-def test_quantiles_cannot_be_said_to_openpi(tmp_path):
-    quantiles = dict.fromkeys(("STATE", "ACTION"), NormalizationMode.QUANTILES)
-    with pytest.raises(ValueError, match="openpi's π0 normalises by mean and standard deviation"):
-        run(
-            save(tmp_path / "ours", normalization_mapping=quantiles), tmp_path / "openpi", to="openpi-pytorch"
-        )
+@of_both
+def test_a_normalization_that_openpi_does_not_have_cannot_be_said_to_it(family, tmp_path):
+    mode = NormalizationMode.QUANTILES if family is PI0 else NormalizationMode.MEAN_STD
+    ours = save(tmp_path / "ours", family, normalization_mapping=dict.fromkeys(("STATE", "ACTION"), mode))
+    with pytest.raises(UserError, match=f"openpi's {family.name} normalises .* this policy by {mode.value}"):
+        run(ours, tmp_path / "openpi", to="openpi-pytorch")
 
 
+@of_both
 def test_names_on_disk_are_openpis(ours, openpi):
     # The expert's text head is in every file of openpi's, and its strict loading asks for it.
     head = "paligemma_with_expert.gemma_expert.lm_head.weight"
     assert load_file(openpi / "model.safetensors").keys() == {*to_openpi(dict(Checkpoint(ours))), head}
+
+
+@pytest.fixture(scope="module")
+def published(in_tree) -> Path:
+    """As lerobot/pi05_base: openpi's weights and LeRobot's defaults, without a prefix and statistics."""
+    folder = copy(in_tree, in_tree.parent / "published")
+    file = folder / "model.safetensors"
+    save_file({name.removeprefix("model."): of for name, of in load_file(file).items()}, file)
+    for file in folder.glob("policy_p*_step_*_normalizer_processor.safetensors"):
+        file.unlink()
+    for file in folder.glob("policy_p*.json"):
+        pipeline = json.loads(file.read_text())
+        for step in pipeline["steps"]:
+            if "normalizer" in step["registry_name"]:
+                step.pop("state_file", None)
+        file.write_text(json.dumps(pipeline))
+    return folder
+
+
+of_pi05 = pytest.mark.parametrize("family", [PI05], ids=["π0.5"], indirect=True, scope="module")
+ASKED = {"chunk_size": 7, "state_in_prompt": False, "delta_mask": []}
+
+
+@of_pi05
+@pytest.mark.parametrize("left_out", ASKED)
+@pytest.mark.parametrize("layout", ["openpi", "published"])
+def test_what_no_file_of_a_pi05_says_is_asked_for(family, request, tmp_path, layout, left_out):
+    source = request.getfixturevalue(layout)
+    given = {name: value for name, value in ASKED.items() if name != left_out}
+    if layout == "openpi" and left_out == "chunk_size":
+        run(source, tmp_path / "ours", **BACK, **given)  # its config.json says it
+        assert settings(tmp_path / "ours", ("chunk_size",)) == {"chunk_size": CHUNK}
+        return
+    with pytest.raises(UserError, match=rf"does not say how it was trained.*: give --{left_out} \(") as error:
+        run(source, tmp_path / "ours", **BACK, **given)
+    assert all(name in str(error.value) for name in TRAININGS)
+    assert not (tmp_path / "ours").exists()
+
+
+@of_pi05
+def test_a_published_pi05_has_the_settings_and_statistics_that_are_given(openpi, published, ours, tmp_path):
+    (norm_stats,) = openpi.glob("assets/*/norm_stats.json")
+    run(published, tmp_path / "ours", **BACK, **ASKED, norm_stats=norm_stats)
+    config: Any = PreTrainedConfig.from_pretrained(tmp_path / "ours")
+    assert (config.chunk_size, config.n_action_steps, config.state_in_prompt) == (7, 7, False)
+    assert config.cameras == {"base": "observation.images.front", "left_wrist": "observation.images.wrist"}
+    assert_same_weights(tmp_path / "ours", ours)
+    assert_same_statistics(tmp_path / "ours", ours, ("q01", "q99"))
+
+
+@of_pi05
+def test_a_published_pi05_to_be_fine_tuned_needs_neither_mask_nor_statistics(published, tmp_path):
+    flags = {"chunk_size": 7, "state_in_prompt": True, "statistics": False}
+    assert "Without statistics" in run(published, tmp_path / "ours", **BACK, **flags)
+    with pytest.raises(UserError, match=r"has no statistics.*--norm_stats=FILE.*--statistics=false"):
+        run(published, tmp_path / "other", **BACK, **ASKED)
+
+
+@of_pi05
+@pytest.mark.parametrize("name", ["pi05_libero_base", "models--lerobot--pi05_libero/snapshots/abc"])
+def test_the_error_says_how_a_known_checkpoint_was_trained(published, tmp_path, name):
+    copy(published, tmp_path / name)
+    known = r"pi05_libero\w* was trained with --chunk_size=10 --state_in_prompt=false --delta_mask='\[\]'"
+    with pytest.raises(UserError, match=known):
+        run(tmp_path / name, tmp_path / "ours", **BACK)
+
+
+@of_pi05
+def test_lerobots_own_cannot_leave_the_state_out_of_the_prompt(published, openpi, tmp_path):
+    (norm_stats,) = openpi.glob("assets/*/norm_stats.json")
+    with pytest.raises(UserError, match="always writes the state into the prompt"):
+        run(published, tmp_path / "in_tree", **BACK, **ASKED, norm_stats=norm_stats, to="lerobot")
+
+
+def test_the_state_in_the_prompt_is_no_setting_of_pi0(openpi, tmp_path):
+    with pytest.raises(UserError, match="--state_in_prompt is about π0"):
+        run(openpi, tmp_path / "ours", **BACK, state_in_prompt=True)
+
+
+@of_pi05
+def test_weights_of_one_model_with_a_config_of_the_other(in_tree, tmp_path):
+    source = copy(in_tree, tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"type": "pi0"}))
+    with pytest.raises(CheckpointError, match="a policy of type 'pi0', not π0"):
+        run(source, tmp_path / "ours", **BACK)
+
+
+@of_pi05
+def test_an_epsilon_that_float32_does_not_have_leaves_a_range(in_tree, tmp_path):
+    """LeRobot's epsilon is 1e-8, and next to 1 float32 has steps of 1e-7."""
+    source = copy(in_tree, tmp_path / "source")
+    for file in source.glob("policy_p*_step_*_*normalizer_processor.safetensors"):
+        save_file(load_file(file) | {f"action.{end}": torch.ones(ACTION) for end in ("q01", "q99")}, file)
+    run(source, tmp_path / "ours", **BACK)
+    of = read_statistics(tmp_path / "ours")["action"]
+    assert (of["q99"] > of["q01"]).all()

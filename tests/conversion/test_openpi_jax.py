@@ -18,40 +18,54 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 
 from lerobot_pi0.checkpoints import files as checkpoint_files
+from lerobot_pi0.checkpoints.files import Checkpoint
+from lerobot_pi0.checkpoints.layouts import FAMILIES, PI0, PI05, Family
 from lerobot_pi0.conversion import orbax
 from lerobot_pi0.conversion.orbax import OrbaxCheckpoint
+from lerobot_pi0.inputs.policy import policy_class
 from lerobot_pi0.model import Observation
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+TESTS = Path(__file__).parent.parent
+GOLDEN = {PI0: TESTS / "golden", PI05: TESTS / "golden_pi05"}
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-PLAIN, LORA = GOLDEN / "golden_checkpoint", GOLDEN / "golden_checkpoint_lora"
-END_TO_END = 3e-4  # as in tests/model/test_golden.py
+PLAIN, LORA = GOLDEN[PI0] / "golden_checkpoint", GOLDEN[PI0] / "golden_checkpoint_lora"
+END_TO_END = {PI0: 3e-4, PI05: 1e-3}  # as in tests/model/test_golden.py
 ROUNDING = 5e-5  # with openpi's embedding of time; LoRA makes larger velocities, of up to 6
-CHECKPOINTS = {"plain": PLAIN, "lora": LORA}
 FLAGS: dict[str, Any] = {"tokenizer": "small", "chunk_size": 10}
+OF_BOTH = {PI0: FLAGS, PI05: FLAGS | {"state_in_prompt": True, "delta_mask": []}}
 
 
-def read(name: str) -> dict[str, Tensor]:
-    return {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / f"golden_{name}.npz").items()}
-
-
-@pytest.fixture(scope="module")
-def leaves() -> dict[str, np.ndarray]:
-    return dict(np.load(GOLDEN / "golden_params.npz"))
+def read(name: str, family: Family = PI0) -> dict[str, Tensor]:
+    file = GOLDEN[family] / f"golden_{name}.npz"
+    return {key: torch.from_numpy(value) for key, value in np.load(file).items()}
 
 
 @pytest.fixture(scope="module")
-def lora_leaves(leaves) -> dict[str, np.ndarray]:
-    lora = np.load(GOLDEN / "golden_lora_f32.npz")
+def family(request) -> Family:
+    """π0, or what `of_both` says."""
+    return getattr(request, "param", PI0)
+
+
+of_both = pytest.mark.parametrize("family", FAMILIES, ids=["pi0", "pi05"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def leaves(family) -> dict[str, np.ndarray]:
+    return dict(np.load(GOLDEN[family] / "golden_params.npz"))
+
+
+@pytest.fixture(scope="module")
+def lora_leaves(leaves, family) -> dict[str, np.ndarray]:
+    lora = np.load(GOLDEN[family] / "golden_lora_f32.npz")
     return leaves | {key.removeprefix("param/"): lora[key] for key in lora if key.startswith("param/")}
 
 
 @pytest.fixture
-def stored_time_embedding(monkeypatch) -> None:
+def stored_time_embedding(monkeypatch, family) -> None:
     """openpi's own embedding of each stored time: its fastest sinusoid amplifies rounding 1,571 times."""
-    f32 = read("f32")
-    stored = dict(zip(read("inputs")["time"].tolist(), f32["time_emb"], strict=True))
+    f32 = read("f32", family)
+    stored = dict(zip(read("inputs", family)["time"].tolist(), f32["time_emb"], strict=True))
     stored |= dict(zip(f32["sample_times_10"].tolist(), f32["time_emb_steps_10"], strict=True))
 
     def embed_time(time: Tensor, _: int) -> Tensor:
@@ -61,14 +75,14 @@ def stored_time_embedding(monkeypatch) -> None:
 
 
 def load(folder: Path) -> Pi0Policy:
-    config = PreTrainedConfig.from_pretrained(folder)
-    config.dtype = "float32"  # pyrefly: ignore[missing-attribute]
-    return Pi0Policy.from_pretrained(folder, config=config)
+    config: Any = PreTrainedConfig.from_pretrained(folder)
+    config.dtype = "float32"
+    return policy_class(config).from_pretrained(folder, config=config)
 
 
-def distances(folder: Path, wanted: dict[str, Tensor]) -> dict[str, float]:
+def distances(folder: Path, family: Family, wanted: dict[str, Tensor]) -> dict[str, float]:
     """Largest differences of velocity, loss and actions from openpi's."""
-    inputs, network = read("inputs"), load(folder).model
+    inputs, network = read("inputs", family), load(folder).model
     observation = Observation(
         images=torch.stack([inputs[f"image/{name}"] for name in CAMERAS], 1).permute(0, 1, 4, 2, 3).float()
         / 255
@@ -91,47 +105,68 @@ def distances(folder: Path, wanted: dict[str, Tensor]) -> dict[str, float]:
     return {name: (value - wanted[name]).abs().max().item() for name, value in found.items()}
 
 
-def wanted_of(name: str) -> dict[str, Tensor]:
-    return read("f32") if name == "plain" else of_alpha("checkpoint_alpha4/")
-
-
-def of_alpha(alpha: str) -> dict[str, Tensor]:
-    lora = read("lora_f32")
+def of_alpha(alpha: str, family: Family) -> dict[str, Tensor]:
+    lora = read("lora_f32", family)
     return {key.removeprefix(alpha): value for key, value in lora.items() if key.startswith(alpha)}
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory) -> Path:
+def converted(family, tmp_path_factory) -> Path:
     """Both checkpoints, and what the command said of each."""
     folder = tmp_path_factory.mktemp("converted")
-    for name, source in CHECKPOINTS.items():
-        (folder / f"{name}.txt").write_text(run(source, folder / name, **FLAGS))
+    for name, suffix in (("plain", ""), ("lora", "_lora")):
+        source = GOLDEN[family] / f"golden_checkpoint{suffix}"
+        (folder / f"{name}.txt").write_text(run(source, folder / name, **OF_BOTH[family]))
     return folder
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_openpi_checkpoint_end_to_end(name, converted):
-    assert max(distances(converted / name, wanted_of(name)).values()) < END_TO_END
+@of_both
+def test_openpi_checkpoints_do_what_they_did_end_to_end(family, converted):
+    for name, wanted in (("plain", read("f32", family)), ("lora", of_alpha("checkpoint_alpha4/", family))):
+        assert max(distances(converted / name, family, wanted).values()) < END_TO_END[family], name
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_openpi_checkpoint_but_for_the_time_embedding(name, converted, stored_time_embedding):
-    assert max(distances(converted / name, wanted_of(name)).values()) < ROUNDING
+@of_both
+def test_openpi_checkpoints_but_for_the_time_embedding(family, converted, stored_time_embedding):
+    for name, wanted in (("plain", read("f32", family)), ("lora", of_alpha("checkpoint_alpha4/", family))):
+        assert max(distances(converted / name, family, wanted).values()) < ROUNDING, name
 
 
-def test_the_proof_counts_and_says_what_was_found(converted):
-    for name in CHECKPOINTS:
+@of_both
+def test_the_proof_counts_and_says_what_was_found(family, converted):
+    counts = {PI0: "106 tensors, 216,608 parameters", PI05: "111 tensors, 236,480 parameters"}
+    for name in ("plain", "lora"):
         text = (converted / f"{name}.txt").read_text()
-        assert "106 tensors, 216,608 parameters" in text
+        assert counts[family] in text
         assert "all equal" in text
         assert ("LoRA merged" in text) == (name == "lora")
+        assert ("The state is in the prompt." in text) == (family is PI05)
 
 
-def test_alpha_of_lora_scales_attention_alone(lora_leaves, tmp_path, stored_time_embedding):
+@of_both
+def test_alpha_of_lora_scales_attention_alone(family, lora_leaves, tmp_path, stored_time_embedding):
     """alpha 8 over rank 4: attention twice, the MLP once."""
     write_checkpoint(tmp_path / "jax", lora_leaves)
-    run(tmp_path / "jax", tmp_path / "ours", statistics=False, lora_alpha=8.0, **FLAGS)
-    assert max(distances(tmp_path / "ours", of_alpha("alpha8/")).values()) < ROUNDING
+    run(tmp_path / "jax", tmp_path / "ours", statistics=False, lora_alpha=8.0, **OF_BOTH[family])
+    assert max(distances(tmp_path / "ours", family, of_alpha("alpha8/", family)).values()) < ROUNDING
+
+
+@pytest.mark.parametrize("family", [PI05], indirect=True, scope="module")
+def test_adaptive_norms_are_scale_shift_and_gate_in_this_order(leaves, converted):
+    dense = leaves["PaliGemma/llm/layers/pre_ffw_norm_1/Dense_0/kernel"][2]
+    weight = Checkpoint(converted / "plain")["expert.layers.2.mlp_norm.dense.weight"]
+    for number, of_openpi in enumerate(np.split(dense, 3, axis=-1)):
+        ours = weight[number * 32 : (number + 1) * 32]
+        assert torch.equal(ours, torch.from_numpy(of_openpi.T.copy()))
+
+
+@pytest.mark.parametrize("family", [PI05], indirect=True, scope="module")
+def test_frozen_adaptive_norms_stay_as_lora_left_them(converted):
+    """In bfloat16, as openpi stores what is frozen; what trained is float32."""
+    tensors = Checkpoint(converted / "lora")
+    assert tensors["expert.norm.dense.weight"].dtype == torch.bfloat16
+    assert tensors["time_mlp_in.weight"].dtype == torch.float32
+    assert tensors["expert.layers.0.q_proj.weight"].dtype == torch.float32
 
 
 def test_dtypes_stay_unless_asked(converted, tmp_path):
@@ -170,6 +205,23 @@ def tokenizer(tmp_path) -> str:
     (tmp_path / "tokenizer").mkdir()
     Tokenizer(WordLevel(vocabulary, "<unk>")).save(str(tmp_path / "tokenizer" / "tokenizer.json"))
     return str(tmp_path / "tokenizer")
+
+
+def test_pi05_normalises_by_quantiles_as_openpi_does(tokenizer, tmp_path):
+    run(GOLDEN[PI05] / "golden_checkpoint", tmp_path / "ours", **OF_BOTH[PI05] | {"tokenizer": tokenizer})
+    config = PreTrainedConfig.from_pretrained(tmp_path / "ours")
+    prepare, finish = make_pre_post_processors(config, pretrained_path=str(tmp_path / "ours"))
+    golden = {name.removeprefix("pi05_droid/"): of for name, of in read("transforms", PI05).items()}
+    joints, gripper = (golden[f"raw_observation.{name}_position"] for name in ("joint", "gripper"))
+    cameras: Any = dict.fromkeys(config.image_features, torch.zeros(3, 56, 56))
+    state = {"observation.state": torch.cat((joints, gripper))}
+    found = prepare(cameras | state | {"action": golden["raw_actions"][None], "task": "push"})
+    torch.testing.assert_close(
+        found["observation.state"][0].double(), golden["state"][:8], rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(found["action"][0].double(), golden["actions"][:, :8], rtol=1e-5, atol=1e-5)
+    actions = finish(golden["pred_actions"][None, :, :8])
+    torch.testing.assert_close(actions[0].double(), golden["out_actions"], rtol=1e-5, atol=1e-5)
 
 
 def test_processors_normalise_as_openpi_does_near_constant_dimensions_too(tokenizer, tmp_path):
@@ -241,9 +293,9 @@ def test_missing_leaf(leaves, missing, tmp_path):
     refused(write_checkpoint(tmp_path / "jax", rest), "incomplete|1 missing", statistics=False)
 
 
-def test_other_families_are_named(leaves, tmp_path):
-    pi05 = {**leaves, "time_mlp_in/kernel": np.zeros((4, 4), np.float32)}
-    refused(write_checkpoint(tmp_path / "jax", pi05), "π0.5 checkpoint", statistics=False)
+def test_leaves_of_both_models(leaves, tmp_path):
+    mixed = {**leaves, "time_mlp_in/kernel": np.zeros((4, 4), np.float32)}
+    refused(write_checkpoint(tmp_path / "jax", mixed), "is no leaf of openpi's plain π0.5", statistics=False)
 
 
 def test_numbers_that_are_none(leaves, tmp_path):

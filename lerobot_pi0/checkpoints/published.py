@@ -1,0 +1,64 @@
+"""How published π0.5 checkpoints were trained: horizon, state in the prompt, relative actions.
+
+Their files do not say it, and a policy that is run otherwise fails without an error. So nothing is taken from
+here in silence: messages list it, and the user gives it as flags.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lerobot_pi0.configuration_pi05 import Pi05Config
+
+
+@dataclass(frozen=True)
+class Training:
+    """What openpi's train config of a checkpoint says, under the names of our flags."""
+
+    chunk_size: int
+    state_in_prompt: bool
+    delta_mask: tuple[int, ...] | None  # openpi's make_bool_mask; None: each of its robots has its own
+    asset_id: str | None = None  # of its statistics
+
+
+# By the name of openpi's train config, and LeRobot's name of the same weights (src/openpi/training/config.py
+# and misc/polaris_config.py at commit 15a9616).
+TRAININGS = {
+    "pi05_base": Training(50, True, None),
+    "pi05_libero": Training(10, False, (), "physical-intelligence/libero"),
+    "pi05_libero_base": Training(10, False, (), "physical-intelligence/libero"),
+    "pi05_droid": Training(15, True, (), "droid"),
+    "pi05_droid_finetune": Training(16, True, (), "droid"),
+    "pi05_full_droid_finetune": Training(16, True, (7, -1), "droid"),
+    "pi05_droid_jointpos_polaris": Training(15, True, (7, -1), "droid"),
+    "pi05_aloha": Training(50, True, (6, -1, 6, -1), "trossen"),
+    "pi05_aloha_pen_uncap": Training(50, True, (6, -1, 6, -1), "trossen"),
+}
+
+
+def training_of(checkpoint: str | Path) -> tuple[str, Training] | None:
+    """The published checkpoint that a repository or a path is named after, and how it was trained."""
+    parts = re.split(r"[/\\]|--", str(checkpoint))  # "--": in the cache of the hub
+    return next(((part, TRAININGS[part]) for part in reversed(parts) if part in TRAININGS), None)
+
+
+def as_flags(training: Training) -> str:
+    """How a checkpoint was trained, as flags of `lerobot-pi0 convert`."""
+    flags = f"--chunk_size={training.chunk_size} --state_in_prompt={str(training.state_in_prompt).lower()}"
+    mask = training.delta_mask
+    return f"{flags} --statistics=false" if mask is None else f"{flags} --delta_mask='{list(mask)}'"
+
+
+def assumptions(checkpoint: str | Path, config: Pi05Config) -> str:
+    """What a policy assumes of weights that it starts from, and when that is wrong: one line of the log."""
+    taken = (
+        f"chunks of {config.chunk_size} actions (--policy.chunk_size), "
+        f"state_in_prompt={str(config.state_in_prompt).lower()}, "
+        f"relative_actions={str(config.relative_actions).lower()}, the statistics of the {config.statistics}"
+    )
+    named = training_of(checkpoint)
+    known = f" ({named[0]} with {as_flags(named[1])})" if named else ""
+    return (
+        f"'{checkpoint}' may not say how its π0.5 was trained{known}. Assumed: {taken}. What was otherwise "
+        "has to be learnt: such a policy acts wrongly after few steps of training, or none"
+    )
