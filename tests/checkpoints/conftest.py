@@ -11,10 +11,16 @@ from lerobot_pi0.checkpoints.layouts import to_openpi
 
 
 @pytest.fixture
-def published(tmp_path) -> Path:
+def model(request) -> str:
+    """π0, or what a test is parametrized by (`indirect`)."""
+    return getattr(request, "param", "pi0")
+
+
+@pytest.fixture
+def published(tmp_path, model) -> Path:
     """The tiny policy's weights in openpi's layout, with LeRobot's config of another policy type beside."""
     folder = tmp_path / "published"
     folder.mkdir()
-    save_file(to_openpi(tiny_policy().model.state_dict()), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"type": "pi0"}))
+    save_file(to_openpi(tiny_policy(model).model.state_dict()), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"type": model}))
     return folder

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.default import PeftConfig
+from lerobot.policies.factory import make_pre_post_processors
 from lerobot.rollout.context import _load_pretrained_policy
 from lerobot_commands import checkpoint, dataset, in_tree_folder, run, train_command
 from peft import LoraConfig
@@ -23,14 +24,14 @@ from lerobot_pi0.checkpoints import adapters
 from lerobot_pi0.checkpoints.files import Checkpoint
 from lerobot_pi0.conversion import merge
 from lerobot_pi0.errors import CheckpointError, MissingFileError
-from lerobot_pi0.inputs.policy import load_adapters
+from lerobot_pi0.inputs.policy import load_adapters, policy_class
 from lerobot_pi0.modeling_pi0 import Pi0Policy
-from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 
 __all__ = ["dataset", "in_tree_folder"]  # fixtures
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HEADS = ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj")
+HEADS_OF = {"pi0": HEADS, "pi05": ("action_in_proj", "time_mlp_in", "time_mlp_out", "action_out_proj")}
 EXPERT = {f"expert.layers.{i}.{name}" for i in range(VLM.depth) for name in LINEAR}
 # Of the last layer's tokens nobody reads more than keys and values.
 LANGUAGE = {
@@ -38,19 +39,23 @@ LANGUAGE = {
 }
 
 
+of_both = pytest.mark.parametrize("model", HEADS_OF, indirect=True)
+
+
 @pytest.fixture
-def base(tmp_path) -> Path:
+def base(tmp_path, model) -> Path:
     folder = tmp_path / "base"
-    tiny_policy().save_pretrained(folder)
+    tiny_policy(model).save_pretrained(folder)
     return folder
 
 
 def wrap(base: Path, peft: dict[str, Any] | None = None, **changes: Any) -> Any:
     """As lerobot-train does: the policy from a checkpoint, then `--peft`."""
-    config = tiny_config(ema_decay=0.0, **changes)  # what is saved is what the test makes of it
+    model = json.loads((base / "config.json").read_text())["type"].removeprefix("lerobot_")
+    config = tiny_config(model, ema_decay=0.0, **changes)  # what is saved is what the test makes of it
     config.pretrained_path = base
-    meta: Any = SimpleNamespace(stats=statistics())
-    policy = Pi0Policy.from_pretrained(base, config=config, dataset_stats=statistics(), dataset_meta=meta)
+    given: Any = {"dataset_stats": statistics(), "dataset_meta": SimpleNamespace(stats=statistics())}
+    policy = policy_class(config).from_pretrained(base, config=config, **given)
     torch.manual_seed(1)
     return policy.wrap_with_peft(peft_cli_overrides=asdict(PeftConfig(**peft or {})))
 
@@ -67,7 +72,7 @@ def save(wrapped: Any, folder: Path) -> Path:
     """As lerobot-train does."""
     wrapped.save_pretrained(folder)
     wrapped.config.save_pretrained(folder)
-    for pipeline in make_lerobot_pi0_pre_post_processors(wrapped.config, statistics()):
+    for pipeline in make_pre_post_processors(wrapped.config, dataset_stats=statistics()):
         pipeline.save_pretrained(folder)
     return folder
 
@@ -87,7 +92,11 @@ def load(folder: Path) -> Any:
 
 
 def chunk(policy: Any) -> torch.Tensor:
-    return policy.predict_action_chunk(batch(), noise=noise())
+    return policy.predict_action_chunk(batch_of(policy), noise=noise())
+
+
+def batch_of(policy: Any) -> dict[str, Any]:
+    return batch(model=policy.config.type.removeprefix("lerobot_"))
 
 
 def lora_layers(wrapped: Any) -> Iterator[tuple[str, Any]]:
@@ -99,13 +108,15 @@ def lora_layers(wrapped: Any) -> Iterator[tuple[str, Any]]:
 # Where adapters go.
 
 
+@of_both
 @pytest.mark.parametrize("freeze", ["nothing", "vision", "vlm"])
-def test_default_targets_are_attention_and_mlp_of_the_stacks_that_train(base, freeze):
+def test_default_targets_are_attention_and_mlp_of_the_stacks_that_train(base, model, freeze):
+    """The adaptive norms of π0.5 have none and do not train, as in openpi."""
     wrapped = wrap(base, freeze=freeze)
     found = {name for name, _ in lora_layers(wrapped)}
     assert found == (EXPERT if freeze == "vlm" else EXPERT | LANGUAGE)
     modules = wrapped.get_base_model().model.named_modules()
-    assert {name for name, module in modules if hasattr(module, "modules_to_save")} == set(HEADS)
+    assert {name for name, module in modules if hasattr(module, "modules_to_save")} == {*HEADS_OF[model]}
 
 
 @pytest.mark.parametrize(
@@ -144,6 +155,7 @@ def test_what_trains_in_full_can_be_given(base):
     assert all("lora_" in name for name, p in wrapped.named_parameters() if p.requires_grad)
 
 
+@of_both
 @pytest.mark.parametrize("freeze", ["nothing", "vlm"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_all_that_trains_gets_a_gradient_and_nothing_else_does(base, freeze, checkpointing):
@@ -151,7 +163,7 @@ def test_all_that_trains_gets_a_gradient_and_nothing_else_does(base, freeze, che
     move(wrapped)  # the first gradient of A would be zero, because B is
     wrapped.get_optim_params()
     wrapped.train()
-    wrapped(batch())[0].backward()
+    wrapped(batch_of(wrapped))[0].backward()
     for name, parameter in wrapped.named_parameters():
         assert parameter.requires_grad == ("lora_" in name or "modules_to_save" in name), name
         assert (parameter.grad is not None and bool(parameter.grad.any())) == parameter.requires_grad, name
@@ -191,6 +203,7 @@ def test_adapters_train_in_float32_and_compute_in_the_networks_dtype_over_a_base
     assert all(p.grad.dtype == torch.float32 for p in wrapped.parameters() if p.requires_grad)
 
 
+@of_both
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loaded_adapters_act_as_those_that_were_trained(base, tmp_path, dtype):
     wrapped = wrap(base, dtype=dtype)
@@ -367,20 +380,30 @@ def test_adapters_over_a_published_layout_keep_their_own_processors(published, t
     torch.testing.assert_close(chunk(loaded), chunk(wrapped.eval()), rtol=0, atol=1e-5)
 
 
+@of_both
+def test_adapters_over_a_base_of_the_other_model_are_refused(saved, base, model):
+    """As when the base's repository was written over."""
+    other = {"pi0": "pi05", "pi05": "pi0"}[model]
+    tiny_policy(other).save_pretrained(base)
+    with pytest.raises(CheckpointError, match=rf"Set --policy\.type=lerobot_{other}"):
+        load(saved)
+
+
 # Merging.
 
 
+@of_both
 @pytest.mark.parametrize("source", ["base", "published"])
-def test_merged_policy_acts_as_base_and_adapters_do_and_needs_neither(request, tmp_path, source):
+def test_merged_policy_acts_as_base_and_adapters_do_and_needs_neither(request, tmp_path, model, source):
     folder = request.getfixturevalue(source)
     wrapped = wrap(folder)
     move(wrapped)
     saved = save(wrapped, tmp_path / "adapters")
-    wanted, plain = chunk(load(saved)), chunk(tiny_policy())
+    wanted, plain = chunk(load(saved)), chunk(tiny_policy(model))
     merge.merge(str(saved), tmp_path / "merged")
     folder.rename(tmp_path / "gone")
     saved.rename(tmp_path / "gone_too")
-    merged = Pi0Policy.from_pretrained(tmp_path / "merged")
+    merged = policy_class(wrapped.config).from_pretrained(tmp_path / "merged")
     assert not merged.config.use_peft
     assert merged.config.base_fingerprint is None
     torch.testing.assert_close(chunk(merged), wanted, rtol=0, atol=1e-5)
