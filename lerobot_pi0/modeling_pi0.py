@@ -27,9 +27,9 @@ from lerobot_pi0.model.layers import Layer
 from lerobot_pi0.model.observation import letterbox
 from lerobot_pi0.processor_pi0 import WITHOUT_TASK, InstructionCheck, load_tokenizer
 from lerobot_pi0.sampling.action_queue import ActionQueue
+from lerobot_pi0.sampling.buffer import Context
 from lerobot_pi0.sampling.guard import check_observation
 from lerobot_pi0.sampling.policy_sampler import PolicySampler
-from lerobot_pi0.sampling.sampler import Context
 from lerobot_pi0.training.augmentation import augment_observation
 from lerobot_pi0.training.ema import ParameterGroups, TrainedWeights, save_ema
 from lerobot_pi0.training.fsdp import is_sharded, whole_state

@@ -10,7 +10,7 @@ from torch import Tensor
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.inputs.policy import policy_class
-from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
+from lerobot_pi0.model import ExpertConfig, GemmaConfig, Network, SiglipConfig
 from lerobot_pi0.model.pi05 import AdaptiveRMSNorm
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
@@ -76,9 +76,8 @@ def tiny_policy(model: str = "pi0", /, **changes: Any) -> Pi0Policy:
     return policy
 
 
-def tiny_network() -> Pi0:
-    torch.manual_seed(0)
-    return Pi0(VISION, VLM, EXPERT, 8, 8, torch.float32)
+def tiny_network(model: str = "pi0", /) -> Network:
+    return tiny_policy(model).model
 
 
 def statistics() -> dict[str, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""A cache that is allocated once per observation, which denoising steps write to and read in place."""
+"""What an observation costs once: a cache, which denoising steps write to and read in place."""
 
 from __future__ import annotations
 
@@ -68,3 +68,23 @@ class Buffer(Cache):
         """What is filled, without a copy, as a cache that is not written to."""
         layers = [(k[:, :, : self.filled], v[:, :, : self.filled]) for k, v in self.layers]
         return Cache(layers, self.mask[:, : self.filled])
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that an observation costs once. Sampling writes behind the prefix and the state, never over them.
+
+    It may be sampled from any number of times, one after the other.
+    """
+
+    buffer: Buffer  # prefix, state, room for the actions
+    reference: Float[Tensor, "b d"] | None = None  # relative actions are made absolute by adding it
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.buffer.layers[0][0])
+
+    def repeat(self, times: int) -> Context:
+        """The context of a batch in which every observation stands `times` times in a row."""
+        reference = None if self.reference is None else self.reference.repeat_interleave(times, 0)
+        return Context(self.buffer.repeat(times), reference)

@@ -6,7 +6,7 @@ adding it to the residual stream, GELU, and the gate of a gated MLP.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Self
 
 import torch
@@ -162,6 +162,31 @@ class Folded(nn.Module):
 
     def joined(self, first: Tensor, ahead: Tensor) -> Tensor:
         return first + ahead
+
+
+class Modulations(nn.Module):
+    """Linear layers of one condition, computed ahead of the tokens: a table (..., layer, out) that the norms
+    read their `Row` of. What depends on the time alone is then computed once for each number of steps."""
+
+    def __init__(self, names: Sequence[str], tensor: Callable[[str], Tensor]):
+        """`tensor` gives the layers' parameters by name; none is kept."""
+        super().__init__()
+        self.names, self.tensor = names, tensor
+
+    def forward(self, condition: Tensor) -> Tensor:
+        layers = ((self.tensor(f"{name}.weight"), self.tensor(f"{name}.bias")) for name in self.names)
+        return torch.stack([F.linear(condition, *layer) for layer in layers], -2)
+
+
+class Row(nn.Module):
+    """In the place of a linear layer of the condition: its part of the table."""
+
+    def __init__(self, index: int):
+        super().__init__()
+        self.index = index
+
+    def forward(self, table: Tensor) -> Tensor:
+        return table[..., self.index, :]
 
 
 def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:

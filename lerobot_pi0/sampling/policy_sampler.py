@@ -14,9 +14,10 @@ from torch import Tensor
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.model import Network, Observation
+from lerobot_pi0.sampling.buffer import Context
 from lerobot_pi0.sampling.linear import BackendName, Packed
 from lerobot_pi0.sampling.rtc import Remainder, action_prefix, guidance, read_remainder, warn_of_horizon
-from lerobot_pi0.sampling.sampler import Context, Sampler
+from lerobot_pi0.sampling.sampler import Sampler
 from lerobot_pi0.training.lora import adapter_state
 
 if TYPE_CHECKING:

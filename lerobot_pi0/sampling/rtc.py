@@ -141,6 +141,12 @@ class ActionPrefix:
         """The actions, with the committed ones in their places."""
         return torch.where(self.mask[:, None], self.actions, x)
 
+    def put_time(
+        self, step: Float[Tensor, "_ ..."], at_zero: Float[Tensor, "_ ..."]
+    ) -> Float[Tensor, "a ..."]:
+        """What was prepared of a step, for the committed actions that of time 0."""
+        return torch.where(self.mask.view(-1, *[1] * (step.ndim - 1)), at_zero, step)
+
 
 def action_prefix(remainder: Remainder, max_delay: int) -> ActionPrefix:
     """The committed actions of a remainder, as many of them as the policy was trained to continue."""

@@ -7,8 +7,9 @@ actions, which every denoising step reads in place. What depends on the time alo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,33 +19,17 @@ from lerobot_pi0.lerobot_compat import in_any_thread
 from lerobot_pi0.model import Network, Observation
 from lerobot_pi0.model.flow import integrate, step_times
 from lerobot_pi0.model.gemma import Cache
-from lerobot_pi0.sampling.buffer import Buffer
+from lerobot_pi0.sampling.buffer import Buffer, Context
 from lerobot_pi0.sampling.linear import BackendName
 from lerobot_pi0.sampling.rtc import ActionPrefix, Guidance, guided
-from lerobot_pi0.sampling.swap import swapped
+from lerobot_pi0.sampling.swap import swapped, with_modulations_ahead
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-
-@dataclass(frozen=True)
-class Context:
-    """All that an observation costs once. Sampling writes behind the prefix and the state, never over them.
-
-    It may be sampled from any number of times, one after the other.
-    """
-
-    buffer: Buffer  # prefix, state, room for the actions
-    reference: Float[Tensor, "b d"] | None = None  # relative actions are made absolute by adding it
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.buffer.layers[0][0])
-
-    def repeat(self, times: int) -> Context:
-        """The context of a batch in which every observation stands `times` times in a row."""
-        reference = None if self.reference is None else self.reference.repeat_interleave(times, 0)
-        return Context(self.buffer.repeat(times), reference)
+type Chunk = Float[Tensor, "b a e"]  # of normalised actions, or of noise
+# What a network prepares of each step's time and, last, of time 0, which committed actions have.
+type Prepared = Float[Tensor, "n _ ..."]
 
 
 def gradient_free[**P, T](method: Callable[P, T]) -> Callable[P, T]:
@@ -90,102 +75,95 @@ class Sampler:
     ):
         """`compiled`: `sample` runs as one graph, and so does each guided step. The first call of each shape
         compiles it."""
-        self.model, self.network = model, swapped(model, backend, tensors)
-        self.trims = backend != "fused"
-        self._prepared: dict[int, Tensor] = {}
-        # Not bound to this object: it would hold itself, and its weights, until Python collects garbage.
-        self._graph, self._guided_graph = Sampler._sample, Sampler._guided_velocity
+        # Guidance needs gradients, which the backends do not have.
+        self.guided_network = with_modulations_ahead(model, tensors)
+        self.network, self.trims = swapped(self.guided_network, backend, tensors), backend != "fused"
+        self._steps = functools.cache(functools.partial(_prepared, self.network))
+        self._guided_steps = functools.cache(functools.partial(_prepared, self.guided_network))
+        self._graph, self._guided_graph = _sample, _guided_velocity
         if compiled:
             mode = "reduce-overhead" if model.action_out_proj.weight.is_cuda else None
-            self._graph = in_any_thread(torch.compile(Sampler._sample, fullgraph=True, mode=mode))
+            self._graph = in_any_thread(torch.compile(_sample, fullgraph=True, mode=mode))
             # One step: with its gradients, ten are more than one would like to wait for.
-            guided_graph = torch.compile(Sampler._guided_velocity, fullgraph=True, mode=mode)
+            guided_graph = torch.compile(_guided_velocity, fullgraph=True, mode=mode)
             self._guided_graph = in_any_thread(guided_graph)
 
     @gradient_free
     def context(self, observation: Observation, num_actions: int) -> Context:
         """What all chunks from an observation share."""
-        return Context(self._context(observation.trimmed() if self.trims else observation, num_actions))
+        observation = observation.trimmed() if self.trims else observation
+        return Context(_context(self.network, observation, num_actions))
 
     @gradient_free
-    def actions(
-        self, context: Context, noise: Float[Tensor, "b a e"], num_steps: int
-    ) -> Float[Tensor, "b a e"]:
+    def actions(self, context: Context, noise: Chunk, num_steps: int) -> Chunk:
         """A chunk of normalised actions, by Euler steps from noise."""
-        return self._actions(context.buffer, noise, self._steps(num_steps, noise.device))
+        return _denoised(self.network, context.buffer, noise, self._steps(num_steps, noise.device))
 
     @gradient_free
-    def guided_actions(
-        self, context: Context, noise: Float[Tensor, "b a e"], num_steps: int, guidance: Guidance
-    ) -> Float[Tensor, "b a e"]:
-        """A chunk along the guided velocity. That one needs gradients: it is computed by the network itself,
-        not over linear backends."""
-        cache, guidance = context.buffer.read(), ordinary(guidance)
-        return integrate(
-            lambda x, time: self._guided_graph(self, cache, x, time, guidance),
-            ordinary(noise).float(),
-            num_steps,
-        )
+    def guided_actions(self, context: Context, noise: Chunk, num_steps: int, guidance: Guidance) -> Chunk:
+        """A chunk along the guided velocity, which the network computes over its own linear layers."""
+        cache, guidance, noise = context.buffer.read(), ordinary(guidance), ordinary(noise).float()
+        times = noise.new_tensor(step_times(num_steps)).split(1)
+        prepared = self._guided_steps(num_steps, noise.device)
+
+        def velocity(x: Tensor, step: tuple[Tensor, Tensor]) -> Tensor:
+            return self._guided_graph(self.guided_network, cache, x, *step, guidance)
+
+        return integrate(velocity, noise, num_steps, zip(times, prepared, strict=False))
 
     @gradient_free
     def sample(
-        self,
-        observation: Observation,
-        noise: Float[Tensor, "b a e"],
-        num_steps: int,
-        action_prefix: ActionPrefix | None = None,
-    ) -> Float[Tensor, "b a e"]:
-        """A chunk of normalised actions for each observation; it continues the action prefix, if given."""
+        self, observation: Observation, noise: Chunk, num_steps: int, committed: ActionPrefix | None = None
+    ) -> Chunk:
+        """A chunk of normalised actions for each observation, which goes on from committed ones, if given."""
         observation = observation.trimmed() if self.trims else observation
-        observation, noise, action_prefix = ordinary(observation), ordinary(noise), ordinary(action_prefix)
-        steps = self._steps(num_steps, noise.device, action_prefix)
-        chunk = self._graph(self, observation, noise, steps, action_prefix)
+        observation, noise, committed = ordinary(observation), ordinary(noise), ordinary(committed)
+        steps = self._steps(num_steps, noise.device)
+        chunk = self._graph(self.network, observation, noise, steps, committed)
         # A graph writes over its own memory.
-        return chunk if self._graph is Sampler._sample else chunk.clone()
+        return chunk if self._graph is _sample else chunk.clone()
 
-    def _sample(
-        self,
-        observation: Observation,
-        noise: Float[Tensor, "b a e"],
-        steps: Float[Tensor, "n _ ..."],
-        action_prefix: ActionPrefix | None,
-    ) -> Float[Tensor, "b a e"]:
-        return self._actions(self._context(observation, noise.shape[1]), noise, steps, action_prefix)
 
-    def _guided_velocity(
-        self, cache: Cache, x: Float[Tensor, "b a e"], time: Float[Tensor, " b"], guidance: Guidance
-    ) -> Float[Tensor, "b a e"]:
-        return guided(lambda x, time: self.model.velocity(cache, x, time), guidance)(x, time)
+# What may be compiled. Functions of the network: methods would hold the sampler, and its weights, until
+# Python collects garbage.
 
-    def _steps(
-        self, num_steps: int, device: torch.device, action_prefix: ActionPrefix | None = None
-    ) -> Float[Tensor, "n _ ..."]:
-        """What the network prepares of each step's time, which is 0 for committed actions."""
-        if num_steps not in self._prepared:
-            times = torch.tensor([*step_times(num_steps), 0.0], dtype=torch.float32, device=device)
-            self._prepared[num_steps] = self.network.prepare(times)
-        steps, at_zero = self._prepared[num_steps].split((num_steps, 1))
-        return steps if action_prefix is None else torch.where(action_prefix.mask[:, None], at_zero, steps)
 
-    def _context(self, observation: Observation, num_actions: int) -> Buffer:
-        x, mask = self.network.embed_prefix(observation)
-        # One more than the actions: the state's token.
-        buffer = Buffer.allocate(x, mask, 1 + num_actions, self.network.vlm.heads)
-        prefix = self.network.vlm.prefill(x, mask, buffer)
-        context = self.network.with_state(prefix, observation.state)
-        assert isinstance(context, Buffer)
-        return context
+def _prepared(network: Network, num_steps: int, device: torch.device) -> Prepared:
+    times = torch.tensor([*step_times(num_steps), 0.0], dtype=torch.float32, device=device)
+    return network.prepare(times)
 
-    def _actions(
-        self,
-        context: Buffer,
-        noise: Float[Tensor, "b a e"],
-        steps: Float[Tensor, "n _ ..."],
-        action_prefix: ActionPrefix | None = None,
-    ) -> Float[Tensor, "b a e"]:
-        def velocity(x: Tensor, step: Tensor) -> Tensor:
-            x = x if action_prefix is None else action_prefix.put(x)
-            return self.network.velocity_at(context, x, step)
 
-        x = integrate(velocity, noise.float(), len(steps), steps.unbind())
-        return x if action_prefix is None else action_prefix.put(x)
+def _context(network: Network, observation: Observation, num_actions: int) -> Buffer:
+    x, mask = network.embed_prefix(observation)
+    # One more than the actions: the state's token.
+    buffer = Buffer.allocate(x, mask, 1 + num_actions, network.vlm.heads)
+    context = network.with_state(network.vlm.prefill(x, mask, buffer), observation.state)
+    assert isinstance(context, Buffer)
+    return context
+
+
+def _denoised(
+    network: Network, context: Buffer, noise: Chunk, steps: Prepared, committed: ActionPrefix | None = None
+) -> Chunk:
+    *prepared, at_zero = steps.unbind()
+
+    def velocity(x: Tensor, step: Tensor) -> Tensor:
+        if committed is not None:
+            x, step = committed.put(x), committed.put_time(step, at_zero)
+        return network.velocity_at(context, x, step)
+
+    x = integrate(velocity, noise.float(), len(prepared), prepared)
+    return x if committed is None else committed.put(x)
+
+
+def _sample(
+    network: Network, observation: Observation, noise: Chunk, steps: Prepared, committed: ActionPrefix | None
+) -> Chunk:
+    context = _context(network, observation, noise.shape[1])
+    return _denoised(network, context, noise, steps, committed)
+
+
+def _guided_velocity(
+    network: Network, cache: Cache, x: Chunk, time: Tensor, step: Tensor, guidance: Guidance
+) -> Chunk:
+    return guided(lambda x, _: network.velocity_at(cache, x, step), guidance)(x, time)

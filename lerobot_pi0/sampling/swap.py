@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lerobot_pi0.model import Network
 from lerobot_pi0.model.gemma import Decoder
-from lerobot_pi0.sampling.linear import BACKENDS, Backend, BackendName, Folded
+from lerobot_pi0.model.pi05 import AdaptiveRMSNorm
+from lerobot_pi0.sampling.linear import BACKENDS, Backend, BackendName, Folded, Modulations, Row
 from lerobot_pi0.training.lora import fold
 
 
@@ -46,6 +47,23 @@ def swapped(model: Network, backend: BackendName, tensors: Mapping[str, Tensor] 
     )
 
 
+def with_modulations_ahead(model: Network, tensors: Mapping[str, Tensor] | None = None) -> Network:
+    """The network over adaptive norms whose modulations `prepare` gives: nothing else reads their parameters.
+    A network without adaptive norms as it is. `tensors` as in `swapped`."""
+    expert = model.expert
+    names = [name for name, module in expert.named_modules() if isinstance(module, AdaptiveRMSNorm)]
+    if not names:
+        return model
+    rows = {name: _copy(expert.get_submodule(name), dense=Row(i)) for i, name in enumerate(names)}
+    layers = [
+        _copy(layer, **{norm: rows[f"layers.{i}.{norm}"] for norm in ("attention_norm", "mlp_norm")})
+        for i, layer in enumerate(expert.layers)
+    ]
+    read = _Reader(model, "fused", tensors, torch.float32)
+    ahead = Modulations([f"expert.{name}.dense" for name in names], read.tensor)
+    return _copy(model, expert=_copy(expert, layers=nn.ModuleList(layers), norm=rows["norm"], ahead=ahead))
+
+
 class _Reader:
     """Makes backends of a network's linear layers, by their names there."""
 
@@ -58,20 +76,20 @@ class _Reader:
     def __call__(self, *names: str) -> Backend:
         """One layer, or several with the same input as one."""
         with_bias = [name for name in names if self._model.get_submodule(name).bias is not None]
-        weights = [self._tensor(f"{name}.weight") for name in names]
-        return self._backend(weights, [self._tensor(f"{name}.bias") for name in with_bias])
+        weights = [self.tensor(f"{name}.weight") for name in names]
+        return self._backend(weights, [self.tensor(f"{name}.bias") for name in with_bias])
 
     def gate_and_up(self, gate: str, up: str) -> tuple[Backend, Backend | None]:
         """The two layers of a gated MLP with one input."""
-        return self._backend.gate_and_up(self._tensor(f"{gate}.weight"), self._tensor(f"{up}.weight"))
+        return self._backend.gate_and_up(self.tensor(f"{gate}.weight"), self.tensor(f"{up}.weight"))
 
     def fold(self, first: str, joined: str) -> tuple[Backend, Folded]:
         """A layer, and one over its output and a second input, with one product over the first's input."""
-        over_first, over_second = self._tensor(f"{joined}.weight").chunk(2, dim=1)
-        bias = self._tensor(f"{joined}.bias") + over_first @ self._tensor(f"{first}.bias")
-        return self._backend([over_first @ self._tensor(f"{first}.weight")]), Folded(over_second, bias)
+        over_first, over_second = self.tensor(f"{joined}.weight").chunk(2, dim=1)
+        bias = self.tensor(f"{joined}.bias") + over_first @ self.tensor(f"{first}.bias")
+        return self._backend([over_first @ self.tensor(f"{first}.weight")]), Folded(over_second, bias)
 
-    def _tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str) -> Tensor:
         """A parameter as the network computes with it: PEFT's adapters are part of it."""
         tensor = fold(self._model, name) if self._tensors is None else self._tensors[name]
         return tensor.to(self._dtype)

@@ -487,4 +487,4 @@ def test_weights_of_the_right_dtype_are_taken_without_a_copy():
     with torch.device("meta"):
         network = tiny_network()
     load_weights(network, tensors, dict.fromkeys(tensors, torch.float32))
-    assert network.state_proj.weight.data_ptr() == tensors["state_proj.weight"].data_ptr()
+    assert network.get_parameter("state_proj.weight").data_ptr() == tensors["state_proj.weight"].data_ptr()
