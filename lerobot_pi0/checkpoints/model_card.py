@@ -71,11 +71,12 @@ def make_model_card(
     # The tokenizer is always in the checkpoint; PaliGemma's weights are where its tokenizer is.
     licence = licence or ("apache-2.0" if config.tokenizer == SMALL_TOKENIZER else "gemma")
     base_model, base_revision = _published(config, base)
+    model = config.type.removeprefix("lerobot_")
     data = ModelCardData(
         license=licence,
         library_name="lerobot",
         pipeline_tag="robotics",
-        tags=sorted({"robotics", "lerobot", "vision-language-action", "pi0", config.type, *(tags or ())}),
+        tags=sorted({"robotics", "lerobot", "vision-language-action", model, config.type, *(tags or ())}),
         datasets=[dataset_repo_id],
         base_model=base_model,
         base_model_relation=("adapter" if config.use_peft else "finetune") if base_model else None,
@@ -91,6 +92,7 @@ def make_model_card(
         data,
         template_str=files("lerobot_pi0.checkpoints").joinpath("model_card.md").read_text("utf-8"),
         name=name,
+        model=model,
         title=name.rpartition("/")[2],
         config=config,
         adapters=config.use_peft,

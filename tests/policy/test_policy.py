@@ -325,6 +325,13 @@ def test_model_card_names_a_base_model_that_others_can_have(policy, monkeypatch,
     assert (base in str(card)) == published
 
 
+@pytest.mark.parametrize(("model", "name"), [("pi0", "π0"), ("pi05", "π0.5")])
+def test_model_card_is_of_its_model(model, name):
+    card = tiny_policy(model).generate_model_card("me/data", "", None, None)
+    assert {model, f"lerobot_{model}"} < {*card.data.to_dict()["tags"]}
+    assert f"A [{name}](https://www.physicalintelligence.company/blog/{model}) policy" in card.text
+
+
 @pytest.mark.parametrize(("key", "robot"), [("observation.images.front", True), ("observation.image", False)])
 def test_model_card_has_a_robots_command_only_for_a_robots_cameras(key, robot):
     camera = PolicyFeature(FeatureType.VISUAL, (3, 48, 64))
