@@ -228,7 +228,10 @@ def _read_published_by_lerobot(source: _Source, flags: ConvertConfig) -> Policy:
 
 def _read_openpi_pytorch(source: _Source, flags: ConvertConfig) -> Policy:
     dtype = flags.dtype or ("float32" if source.saved.get("precision") == "float32" else "bfloat16")
-    return _read_openpi("openpi's PyTorch", source, flags, source.saved.get("action_horizon"), dtype)
+    horizon = source.saved.get("action_horizon")
+    if horizon is not None and not (type(horizon) is int and horizon > 0):
+        raise CheckpointError(f"{source.folder / 'config.json'} has action_horizon={horizon!r}: {COPY_AGAIN}")
+    return _read_openpi("openpi's PyTorch", source, flags, horizon, dtype)
 
 
 def _read_openpi_jax(folder: Path, checkpoint: OrbaxCheckpoint, flags: ConvertConfig) -> Policy:
@@ -456,8 +459,10 @@ def _read_norm_stats(file: Path) -> Statistics:
             ours: {name: np.array(values, np.float64) for name, values in saved[theirs].items() if values}
             for theirs, ours in (("state", OBS_STATE), ("actions", ACTION))
         }
-    except KeyError as error:
-        raise CheckpointError(f"{file} has no statistics of {error}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} has no statistics of state and actions ({error!r}): {COPY_AGAIN}"
+        ) from error
 
 
 def _assets(folder: Path) -> list[Path]:

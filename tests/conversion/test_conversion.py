@@ -525,3 +525,29 @@ def test_an_epsilon_that_float32_does_not_have_leaves_a_range(in_tree, tmp_path)
     run(source, tmp_path / "ours", **BACK)
     of = read_statistics(tmp_path / "ours")["action"]
     assert (of["q99"] > of["q01"]).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"norm_stats": []}',
+        '{"norm_stats": {"state": {"mean": [0]}}}',
+        '{"norm_stats": {"state": 3, "actions": {}}}',
+        '{"norm_stats": {"state": {"mean": ["x"]}, "actions": {}}}',
+        '{"norm_stats": {"state": {"mean": [[0], [0, 1]]}, "actions": {}}}',
+    ],
+)
+def test_damaged_statistics_of_openpi_are_named(openpi, tmp_path, text):
+    (tmp_path / "norm_stats.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"norm_stats.json (has no statistics|holds list)"):
+        run(openpi, tmp_path / "ours", **BACK, norm_stats=tmp_path / "norm_stats.json")
+
+
+@pytest.mark.parametrize("horizon", ["x", 0, -1, 1.5, [], True])
+def test_a_horizon_that_is_none_is_named(openpi, tmp_path, horizon):
+    source = copy(openpi, tmp_path / "source")
+    saved = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(saved | {"action_horizon": horizon}))
+    with pytest.raises(CheckpointError, match=r"config.json has action_horizon="):
+        run(source, tmp_path / "ours", **BACK)
