@@ -21,11 +21,13 @@ from lerobot_pi0.configuration_pi0 import (
     Pi0Config,
     Statistics,
 )
+from lerobot_pi0.data.frames import read_columns
 from lerobot_pi0.data.normalization import (
     EPSILON,
     FLOOR,
     NEARLY_CONSTANT,
     NEEDED,
+    QUANTILES,
     NormalizationStatistics,
     affine,
     dimension_name,
@@ -50,7 +52,8 @@ def prepare_statistics(
 ) -> NormalizationStatistics:
     """The statistics that a run normalises by, all others of the dataset among them.
 
-    `dataset`: its metadata, whose data is read if actions are relative: all of it, or `episodes`.
+    `dataset`: its metadata, whose data is read if actions are relative, or quantiles are needed that its
+    statistics do not have: all of it, or `episodes`.
     `checkpoint`: what training starts from, for `--policy.statistics=checkpoint`. Logs the three dimensions
     that get the largest values.
     Raises ValueError or CheckpointError where there are none that fit.
@@ -71,8 +74,10 @@ def prepare_statistics(
         if config.relative_actions:
             data.pop(ACTION, None)  # the dataset's are absolute
     else:
+        for key in modes.keys() & {OBS_STATE, ACTION}:
+            data[key] = _with_quantiles(key, raw.get(key, {}), modes[key], dataset, episodes)
         if config.relative_actions and modes.get(ACTION) is not NormalizationMode.IDENTITY:
-            data[ACTION] = relative_action_statistics(config, raw.get(ACTION, {}), dataset, episodes)
+            data[ACTION] = relative_action_statistics(config, data.get(ACTION, {}), dataset, episodes)
         chosen, source = data, "the dataset"
     check_statistics(config, chosen, source)
     prepared = dict(raw)
@@ -226,6 +231,23 @@ def check_statistics(config: Pi0Config, statistics: Statistics, source: str) -> 
                 f"{feature.shape[0]}: compute the dataset's again (lerobot-edit-dataset "
                 "--operation.type=recompute_stats) and take those (--policy.statistics=dataset)"
             )
+
+
+def _with_quantiles(
+    key: str, of: dict[str, Any], mode: NormalizationMode, dataset: Any, episodes: Sequence[int] | None
+) -> dict[str, Any]:
+    """Statistics of a feature with the quantiles that its mode needs.
+
+    Where they are missing (in datasets from before LeRobot 0.4), they are those of the frames on this disk.
+    """
+    missing = {*NEEDED.get(mode, ())} - of.keys()
+    if dataset is None or not missing or not missing <= QUANTILES.keys():
+        return of
+    if not (frames := read_columns(dataset, [key], episodes=episodes)):
+        return of
+    logger.info("the dataset has no quantiles of '%s': computed from %d frames", key, len(frames[key]))
+    values = np.quantile(frames[key].astype(np.float64), list(QUANTILES.values()), axis=0)
+    return {**of, **dict(zip(QUANTILES, values, strict=True))}
 
 
 # Relative actions.

@@ -16,6 +16,7 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
+from tiny_dataset import write_dataset
 from tiny_policy import ACTION, STATE, raw_batch, statistics, tiny_config
 
 from lerobot_pi0.data.normalization import FLOOR, NEARLY_CONSTANT, NormalizationStatistics
@@ -202,6 +203,28 @@ def test_missing_statistics_stop_training_with_the_command_that_mends_it():
         Pi0Policy(
             tiny_config(normalization_mapping=modes), dataset_stats=stats, dataset_meta=SimpleNamespace()
         )
+
+
+def test_quantiles_that_the_dataset_does_not_have_are_those_of_its_frames(tmp_path):
+    frames = np.random.default_rng(0).standard_normal((300, STATE + ACTION)) * 7
+    dataset = write_dataset(
+        tmp_path / "d",
+        [("push", frames[:, :STATE], frames[:, STATE:])],
+        list("abcde"),
+        list("abcd"),
+        size=(8, 8),
+    )
+    stats = statistics()
+    for name in ("q01", "q99"):
+        del stats["observation.state"][name], stats["action"][name]
+    config = tiny_config("pi05")
+    found = prepare_statistics(config, stats, dataset.meta)
+    for key, columns in (("observation.state", slice(STATE)), ("action", slice(STATE, None))):
+        low, high = np.quantile(frames[:, columns], (0.01, 0.99), axis=0)
+        np.testing.assert_allclose(found[key]["q01"], low, rtol=1e-5)
+        np.testing.assert_allclose(found[key]["q99"], high + 1e-6, rtol=1e-5)
+    with pytest.raises(UserError, match=r"has no \['q01', 'q99'\] of 'observation.state'.*recompute_stats"):
+        prepare_statistics(config, stats)
 
 
 def test_dataset_without_any_statistics_stops_training():

@@ -3,18 +3,19 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import draccus
 import pytest
 import torch
 import yaml
-from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
+from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from shipped_configs import CONFIGS, read_training_config
 from tiny_policy import EXPERT, VISION, VLM, tiny_config
 
-from lerobot_pi0 import Pi0Config
+from lerobot_pi0 import Pi0Config, Pi05Config
 from lerobot_pi0.configuration_pi0 import ReferenceState, assign_cameras
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.lerobot_compat import parsing_failure
@@ -33,6 +34,30 @@ def test_round_trip_through_json_keeps_everything(tmp_path):
     assert again == config
     assert (again.vision, again.vlm, again.expert) == (VISION, VLM, EXPERT)
     assert json.loads((tmp_path / "config.json").read_text())["type"] == "lerobot_pi0"
+
+
+def test_defaults_of_pi05_are_kept_apart_from_those_of_pi0(tmp_path):
+    config = tiny_config("pi05", normalization_mapping={"STATE": NormalizationMode.MEAN_STD})
+    assert config.normalization_mapping["ACTION"] is NormalizationMode.QUANTILES
+    config._save_pretrained(tmp_path)
+    again = PreTrainedConfig.from_pretrained(tmp_path, cli_overrides=["--state_in_prompt=false"])
+    changed: dict[str, Any] = {"state_in_prompt": False}
+    assert again == replace(config, **changed)
+    assert json.loads((tmp_path / "config.json").read_text())["type"] == "lerobot_pi05"
+    for other, mode in ((Pi0Config, "MEAN_STD"), (Pi05Config, "QUANTILES")):
+        parsed = draccus.parse(other, args=["--device=cpu"])
+        assert parsed.normalization_mapping["STATE"] is NormalizationMode[mode]
+        assert type(parsed) is other
+
+
+def test_pi05_takes_a_state_of_any_size_and_says_what_it_is():
+    wide = {
+        **(tiny_config().input_features or {}),
+        "observation.state": PolicyFeature(FeatureType.STATE, (40,)),
+    }
+    tiny_config("pi05", input_features=wide).validate_features()
+    with pytest.raises(UserError, match=r"π0.5 needs 'action'"):
+        tiny_config("pi05", output_features={}).validate_features()
 
 
 def test_override_of_a_saved_config_keeps_its_other_sizes(tmp_path):
@@ -228,7 +253,7 @@ def test_config_file_is_read_by_lerobots_parser(path, monkeypatch):
     assert config.dataset.repo_id
 
 
-@pytest.mark.parametrize("name", ["aloha", "libero"])
+@pytest.mark.parametrize("name", ["aloha", "libero", "pi05_aloha", "pi05_droid", "pi05_libero"])
 def test_cameras_of_the_benchmarks_find_their_slots(name):
     cameras = yaml.safe_load((CONFIGS[0].parent / f"{name}.yaml").read_text())["policy"]["cameras"]
     keys = [f"observation.images.{key}" for key in (*cameras.values(), "another")]
@@ -236,14 +261,55 @@ def test_cameras_of_the_benchmarks_find_their_slots(name):
 
 
 def test_there_are_config_files():
-    assert {"aloha", "finetune_expert", "finetune_full", "libero"} <= {path.stem for path in CONFIGS}
+    names = {path.stem for path in CONFIGS}
+    assert {"aloha", "finetune_expert", "finetune_full", "libero"} <= names
+    assert {f"pi05_{name}" for name in ("full", "lora", "libero", "droid", "aloha")} <= names
+
+
+@pytest.mark.parametrize(
+    ("file", "theirs", "differs"),
+    [
+        ("pi05_full", "pi05_aloha", set()),
+        ("pi05_libero", "pi05_libero", {"decay_steps"}),  # constant from the warm-up on
+        ("pi05_droid", "pi05_droid_finetune", set()),
+        ("pi05_aloha", "pi05_aloha_pen_uncap", set()),
+    ],
+)
+def test_config_files_of_pi05_are_openpis(file, theirs, differs, monkeypatch):
+    golden = Path(__file__).parent.parent / "golden_pi05" / "golden_configs.json"
+    wanted = json.loads(golden.read_text())[theirs]
+    arguments = [
+        f"--config_path={CONFIGS[0].parent / file}.yaml",
+        "--policy.device=cpu",
+        "--dataset.repo_id=x/y",
+    ]
+    monkeypatch.setattr("sys.argv", ["lerobot-train", *arguments])
+    config: Any = cast(Callable[[], Any], read_training_config)()
+    policy, schedule = config.policy, wanted["lr_schedule"]
+    assert isinstance(policy, Pi05Config)
+    assert (config.batch_size, config.steps) == (wanted["batch_size"], wanted["num_train_steps"])
+    assert (policy.chunk_size, policy.ema_decay) == (wanted["action_horizon"], wanted["ema_decay"])
+    assert policy.tokenizer_max_length == wanted["max_token_len"]
+    assert policy.state_in_prompt == wanted["discrete_state_input"]
+    relative = any(name == "DeltaActions" for name, _ in wanted["data_transforms_in"])
+    assert policy.relative_actions == (relative and file != "pi05_full")
+    assert {"STATE", "ACTION"} == {
+        kind for kind, mode in policy.normalization_mapping.items() if mode is NormalizationMode.QUANTILES
+    }
+    found = {
+        "warmup_steps": policy.scheduler_warmup_steps,
+        "peak_lr": policy.optimizer_lr,
+        "decay_steps": policy.scheduler_decay_steps,
+        "decay_lr": policy.scheduler_decay_lr,
+    }
+    assert {name for name in found if found[name] != schedule[name]} == differs
 
 
 def test_config_files_say_only_what_differs():
     """A value that repeats a default says nothing, and would keep an old default alive."""
-    plain: Any = draccus.encode(Pi0Config(device="cpu"))
     for path in CONFIGS:
         given = yaml.safe_load(path.read_text())["policy"]
+        plain: Any = draccus.encode(PreTrainedConfig.get_choice_class(given["type"])(device="cpu"))
         repeated = [
             key for key, value in given.items() if key in plain and plain[key] == value and key != "device"
         ]

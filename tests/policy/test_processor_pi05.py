@@ -1,19 +1,30 @@
 """The prompts of π0.5: openpi's text and bins, the state normalized first, what is cut or dropped."""
 
 import json
+import logging
+from ast import literal_eval
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.factory import make_pre_post_processors
+from tiny_policy import STATE, VLM, batch, raw_batch, statistics, tiny_config, tiny_policy
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 
+from lerobot_pi0.data.action_space import ActionSpace
+from lerobot_pi0.data.relative_actions import reference_state_of
+from lerobot_pi0.data.statistics import prepare_statistics
 from lerobot_pi0.errors import UserError
+from lerobot_pi0.processor_pi0 import LANGUAGE, WITHOUT_TASK, load_tokenizer
 from lerobot_pi0.processor_pi05 import Pi05TokenizerStep, state_bins
 
+TOKENS, MASK = LANGUAGE
 GOLDEN = Path(__file__).parent.parent / "golden_pi05"
 PROMPTS = json.loads((GOLDEN / "golden_prompts.json").read_text())
 TEXTS = json.loads((GOLDEN / "golden_transforms_text.json").read_text())
@@ -64,3 +75,161 @@ def test_a_state_that_is_nan_is_refused_by_its_dimension():
     """openpi writes 255."""
     with pytest.raises(UserError, match=r"is NaN in dimension 2"):
         state_bins(torch.tensor([0.0, 1.0, torch.nan]))
+
+
+def golden_of(name: str, transforms: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key.removeprefix(f"{name}/"): value for key, value in transforms.items() if key.startswith(f"{name}/")
+    }
+
+
+@pytest.mark.parametrize("name", HORIZONS)
+def test_prompt_of_each_config_is_openpis(name, stand_in, transforms):
+    of = golden_of(name, transforms)
+    state = torch.from_numpy(of["state"][: len(of["stats_state_q01"])])
+    tokenize = step(stand_in, state_in_prompt=name != "pi05_libero")
+    assert tokenize.prompt(TEXTS[name]["prompt"], state).text == TEXTS[name]["text"]
+
+
+@pytest.mark.parametrize("name", ["pi05_libero", "pi05_droid", "pi05_full_droid_finetune"])
+def test_whole_chain_of_a_config_is_openpis(name, stand_in, transforms):
+    """Normalize, write the prompt, relative actions; and back to the robot. (ALOHA's has other zero positions
+    in between, which are no part of this package.)
+    """
+    of = golden_of(name, transforms)
+    statistics = {
+        feature: {statistic: of[f"stats_{theirs}_{statistic}"] for statistic in ("mean", "std", "q01", "q99")}
+        for feature, theirs in (("observation.state", "state"), ("action", "actions"))
+    }
+    raw_state = np.concatenate([value for key, value in of.items() if key.startswith("raw_observation")])
+    actions = of["raw_actions"].shape[1]
+    config = tiny_config(
+        "pi05",
+        state_in_prompt=name != "pi05_libero",
+        chunk_size=HORIZONS[name],
+        max_action_dim=32,
+        vlm=replace(VLM, vocab_size=2000),
+        tokenizer=stand_in,
+        input_features={
+            "observation.images.front": PolicyFeature(FeatureType.VISUAL, (3, 48, 64)),
+            "observation.state": PolicyFeature(FeatureType.STATE, (len(raw_state),)),
+        },
+        output_features={"action": PolicyFeature(FeatureType.ACTION, (actions,))},
+    )
+    prepared = prepare_statistics(config, statistics)
+    preprocess, postprocess = make_pre_post_processors(config, dataset_stats=prepared)
+    if name == "pi05_full_droid_finetune":
+        config.reference_state = reference_state_of(config, prepared, [(i, i) for i in range(7)])
+    space = ActionSpace(config)
+    batch = preprocess(
+        {
+            "observation.state": torch.from_numpy(raw_state),
+            "action": torch.from_numpy(of["raw_actions"])[None],
+            "task": TEXTS[name]["prompt"],
+        }
+    )
+    mask = batch[MASK][0]
+    assert batch[TOKENS][0][mask].tolist() == of["tokenized_prompt"][of["tokenized_prompt_mask"]].tolist()
+    np.testing.assert_allclose(batch["observation.state"][0], of["state"][: len(raw_state)], atol=1e-6)
+    reference = space.reference(batch["observation.state"])
+    np.testing.assert_allclose(space.to_network(batch, reference)[0], of["actions"], atol=2e-6)
+    predicted = space.from_network(torch.from_numpy(of["pred_actions"])[None], reference)
+    np.testing.assert_allclose(postprocess(predicted)[0], of["out_actions"], atol=2e-6)
+
+
+def processors(**changes: Any):
+    return make_pre_post_processors(tiny_config("pi05", **changes), dataset_stats=statistics())
+
+
+def test_the_state_is_normalized_before_it_is_written():
+    """The statistics' ends are -1 and 1: bins 0 and 255."""
+    raw, ends = raw_batch(), statistics()["observation.state"]
+    raw["observation.state"] = torch.stack((ends["q01"], ends["q99"]))
+    tokens, mask = (processors()[0](raw)[key] for key in (TOKENS, MASK))
+    for row, kept, task, number in zip(tokens, mask, raw["task"], (0, 255), strict=True):
+        text = f"Task: {task}, State: {' '.join([str(number)] * STATE)};\nAction: "
+        assert load_tokenizer("small").decode(row[kept].tolist()) == text
+
+
+def test_prompts_are_padded_to_the_longest_of_the_batch():
+    tokens, mask = (processors()[0](raw_batch())[key] for key in (TOKENS, MASK))
+    assert tokens.shape == mask.shape
+    assert tokens.shape[1] % 8 == 0
+    assert tokens.shape[1] - mask.sum(1).max() < 8
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_whole_numbers_are_normalised_as_floats_are(dtype):
+    raw = raw_batch()
+    for key in ("observation.state", "action"):
+        raw[key] = (20 + 3 * raw[key]).round()
+    wanted = processors()[0](raw)
+    found = processors()[0](raw | {key: raw[key].to(dtype) for key in ("observation.state", "action")})
+    for key in ("observation.state", "action", TOKENS):
+        torch.testing.assert_close(found[key], wanted[key], rtol=0, atol=0)
+
+
+def test_a_longer_prompt_loses_its_end_and_says_so_once(caplog):
+    tokenize, state = step(max_length=30), torch.zeros(40)
+    with caplog.at_level(logging.WARNING):
+        ids = tokenize.encode("open the door", state)
+        tokenize.encode("open the door", state + 0.5)
+    assert len(ids) == 30
+    (message,) = caplog.messages
+    assert "cut to 30 (--policy.tokenizer_max_length): 'open the door'. It loses its end, '" in message
+    assert "128 128" in message.partition("loses its end")[2]
+    kept = load_tokenizer("small").decode(ids)
+    lost = literal_eval(message.partition("loses its end, ")[2].partition("…")[0])
+    assert tokenize.prompt("open the door", state).text.startswith(kept + lost[:20])
+
+
+def test_a_batch_without_state_is_refused_unless_the_prompt_has_none():
+    raw = raw_batch()
+    del raw["observation.state"]
+    with pytest.raises(UserError, match=r"needs the state for its prompt.*\(2, dims\), got None"):
+        processors()[0](raw)
+    assert processors(state_in_prompt=False)[0](raw)[TOKENS].shape == (2, 8)
+
+
+def test_prompt_without_state_is_that_of_pi0():
+    found = processors(state_in_prompt=False)[0](raw_batch())
+    wanted = batch()
+    assert torch.equal(found[TOKENS], wanted[TOKENS])
+    assert torch.equal(found[MASK], wanted[MASK])
+
+
+def test_words_of_a_prompt_have_its_tokens_and_know_the_states_numbers():
+    tokenize, state = step(), torch.tensor([-1.0, -2.0, 0.0])
+    words = tokenize.words("open the door", state)
+    assert sum(word.num_tokens for word in words) == len(tokenize.encode("open the door", state))
+    assert [word.text for word in words if word.is_state] == ["0", "-1", "128"]
+    assert [word.text for word in words if not word.is_state] == (
+        ["<bos>", "Task:", "open", "the", "door,", "State:", "newline", "Action:"]
+    )
+
+
+def test_dropout_leaves_the_prompt_of_an_empty_instruction():
+    """The state stays, and at run time an empty instruction gives the same tokens."""
+    preprocess, _ = processors()
+    raw = raw_batch()
+    without = preprocess(raw | {"task": ["", ""]})
+    given = preprocess(raw)
+    length = without[TOKENS].shape[1]
+    for key, bare in zip((TOKENS, MASK), WITHOUT_TASK, strict=True):
+        assert torch.equal(given[bare][:, :length], without[key])
+        assert not given[bare][:, length:].any()
+    observed = {key: value for key, value in raw.items() if key != "action"}
+    assert not set(WITHOUT_TASK) & preprocess(observed).keys()  # running a policy needs none
+    policy = tiny_policy("pi05", prompt_dropout=0.999999, augmentation=False).train()
+    loss, _ = policy.forward(given)
+    wanted, _ = tiny_policy("pi05", augmentation=False).train().forward(without)
+    torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=0)
+
+
+def test_pipelines_come_back_from_a_checkpoint(tmp_path):
+    for pipeline in processors():
+        pipeline.save_pretrained(tmp_path)
+    config = tiny_config("pi05", tokenizer="nowhere/to-be-found")
+    again, _ = make_pre_post_processors(config, pretrained_path=str(tmp_path))
+    wanted, found = processors()[0](raw_batch()), again(raw_batch())
+    assert torch.equal(found[TOKENS], wanted[TOKENS])
