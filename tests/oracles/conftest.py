@@ -1,4 +1,4 @@
-"""One tiny π0 with random weights and one batch, for this package and those that it is compared with."""
+"""A tiny π0 or π0.5 with random weights and one batch, for this package and those it is compared with."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lerobot_pi0.checkpoints.files import load_weights
 from lerobot_pi0.checkpoints.layouts import from_published
-from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, SiglipConfig
+from lerobot_pi0.model import ExpertConfig, GemmaConfig, Network, Observation, Pi0, Pi05, SiglipConfig
 
 VISION = SiglipConfig(image_size=28, patch_size=14, width=32, depth=2, mlp_dim=48, num_heads=2)
 # LeRobot's π0 has eight query heads written into its attention.
@@ -35,13 +35,15 @@ def randomise() -> Callable[[nn.Module], None]:
 
 
 @pytest.fixture(scope="session")
-def ours_with() -> Callable[..., Pi0]:
+def ours_with() -> Callable[..., Network]:
     """ours_with(published, dtype): our network with the weights of a published layout's state dict."""
 
-    def make(published: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Pi0:
-        with torch.device("meta"):
-            model = Pi0(VISION, VLM, EXPERT, 32, 32, dtype)
+    def make(published: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Network:
         tensors = {name: tensor.detach().clone() for name, tensor in from_published(published).items()}
+        sizes = VISION, VLM, EXPERT
+        with torch.device("meta"):
+            is_pi0 = "state_proj.weight" in tensors
+            model = Pi0(*sizes, 32, 32, dtype) if is_pi0 else Pi05(*sizes, 32, dtype)
         load_weights(model, tensors, dict.fromkeys(tensors, dtype))
         return model
 
@@ -71,10 +73,10 @@ def training_pair() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.fixture(scope="session")
-def assert_same_gradients() -> Callable[[Pi0, nn.Module], None]:
+def assert_same_gradients() -> Callable[[Network, nn.Module], None]:
     """Those of our parameters and those of another implementation's, both after a backward pass."""
 
-    def compare(ours: Pi0, theirs: nn.Module) -> None:
+    def compare(ours: Network, theirs: nn.Module) -> None:
         expected = from_published(
             {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
         )
