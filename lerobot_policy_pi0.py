@@ -3,6 +3,8 @@
 A program of your own that uses LeRobot without its commands imports this module first.
 """
 
+import sys
+
 import lerobot_pi0.configuration_pi0  # the policy type `lerobot_pi0`
 import lerobot_pi0.configuration_pi05  # the policy type `lerobot_pi05`
 import lerobot_pi0.demo.environment  # the environment type `metaworld_fast`
@@ -10,6 +12,7 @@ import lerobot_pi0.processor_pi0  # the processor steps that saved checkpoints n
 import lerobot_pi0.processor_pi05  # likewise
 import lerobot_pi0.simulated_robot.config_scripted_so101  # the teleoperator `scripted_so101`
 import lerobot_pi0.simulated_robot.config_simulated_so101  # the robot `simulated_so101`  # noqa: F401
-from lerobot_pi0.lerobot_compat import check_version
+from lerobot_pi0.lerobot_compat import check_command_line, check_version
 
 check_version()
+check_command_line(sys.argv)

@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import itertools
 import logging
+import os
 import re
 import sys
 from dataclasses import MISSING, dataclass, fields
@@ -87,6 +88,8 @@ LEROBOTS = ("train", "eval", "replay", "teleoperate", "calibrate")
 
 def main() -> None:
     """Console entry point. Exit code 2 for a wrong command line, 1 for an error, 130 for Ctrl-C."""
+    # Before torch is imported: beside another process its idle threads would take the time of the others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())

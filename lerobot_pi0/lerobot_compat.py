@@ -18,8 +18,10 @@ Four contracts have no function here, because they are attributes that LeRobot l
 """
 
 import contextlib
+import difflib
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -27,6 +29,7 @@ import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import cache, wraps
 from importlib.metadata import distribution, version
 from pathlib import Path
@@ -179,6 +182,59 @@ def policy_path(arguments: Sequence[str]) -> tuple[str, str | None] | None:
 
     path = parser.get_path_arg("policy", arguments)
     return None if path is None else (path, parser.parse_arg("policy.pretrained_revision", arguments))
+
+
+def check_command_line(arguments: Sequence[str]) -> None:
+    """Refuse what LeRobot's commands are certain to refuse, in one line in place of their hundreds.
+
+    Plugins are imported before the flags are parsed (configs/parser.py, `wrap`; utils/import_utils.py,
+    `register_third_party_plugins`, which catches every Exception). Looks at `sys.argv` of a command of
+    LeRobot: settings that this package's policies do not have, and, to train, a --dataset.root without a
+    dataset. Raises SystemExit with code 2, as argparse does.
+    """
+    program = Path(arguments[0]).stem.replace("_", "-") if arguments else ""
+    if not program.startswith("lerobot-") or program == "lerobot-pi0":
+        return
+    problem = _unknown_setting(arguments[1:])
+    if problem is None and program == "lerobot-train":
+        problem = _wrong_root(arguments[1:])
+    if problem is not None:
+        sys.stderr.write(f"{program}: error: {problem}\n")
+        raise SystemExit(2)
+
+
+def _unknown_setting(arguments: Sequence[str]) -> str | None:
+    """What to say of a flag that a policy of this package does not have; None if all are its own."""
+    from lerobot.configs import PreTrainedConfig, parser
+
+    kind = parser.parse_arg("policy.type", arguments)
+    if kind is None or kind not in PreTrainedConfig.get_known_choices():
+        return None
+    config: Any = PreTrainedConfig.get_choice_class(kind)
+    if not config.__module__.startswith("lerobot_pi0."):
+        return None
+    known = [*(field.name for field in fields(config)), "type", "path", "discover_packages_path"]
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--policy.").partition(".")[0]
+        if argument.startswith("--policy.") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean --policy.{near[0]}?" if near else ""
+            return f"--policy.{name} is no setting of {kind}.{hint}"
+    return None
+
+
+def _wrong_root(arguments: Sequence[str]) -> str | None:
+    """What to say of a --dataset.root that is there, and holds no dataset."""
+    from lerobot.configs import parser
+
+    root = parser.parse_arg("dataset.root", arguments)
+    if root is None or not Path(root).is_dir() or (Path(root) / "meta" / "info.json").is_file():
+        return None
+    if not any(Path(root).iterdir()):
+        return None  # LeRobot downloads into it
+    below = sorted(file.parents[1] for file in Path(root).glob("*/meta/info.json"))
+    hint = f" One of those in it: --dataset.root={below[0]}" if below else ""
+    return f"--dataset.root={root} holds no dataset (no meta/info.json).{hint}"
 
 
 # Training
@@ -485,6 +541,31 @@ def inference_errors() -> Iterator[LastError]:
 
 
 # torch
+
+
+@cache
+def let_idle_threads_sleep() -> None:
+    """Let torch's idle threads on a CPU sleep, also where `OMP_WAIT_POLICY=PASSIVE` was not set in time.
+
+    GNU's OpenMP, which torch has on Linux, lets a thread that waits for the others spin for 300,000 rounds,
+    and for 1,000 if there are more of its threads than cores (its manual, `GOMP_SPINCOUNT`). Beside another
+    process the long wait takes most of a core. It reads its variables when torch is imported, and plugins
+    are imported later; so there are more threads: a second team, which sleeps. Other OpenMP libraries stay
+    as they are.
+    """
+    import torch
+
+    is_there = threading.Event()
+
+    def hold_a_team() -> None:
+        torch.ones(2**16 * torch.get_num_threads()).add_(1)  # large enough for all threads
+        is_there.set()
+        threading.Event().wait()
+
+    if "OMP_WAIT_POLICY" in os.environ or torch.get_num_threads() == 1:
+        return
+    threading.Thread(target=hold_a_team, name="second OpenMP team", daemon=True).start()
+    is_there.wait()
 
 
 def in_any_thread[**P, T](graph: Callable[P, T]) -> Callable[P, T]:

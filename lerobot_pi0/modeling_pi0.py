@@ -258,16 +258,15 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
         `inference_delay` of them will have been when these actions arrive. From there on the chunk continues
         the last one: by what the policy has learnt (`rtc_training_max_delay`), or else guided, over
         `execution_horizon` steps. With a delay and no such actions, it begins where the robot is
-        (`first_action`). Raises UserError for a delay in which a whole chunk would be executed,
-        and for NaN or Inf, in the observation or in the actions.
+        (`first_action`). Raises UserError for a delay of a whole chunk, and for NaN or Inf.
         """
         observation = self._checked_observation(batch)
         noise = self.sampler.noise(len(observation.state)) if noise is None else noise
         reference = self.action_space.reference(batch[OBS_STATE])
         left, delay = prev_chunk_left_over, inference_delay or 0
         remainder = self.sampler.remainder(left, delay, noise, reference, execution_horizon)
-        actions = self.sampler.sample(observation, noise, remainder, execution_horizon)
-        actions = self.action_space.from_network(actions, reference)
+        sampled = self.sampler.sample(observation, noise, remainder, execution_horizon)
+        actions = self.action_space.from_network(sampled, reference)
         # Real-time chunking gives a delay with each chunk, and the first one continues none.
         begins = inference_delay is not None and remainder is None
         return self.action_space.first(actions, batch[OBS_STATE]) if begins else actions
@@ -295,10 +294,8 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
         batch = {key: value.to(self.device) for key, value in batch.items()}
         with torch.autocast(self.device.type, enabled=False):
             actions = self.model.sample(self.observation(batch), noise.to(self.device), num_steps)
-        actions, reference = (
-            actions[..., : self.action_space.size],
-            self.action_space.reference(batch[OBS_STATE]),
-        )
+        actions = actions[..., : self.action_space.size]
+        reference = self.action_space.reference(batch[OBS_STATE])
         return actions if reference is None else actions + reference[:, None]
 
     @torch.no_grad()

@@ -207,6 +207,11 @@ def with_float_vectors(transition: EnvTransition) -> EnvTransition:
     of[TransitionKey.OBSERVATION] = observation
     for vectors, key in ((observation, OBS_STATE), (of, TransitionKey.ACTION)):
         values = vectors.get(key)
+        if values is not None and not isinstance(values, Tensor | dict):
+            raise UserError(
+                f"'{key}' is a {type(values).__name__}, of which LeRobot makes no batch: give a tensor "
+                "(torch.as_tensor)"
+            )
         if isinstance(values, Tensor) and not values.is_floating_point():
             vectors[key] = values.float()
     return transition

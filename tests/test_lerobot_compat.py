@@ -4,8 +4,10 @@ import gc
 import inspect
 import json
 import logging
+import re
 import sys
 import textwrap
+import threading
 from functools import reduce
 from importlib import import_module
 from importlib.metadata import version
@@ -16,6 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 from test_packaging import PYPROJECT
+from tiny_policy import tiny_policy
 
 from lerobot_pi0 import lerobot_compat
 from lerobot_pi0.errors import UserError
@@ -257,3 +260,70 @@ def test_flags_are_parsed_as_by_lerobot_and_argv_is_restored():
     assert sys.argv == before
     named = lerobot_compat.policy_path(["--policy.path=here", "--policy.pretrained_revision=x"])
     assert named == ("here", "x")
+
+
+TYPE = "--policy.type=lerobot_pi0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["lerobot-train", TYPE, "--policy.chunksize=16"], "--policy.chunksize .* --policy.chunk_size\\?"),
+        (["bin/lerobot-eval", "--policy.vsion.width=3", TYPE], "--policy.vsion .* --policy.vision\\?"),
+        (["lerobot_train.py", TYPE, "--policy.qqq", "1"], "--policy.qqq is no setting of lerobot_pi0.$"),
+        (["lerobot-train", "--dataset.root={}"], "holds no dataset .*--dataset.root=.*/mine"),
+    ],
+)
+def test_a_flag_that_lerobot_would_refuse_is_refused_in_one_line(arguments, said, tmp_path, capsys):
+    (tmp_path / "mine" / "meta").mkdir(parents=True)
+    (tmp_path / "mine" / "meta" / "info.json").touch()
+    with pytest.raises(SystemExit) as stop:
+        lerobot_compat.check_command_line([argument.format(tmp_path) for argument in arguments])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, line)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["pytest", TYPE, "--policy.chunksize=16"],
+        ["lerobot-train", "--policy.type=act", "--policy.chunksize=16"],
+        ["lerobot-train", "--policy.path=x", "--policy.chunksize=16"],  # of another policy, perhaps
+        [
+            "lerobot-train",
+            TYPE,
+            "--policy.chunk_size=16",
+            "--policy.vision.width=32",
+            "--policy.cameras={{}}",
+        ],
+        ["lerobot-train", TYPE, "--dataset.root={}/mine"],
+        ["lerobot-train", TYPE, "--dataset.root={}/not_there"],  # is downloaded to
+        ["lerobot-record", "--dataset.root={}"],
+    ],
+)
+def test_what_lerobot_may_take_passes(arguments, tmp_path):
+    (tmp_path / "mine" / "meta").mkdir(parents=True)
+    (tmp_path / "mine" / "meta" / "info.json").touch()
+    lerobot_compat.check_command_line([argument.format(tmp_path) for argument in arguments])
+
+
+def threads(name: str = "second OpenMP team") -> int:
+    return sum(thread.name == name for thread in threading.enumerate())
+
+
+def test_idle_threads_sleep_where_a_cpu_trains(monkeypatch):
+    import torch
+
+    held = threads()
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    lerobot_compat.let_idle_threads_sleep.cache_clear()
+    tiny_policy().get_optim_params()
+    tiny_policy().get_optim_params()
+    assert threads() == held + 1
+    lerobot_compat.let_idle_threads_sleep.cache_clear()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    tiny_policy().get_optim_params()
+    assert threads() == held + 1

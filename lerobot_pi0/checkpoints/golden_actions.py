@@ -84,6 +84,7 @@ def check_golden_actions(
     """
     file = folder / GOLDEN_ACTIONS_FILE
     if not file.is_file():
+        logger.info("%s has no golden actions: whether it acts as when it was saved is not checked", folder)
         return None
     try:
         with open_safetensors(file) as opened:

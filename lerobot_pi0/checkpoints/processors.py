@@ -5,6 +5,7 @@ LeRobot imports and calls whatever class a step in `policy_preprocessor.json` na
 accepted.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_steps, read_tensors
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 PIPELINES = ("policy_preprocessor.json", "policy_postprocessor.json")
 # By the names under which LeRobot and this package register them.
@@ -49,18 +52,23 @@ def tokenizer_step(config: Pi0Config) -> str:
 
 
 def check_processors(folder: Path, config: Pi0Config) -> None:
-    """Check the steps of a checkpoint's pipelines, before LeRobot loads them. A missing file passes.
+    """Check the steps of a checkpoint's pipelines, before LeRobot loads them. Without both files it passes.
 
-    Raises CheckpointError for a damaged file, a step that is not one of `STEPS`, a state file outside the
-    folder, a missing step of `NEEDED`, prompts that are not those of the config, a normalizer that leaves the
-    state out, one with other settings or statistics than its counterpart, and statistics that are NaN or
-    infinite or cannot be divided by.
+    Raises CheckpointError for a damaged file, one that is missing beside the other or that a step names, a
+    step that is not one of `STEPS`, a state file outside the folder, a missing step of `NEEDED`, prompts that
+    are not those of the config, a normalizer that leaves the state out, one with other settings or statistics
+    than its counterpart, and statistics that are NaN or infinite or cannot be divided by.
     """
     settings: dict[str, Any] = {}
     statistics: list[dict[str, Tensor]] = []
-    for file in map(folder.joinpath, PIPELINES):
-        if not file.is_file():
-            continue
+    files = [folder / name for name in PIPELINES]
+    missing = [file for file in files if not file.is_file()]
+    if len(missing) == 1:
+        raise CheckpointError(f"{missing[0]} is missing, with which the policy was trained: {COPY_AGAIN}")
+    if missing:
+        logger.info("%s has no processors (%s): only a program that has others can run it", folder, PIPELINES)
+        return
+    for file in files:
         steps = read_steps(file)
         for step in steps:
             _check_step(file, step)
@@ -82,7 +90,7 @@ def check_processors(folder: Path, config: Pi0Config) -> None:
             OBS_STATE not in (config.get("features") or ()) or (keys is not None and OBS_STATE not in keys)
         ):
             raise CheckpointError(f"{file} leaves '{OBS_STATE}' as it is, not normalized: {COPY_AGAIN}")
-        if state and (folder / state).is_file():
+        if state:
             statistics.append(_read_statistics(folder / state, has_epsilon=bool(config.get("eps"))))
     if len(settings) == 2 and len({repr(of) for of in settings.values()}) == 2:
         raise CheckpointError(
@@ -127,6 +135,8 @@ def _check_step(file: Path, step: dict[str, Any]) -> None:
         )
     if state is not None and (not isinstance(state, str) or Path(state).name != state):
         raise CheckpointError(f"{file} names the state file {state!r}, outside of its folder")
+    if state is not None and not (file.parent / state).is_file():
+        raise CheckpointError(f"{file.parent / state} is missing, which {file.name} names: {COPY_AGAIN}")
 
 
 def _read_statistics(file: Path, has_epsilon: bool) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lerobot_pi0.errors import UserError
+from lerobot_pi0.lerobot_compat import let_idle_threads_sleep
 from lerobot_pi0.training.randomness import sample_keys
 
 
@@ -48,6 +49,8 @@ class TrainedWeights:
         self.names = list(trained)
         # Without an EMA none is kept: FSDP replaces them by shards, and the whole ones could not be freed.
         self.parameters = trained if self.decay else {}
+        if all(parameter.device.type == "cpu" for parameter in trained.values()):
+            let_idle_threads_sleep()
         self._hidden = [p.detach().clone() for p in self.parameters.values()]
         self._shows_ema, self._is_current = False, False
         return ParameterGroups(self, trained.values())

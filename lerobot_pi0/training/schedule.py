@@ -2,7 +2,9 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lerobot.optim import LRSchedulerConfig
 from torch.optim import Optimizer
@@ -40,4 +42,24 @@ class CosineAfterWarmupConfig(LRSchedulerConfig):
             progress = min(step - warmup, decay - warmup) / max(decay - warmup, 1)
             return self.decay_factor + (1 - self.decay_factor) * (1 + math.cos(math.pi * progress)) / 2
 
-        return LambdaLR(optimizer, factor)
+        return RunSchedule(optimizer, factor, num_training_steps)
+
+
+class RunSchedule(LambdaLR):
+    """A schedule that knows how long its run is, and warns when a finished one is resumed."""
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float], num_training_steps: int):
+        self.num_training_steps = num_training_steps
+        super().__init__(optimizer, factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().state_dict().items() if name != "num_training_steps"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if self.last_epoch >= self.num_training_steps:
+            logger.warning(
+                "this run has made its %d steps, and nothing is left to train: to go on, --steps=%d or more",
+                self.num_training_steps,
+                2 * self.num_training_steps,
+            )

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import ProcessorStepRegistry
-from tiny_policy import statistics, tiny_config
+from tiny_policy import statistics, tiny_config, tiny_policy
 
+from lerobot_pi0 import Pi0Policy
+from lerobot_pi0.checkpoints.golden_actions import GOLDEN_ACTIONS_FILE
 from lerobot_pi0.checkpoints.processors import STEPS, check_processors
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import CheckpointError
@@ -89,3 +91,27 @@ def test_a_damaged_file_is_named(saved, text):
     (saved / "policy_preprocessor.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"policy_preprocessor\.json"):
         check_processors(saved, tiny_config())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "policy_preprocessor.json",
+        "policy_postprocessor.json",
+        "policy_preprocessor_step_2_lerobot_pi0_tokenizer.safetensors",
+        "policy_postprocessor_step_0_unnormalizer_processor.safetensors",
+    ],
+)
+def test_a_file_that_is_missing_beside_the_others_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is missing.*copy or download"):
+        check_processors(saved, tiny_config())
+
+
+def test_a_checkpoint_without_processors_and_golden_actions_is_said_to_be(tmp_path, caplog):
+    tiny_policy().save_pretrained(tmp_path)
+    (tmp_path / GOLDEN_ACTIONS_FILE).unlink()
+    with caplog.at_level("INFO"):
+        Pi0Policy.from_pretrained(tmp_path)
+    assert f"{tmp_path} has no processors" in caplog.text
+    assert f"{tmp_path} has no golden actions" in caplog.text

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from lerobot_pi0.configuration_pi0 import TrainingData
 from lerobot_pi0.data import training_data
+from lerobot_pi0.errors import UserError
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.processor_pi0 import Pi0TokenizerStep, clean_prompt, load_tokenizer, unknown_instruction
 
@@ -338,3 +340,10 @@ def test_whole_numbers_are_normalised_as_floats_are(dtype):
     found = preprocess(raw | {key: raw[key].to(dtype) for key in ("observation.state", "action")})
     for key in ("observation.state", "action"):
         torch.testing.assert_close(found[key], wanted[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [[0.0] * STATE, np.zeros(STATE, np.float32)], ids=["list", "numpy"])
+def test_a_state_that_is_no_tensor_is_refused_by_name(value):
+    preprocess, _ = make_pre_post_processors(tiny_config(), dataset_stats=statistics())
+    with pytest.raises(UserError, match=r"'observation\.state' is a (list|ndarray).*torch\.as_tensor"):
+        preprocess(raw_batch(1) | {"observation.state": value})

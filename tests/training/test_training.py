@@ -308,3 +308,20 @@ def test_a_sum_that_overflows_is_no_fault(tmp_path):
     build(policy)
     policy.model.token_embedding.weight.data.fill_(3e38)
     policy.trained.check_finite(policy.state_dict())
+
+
+@pytest.mark.parametrize(("made", "warns"), [(3, False), (4, True), (5, True)])
+def test_resuming_a_finished_run_says_how_to_go_on(caplog, made, warns):
+    def schedule() -> Any:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        return tiny_config().get_scheduler_preset().build(optimizer, 4)
+
+    run = schedule()
+    for _ in range(made):
+        run.optimizer.step()
+        run.step()
+    resumed = schedule()
+    resumed.load_state_dict(run.state_dict())
+    assert ("this run has made its 4 steps" in caplog.text and "--steps=8" in caplog.text) == warns
+    assert resumed.last_epoch == made
+    assert "num_training_steps" not in run.state_dict()  # files are as they were
