@@ -90,11 +90,17 @@ next_environment() { # $1: a checkout of LeRobot. The other packages stay as the
     say "packages: into .venv-next, with the LeRobot in $checkout"
     "$uv" venv $quiet --clear --python .venv/bin/python .venv-next
     grep -v '^lerobot==' .ci/constraints.txt >.venv-next/constraints.txt
-    # An override, because pyproject.toml's bound is of releases that were run.
-    echo "lerobot[training,evaluation,metaworld,transformers-dep,async] @ file://$checkout" >.venv-next/overrides.txt
+    # What pyproject.toml requires, with the checkout in the place of LeRobot's releases that it bounds.
+    .venv-next/bin/python - "$checkout" >.venv-next/requirements.txt <<'END'
+import pathlib, sys, tomllib
+project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())
+for line in (*project["project"]["dependencies"], *project["dependency-groups"]["dev"]):
+    print(line.partition("]")[0] + "] @ file://" + sys.argv[1] if line.startswith("lerobot[") else line)
+END
     # Not from the index of torch that the checkout names, but from that of the other environments.
     "$uv" pip install $quiet --no-sources --python .venv-next --constraints .venv-next/constraints.txt \
-        --overrides .venv-next/overrides.txt --editable . --group dev
+        --requirements .venv-next/requirements.txt
+    "$uv" pip install $quiet --python .venv-next --no-deps --editable .
 }
 
 quiet=--quiet
