@@ -21,7 +21,6 @@ from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.data.action_space import ActionSpace, pad
 from lerobot_pi0.data.training_data import check_first_batch, describe_training
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.lerobot_compat import make_card_by
 from lerobot_pi0.model import Network, Observation, Pi0
 from lerobot_pi0.model.layers import Layer
 from lerobot_pi0.model.observation import letterbox
@@ -83,15 +82,12 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
         super().__init__(config)
         config.validate_features()
         # Until the first batch was checked against them; None if nothing trains.
-        checkpoint = checkpoint or config.pretrained_path  # whose weights LeRobot may put in later
         self._statistics = describe_training(config, dataset_stats, dataset_meta, checkpoint)
         self._dataset_meta = dataset_meta
-        if dataset_meta is not None:
-            make_card_by(self)
         if not torch.empty(0).is_meta:
             logger.warning(
                 "random weights%s. To start from published ones: --policy.pretrained_path=%s",
-                f", until those of '{checkpoint}' are put in" if checkpoint else "",
+                f", until those of '{config.pretrained_path}' are put in" if config.pretrained_path else "",
                 config.published_base,
             )
         self.model = self.make_network(config)
@@ -341,6 +337,7 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
         LeRobot calls this once per run: after adapters were put in, before an optimizer is restored.
         """
         compute_as_given(self.model)
+        self.offer_card()
         return self.trained.take(self, self.model.dtype)
 
     def update(self) -> None:

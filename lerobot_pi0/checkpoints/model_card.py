@@ -17,6 +17,7 @@ from lerobot.utils.constants import OBS_IMAGES
 
 from lerobot_pi0.checkpoints.adapters import Base
 from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config
+from lerobot_pi0.lerobot_compat import make_card_by
 
 GEMMA_TERMS = "https://ai.google.dev/gemma/terms"
 TRAINED = {
@@ -31,6 +32,10 @@ class CardHooks:
 
     config: Pi0Config
     base: Base | None
+
+    def offer_card(self) -> None:
+        """Let LeRobot publish this policy with its own card, from the start of a run on."""
+        make_card_by(self)
 
     def generate_model_card(
         self,

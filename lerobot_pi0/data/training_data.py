@@ -117,6 +117,8 @@ def describe_training(
             len(episodes),
             dataset.total_episodes,
         )
+    # Weights that LeRobot puts in later, of shards, are from there.
+    checkpoint = checkpoint or config.pretrained_path
     statistics = prepare_statistics(
         config, dataset_stats, dataset, checkpoint, config.pretrained_revision, episodes
     )
