@@ -92,6 +92,9 @@ class Pi0Config(PreTrainedConfig):
     # What messages call the model, and the published weights that a fine-tuning starts from.
     model_name: ClassVar[str] = "π0"
     published_base: ClassVar[str] = "lerobot/pi0_base"
+    # Whether quantiles are those of a dataset's frames, where they are on this disk: those that LeRobot 0.6
+    # records are averages of the episodes'. Runs of older versions go on with these.
+    quantiles_of_frames: ClassVar[bool] = False
     default_normalization: ClassVar[dict[str, NormalizationMode]] = {
         "VISUAL": NormalizationMode.IDENTITY,
         "STATE": NormalizationMode.MEAN_STD,

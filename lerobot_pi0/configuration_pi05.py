@@ -17,6 +17,7 @@ class Pi05Config(Pi0Config):
 
     model_name: ClassVar[str] = "π0.5"
     published_base: ClassVar[str] = "lerobot/pi05_base"
+    quantiles_of_frames: ClassVar[bool] = True
     default_normalization: ClassVar[dict[str, NormalizationMode]] = {
         "VISUAL": NormalizationMode.IDENTITY,
         "STATE": NormalizationMode.QUANTILES,

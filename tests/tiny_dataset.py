@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from lerobot.datasets import LeRobotDataset
+from lerobot.policies.factory import make_pre_post_processors
 from tiny_policy import ACTION, FRONT, STATE, statistics, tiny_policy
 
-from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 from lerobot_pi0.tools.open_loop import Recording
 
 TASKS = ("open the faucet", "close the faucet")
@@ -72,11 +72,11 @@ def make_dataset(root: Path) -> Path:
     return root
 
 
-def make_checkpoint(folder: Path) -> Path:
+def make_checkpoint(folder: Path, model: str = "pi0") -> Path:
     """Random weights, and the processors that they need."""
-    policy = tiny_policy()
+    policy = tiny_policy(model)
     policy.save_pretrained(folder)
-    for pipeline in make_lerobot_pi0_pre_post_processors(policy.config, statistics()):
+    for pipeline in make_pre_post_processors(policy.config, dataset_stats=statistics()):
         pipeline.save_pretrained(folder)
     return folder
 

@@ -75,7 +75,7 @@ def prepare_statistics(
             data.pop(ACTION, None)  # the dataset's are absolute
     else:
         for key in modes.keys() & {OBS_STATE, ACTION}:
-            data[key] = _with_quantiles(key, raw.get(key, {}), modes[key], dataset, episodes)
+            data[key] = _with_quantiles(config, key, raw.get(key, {}), dataset, episodes)
         if config.relative_actions and modes.get(ACTION) is not NormalizationMode.IDENTITY:
             data[ACTION] = relative_action_statistics(config, data.get(ACTION, {}), dataset, episodes)
         chosen, source = data, "the dataset"
@@ -234,18 +234,21 @@ def check_statistics(config: Pi0Config, statistics: Statistics, source: str) -> 
 
 
 def _with_quantiles(
-    key: str, of: dict[str, Any], mode: NormalizationMode, dataset: Any, episodes: Sequence[int] | None
+    config: Pi0Config, key: str, of: dict[str, Any], dataset: Any, episodes: Sequence[int] | None
 ) -> dict[str, Any]:
     """Statistics of a feature with the quantiles that its mode needs.
 
-    Where they are missing (in datasets from before LeRobot 0.4), they are those of the frames on this disk.
+    Where they are missing (in datasets from before LeRobot 0.4), or the config says so, they are those of the
+    frames on this disk.
     """
-    missing = {*NEEDED.get(mode, ())} - of.keys()
-    if dataset is None or not missing or not missing <= QUANTILES.keys():
+    needed = {*NEEDED.get(normalization_modes(config)[key], ())}
+    if dataset is None or not needed or not needed <= QUANTILES.keys():
+        return of
+    if not config.quantiles_of_frames and needed <= of.keys():
         return of
     if not (frames := read_columns(dataset, [key], episodes=episodes)):
         return of
-    logger.info("the dataset has no quantiles of '%s': computed from %d frames", key, len(frames[key]))
+    logger.info("quantiles of '%s' are computed from %d frames", key, len(frames[key]))
     values = np.quantile(frames[key].astype(np.float64), list(QUANTILES.values()), axis=0)
     return {**of, **dict(zip(QUANTILES, values, strict=True))}
 

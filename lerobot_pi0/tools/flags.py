@@ -8,6 +8,7 @@ from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.flags import DatasetFlags, DatasetSource, PolicyFlags
 
 Recipe = Literal["full", "lora", "expert"]
+Model = Literal["pi0", "pi05"]
 
 
 @dataclass
@@ -87,6 +88,8 @@ class PlanFlags:
     dataset: DatasetSource
     # Memory of the GPU in GB, for example 24.
     gpu_memory: float
+    # The model to fine-tune, from its published weights.
+    model: Model = "pi0"
     # Plan for this one; without it, for the first of full, lora and expert that fits with a good batch size.
     recipe: Recipe | None = None
 

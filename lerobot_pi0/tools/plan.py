@@ -20,7 +20,7 @@ from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.dataset import fit_to, read_dataset
 from lerobot_pi0.inputs.shipped_configs import shipped_config
 from lerobot_pi0.tables import format_table
-from lerobot_pi0.tools.flags import PlanFlags, Recipe
+from lerobot_pi0.tools.flags import Model, PlanFlags, Recipe
 from lerobot_pi0.tools.memory import MemoryEstimate, estimate_memory
 
 GIGABYTE = 10**9  # cards sold as 24 GB have from 23.6e9 (with error correction) to 25.8e9 bytes
@@ -152,8 +152,7 @@ def make_rows(config: PlanConfig, dataset: LeRobotDatasetMetadata) -> list[Row]:
     ):
         if recipe == "lora" and find_spec("peft") is None:
             continue
-        file = "finetune_lora_24gb" if recipe == "lora" and checkpointing else f"finetune_{recipe}"
-        arguments = [f"--config_path={shipped_config(file)}", *source, *given]
+        arguments = [*_recipe(config.model, recipe, checkpointing), *source, *given]
         train = _read(arguments)
         if cast(Pi0Config, train.policy).gradient_checkpointing != checkpointing:
             arguments.append(f"--policy.gradient_checkpointing={str(checkpointing).lower()}")
@@ -164,6 +163,15 @@ def make_rows(config: PlanConfig, dataset: LeRobotDatasetMetadata) -> list[Row]:
         cameras = policy.cameras
         rows.append(Row(recipe, checkpointing, tuple(arguments), train, estimate_memory(policy, train.peft)))
     return rows
+
+
+def _recipe(model: Model, recipe: Recipe, checkpointing: bool) -> list[str]:
+    """The arguments of a recipe: its file in configs/, and what it has in another way."""
+    if model == "pi0":
+        file = "finetune_lora_24gb" if recipe == "lora" and checkpointing else f"finetune_{recipe}"
+        return [f"--config_path={shipped_config(file)}"]
+    file = shipped_config("pi05_lora" if recipe == "lora" else "pi05_full")
+    return [f"--config_path={file}", *(["--policy.freeze=vlm"] if recipe == "expert" else [])]
 
 
 def on_cpu(needs: MemoryEstimate, batch_size: int) -> float:

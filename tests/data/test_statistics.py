@@ -205,7 +205,9 @@ def test_missing_statistics_stop_training_with_the_command_that_mends_it():
         )
 
 
-def test_quantiles_that_the_dataset_does_not_have_are_those_of_its_frames(tmp_path):
+@pytest.mark.parametrize("model", ["pi0", "pi05"])
+def test_quantiles_that_the_dataset_does_not_have_are_those_of_its_frames(model, tmp_path):
+    """π0.5 takes them from there in any case: LeRobot's are averages over episodes."""
     frames = np.random.default_rng(0).standard_normal((300, STATE + ACTION)) * 7
     dataset = write_dataset(
         tmp_path / "d",
@@ -217,7 +219,7 @@ def test_quantiles_that_the_dataset_does_not_have_are_those_of_its_frames(tmp_pa
     stats = statistics()
     for name in ("q01", "q99"):
         del stats["observation.state"][name], stats["action"][name]
-    config = tiny_config("pi05")
+    config = tiny_config(model, normalization_mapping=mapping("QUANTILES"))
     found = prepare_statistics(config, stats, dataset.meta)
     for key, columns in (("observation.state", slice(STATE)), ("action", slice(STATE, None))):
         low, high = np.quantile(frames[:, columns], (0.01, 0.99), axis=0)
@@ -225,6 +227,8 @@ def test_quantiles_that_the_dataset_does_not_have_are_those_of_its_frames(tmp_pa
         np.testing.assert_allclose(found[key]["q99"], high + 1e-6, rtol=1e-5)
     with pytest.raises(UserError, match=r"has no \['q01', 'q99'\] of 'observation.state'.*recompute_stats"):
         prepare_statistics(config, stats)
+    wrong = prepare_statistics(config, statistics(), dataset.meta)
+    assert (model == "pi05") == np.array_equal(wrong["action"]["q01"], found["action"]["q01"])
 
 
 def test_dataset_without_any_statistics_stops_training():

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
-from tiny_policy import ACTION, CHUNK, FRONT, STATE, batch, first, noise, tiny_config, tiny_policy
+from tiny_policy import ACTION, CHUNK, FRONT, MODELS, STATE, batch, first, noise, tiny_config, tiny_policy
 
 from lerobot_pi0.configuration_pi0 import assign_cameras
 from lerobot_pi0.modeling_pi0 import Pi0Policy
@@ -22,9 +22,9 @@ def is_unused(name: str) -> bool:
     )
 
 
-@pytest.fixture
-def policy() -> Pi0Policy:
-    return tiny_policy()
+@pytest.fixture(params=MODELS)
+def policy(request) -> Pi0Policy:
+    return tiny_policy(request.param)
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, policy: Pi0Policy) -> dict[str, int]:
@@ -139,8 +139,9 @@ def test_autocast_changes_nothing(dtype):
         assert torch.equal(policy.predict_action_chunk(batch(), noise=noise()), wanted_actions)
 
 
-def test_a_few_steps_bring_the_loss_down():
-    policy = tiny_policy(ema_decay=0.8)  # for so few steps
+@pytest.mark.parametrize("model", MODELS)
+def test_a_few_steps_bring_the_loss_down(model):
+    policy = tiny_policy(model, ema_decay=0.8)  # for so few steps
     before, _ = policy(batch())
     policy.train()
     optimizer = torch.optim.AdamW(policy.get_optim_params(), lr=3e-3)

@@ -9,7 +9,7 @@ import torch
 from lerobot.configs import RTCAttentionSchedule
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.policies.rtc.modeling_rtc import RTCProcessor
-from tiny_policy import ACTION, CHUNK, batch, first, noise, tiny_config, tiny_policy
+from tiny_policy import ACTION, CHUNK, MODELS, batch, first, noise, tiny_config, tiny_policy
 
 from lerobot_pi0.configuration_pi0 import ReferenceState
 from lerobot_pi0.model.flow import integrate
@@ -25,9 +25,9 @@ from lerobot_pi0.training.loss import action_times, sample_delays
 PADDED = 8
 
 
-@pytest.fixture
-def policy():
-    return tiny_policy()
+@pytest.fixture(params=MODELS)
+def policy(request):
+    return tiny_policy(request.param)
 
 
 @pytest.fixture

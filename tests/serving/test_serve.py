@@ -21,6 +21,7 @@ import torch
 from harmful_pickles import HARMFUL
 from lerobot.async_inference.helpers import RemotePolicyConfig, TimedAction, TimedObservation
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.policies.factory import make_pre_post_processors
 from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import send_bytes_in_chunks
 from lerobot.utils.import_utils import require_package
@@ -30,7 +31,6 @@ from lerobot_pi0 import cli
 from lerobot_pi0.control.trace import read_trace
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.flags import ControlPolicyFlags
-from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 from lerobot_pi0.serving import messages, policy_server, serve, served_policy
 from lerobot_pi0.serving.serve import ServeConfig, main, serving
 
@@ -41,18 +41,21 @@ PICTURE = (48, 64, 3)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
+    return save_arm(tmp_path_factory.mktemp("checkpoint") / "arm")
+
+
+def save_arm(folder: Path, model: str = "pi0") -> Path:
     """A policy of a robot with one camera, whose actions are called like its joints."""
-    folder = tmp_path_factory.mktemp("checkpoint") / "arm"
     policy = tiny_policy(
+        model,
         output_features={"action": PolicyFeature(FeatureType.ACTION, (STATE,))},
         state_feature_names=JOINTS,
         action_feature_names=JOINTS,
     )
     policy.save_pretrained(folder)
     known = statistics()["observation.state"]
-    for pipeline in make_lerobot_pi0_pre_post_processors(
-        policy.config, {"observation.state": known, "action": known}
-    ):
+    stats = {"observation.state": known, "action": known}
+    for pipeline in make_pre_post_processors(policy.config, dataset_stats=stats):
         pipeline.save_pretrained(folder)
     return folder
 
@@ -186,6 +189,17 @@ def test_actions_are_those_that_the_policy_gives(robot, checkpoint):
     robot.send(message)
     torch.manual_seed(3)
     torch.testing.assert_close(torch.stack([action.action for action in robot.actions()]), wanted)
+
+
+def test_a_policy_of_pi05_is_served_to_a_client_that_asks_for_one(tmp_path):
+    folder = save_arm(tmp_path / "arm", "pi05")
+    with serving(ServeConfig(ControlPolicyFlags(path=str(folder)), port=0)) as port:
+        client = Client(port)
+        code, message = status(lambda: client.greet(folder))
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert "is of type 'lerobot_pi05', and the client asks for 'lerobot_pi0'" in message
+        assert client.greet(folder, policy_type="lerobot_pi05").is_answered(7)
+        client.close()
 
 
 def test_without_an_observation_there_are_no_actions_and_no_error(robot):
@@ -611,7 +625,7 @@ def test_adapters_are_served_over_their_base(tmp_path):
     wrapped: Any = base.wrap_with_peft(peft_cli_overrides=vars(PeftConfig(r=2)))
     wrapped.save_pretrained(tmp_path / "adapters")
     wrapped.config.save_pretrained(tmp_path / "adapters")
-    for pipeline in make_lerobot_pi0_pre_post_processors(wrapped.config, statistics()):
+    for pipeline in make_pre_post_processors(wrapped.config, dataset_stats=statistics()):
         pipeline.save_pretrained(tmp_path / "adapters")
     with serving(ServeConfig(ControlPolicyFlags(str(tmp_path / "adapters")), port=0)) as port:
         client = Client(port).greet(tmp_path / "adapters")

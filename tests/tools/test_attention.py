@@ -104,6 +104,18 @@ def test_attention_is_divided_by_what_the_tokens_stand_for():
     assert (seen.state_token, seen.actions) == (16.0, 17.0 + 18.0 + 19.0)
 
 
+def test_attention_to_a_state_in_the_prompt_is_the_states():
+    attention = np.arange(4 + 8 + 3, dtype=float)
+    words = [Word("<bos>", 1), Word("State:", 2), Word("0 128", 3, is_state=True), Word("1 -1", 1, True)]
+    seen = divide(attention, ["front"], 2, words, 8, 3)
+    assert (seen.words, seen.state_words) == (
+        [("<bos>", 4.0), ("State:", 5.0 + 6.0)],
+        [("0 128", 7.0 + 8.0 + 9.0), ("1 -1", 10.0)],
+    )
+    assert dict(seen.shares())["state"] == 7.0 + 8.0 + 9.0 + 10.0
+    assert (seen.state_token, seen.actions) == (0.0, 12.0 + 13.0 + 14.0)
+
+
 @pytest.mark.parametrize(
     "prompt", ["open the door", " Rotate_the faucet counter-clockwise", "schnell öffnen!"]
 )

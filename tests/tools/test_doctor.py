@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,17 @@ from lerobot_pi0.inputs.policy import PolicyFlags
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 from lerobot_pi0.tools.columns import Columns
-from lerobot_pi0.tools.doctor import behaviour, cameras, command, joints, machine, motion, prompts, scales
+from lerobot_pi0.tools.doctor import (
+    behaviour,
+    cameras,
+    checkpoint,
+    command,
+    joints,
+    machine,
+    motion,
+    prompts,
+    scales,
+)
 from lerobot_pi0.tools.doctor.checks import CHECKS, SYMPTOMS, Answer, examine
 from lerobot_pi0.tools.doctor.command import DoctorConfig
 from lerobot_pi0.tools.doctor.finding import Severity
@@ -889,3 +900,32 @@ def test_the_command_prints_a_page_or_json_and_exits_by_it(healthy, case, tmp_pa
     assert code == 1
     found = json.loads(text)["findings"][0]
     assert (found["check"], found["severity"]) == ("cameras.pictures_change", "error")
+
+
+@pytest.mark.parametrize(
+    ("changes", "severity", "text"),
+    [
+        ({}, "fine", "the state is in the prompt, normalized by QUANTILES"),
+        ({"state_in_prompt": False}, "note", "does not see the state"),
+        ({"normalization_mapping": {"STATE": NormalizationMode.MEAN_STD}}, "warning", "far from their mean"),
+        ({"normalization_mapping": {"STATE": NormalizationMode.IDENTITY}}, "warning", "as it is"),
+    ],
+)
+def test_the_state_of_pi05_is_looked_for_in_the_prompt(changes, severity, text):
+    inputs: Any = SimpleNamespace(config=tiny_config("pi05", **changes))
+    (found,) = checkpoint.state_is_in_the_prompt(inputs)
+    assert (found.severity, text in found.what) == (severity, True)
+    inputs.config = tiny_config()
+    assert not list(checkpoint.state_is_in_the_prompt(inputs))
+
+
+def test_another_horizon_than_that_of_published_weights_is_noted():
+    inputs: Any = SimpleNamespace(config=tiny_config("pi05", base_checkpoint="lerobot/pi05_droid"))
+    (found,) = checkpoint.horizon_is_that_of_the_base(inputs)
+    assert "chunks have 6 actions, those of 'lerobot/pi05_droid' 15" in found.what
+    for same in (
+        tiny_config("pi05", chunk_size=15, base_checkpoint="lerobot/pi05_droid"),
+        tiny_config("pi05"),
+    ):
+        inputs.config = same
+        assert not list(checkpoint.horizon_is_that_of_the_base(inputs))

@@ -248,14 +248,18 @@ def test_the_plan_says_what_there_is_and_its_command_is_read_by_lerobot(monkeypa
     assert (config.policy.freeze, config.peft) == ("nothing", None)
 
 
-@pytest.mark.parametrize("recipe", ["full", "lora", "expert"])
-def test_the_command_of_each_recipe_trains_what_it_says(monkeypatch, capsys, dataset, recipe):
-    flags = ["--gpu_memory=24", f"--recipe={recipe}", "--policy.cameras={base: wrist}"]
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [("full", "pi0"), ("lora", "pi0"), ("expert", "pi0"), ("expert", "pi05")],
+)
+def test_the_command_of_each_recipe_trains_what_it_says(monkeypatch, capsys, dataset, recipe, model):
+    flags = ["--gpu_memory=24", f"--recipe={recipe}", f"--model={model}", "--policy.cameras={base: wrist}"]
     code, text = plan(monkeypatch, capsys, *tiny(dataset), *flags)
     assert code == 0
     assert "left out: observation.images.front" in text
     monkeypatch.setattr("sys.argv", [*command(text), "--policy.device=cpu"])
     config: Any = cast(Callable[[], Any], read_training_config)()
+    assert config.policy.type == f"lerobot_{model}"
     assert config.policy.freeze == ("vlm" if recipe == "expert" else "nothing")
     assert (config.peft is not None) == (recipe == "lora")
     assert config.policy.cameras == {"base": "wrist"}
@@ -365,7 +369,7 @@ def test_a_depth_camera_gets_no_slot(monkeypatch, capsys, caplog, dataset, tmp_p
 
 def test_without_peft_the_plan_says_so(monkeypatch, dataset):
     monkeypatch.setattr(planning, "find_spec", lambda _: None)
-    text = planning.main(PlanConfig(DatasetSource("me/pick", dataset), 24, None, tiny_config(cameras={})))
+    text = planning.main(PlanConfig(DatasetSource("me/pick", dataset), 24, policy=tiny_config(cameras={})))
     assert "pip install 'lerobot[peft]'" in text
     assert "LoRA, checkpointing" not in text
 

@@ -22,7 +22,8 @@ def train(dataset, folder: Path, name: str, *arguments: str) -> list[str]:
     return train_command(dataset, folder / name, "--steps=8", "--save_freq=4", *arguments)
 
 
-NEW = ["--policy.type=lerobot_pi0", *SIZES, "--policy.tokenizer=small", "--policy.dtype=float32"]
+SMALL = [*SIZES, "--policy.tokenizer=small", "--policy.dtype=float32"]
+NEW = ["--policy.type=lerobot_pi0", *SMALL]
 
 
 def resume(folder: Path, name: str, step: str = "last") -> list[str]:
@@ -32,7 +33,7 @@ def resume(folder: Path, name: str, step: str = "last") -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(dataset, tmp_path_factory) -> Path:
-    """Uninterrupted runs, full and with adapters, and copies that stopped at step 4 and were resumed."""
+    """Uninterrupted runs, full (of both models) and with adapters, and copies that stopped at step 4."""
     folder = tmp_path_factory.mktemp("resume")
     fast = ["--policy.optimizer_lr=1e-2", "--policy.scheduler_warmup_steps=1"]
     first = [
@@ -45,20 +46,26 @@ def runs(dataset, tmp_path_factory) -> Path:
             "--peft.method_type=LORA",
             *fast,
         ),
+        train(dataset, folder, "pi05", "--policy.type=lerobot_pi05", *SMALL, *fast),
     ]
     run(folder, first).succeed()
-    for name in ("full", "adapters"):
+    for name in ("full", "adapters", "pi05"):
         shutil.copytree(folder / name, folder / f"{name}_resumed", symlinks=True)
         checkpoints = folder / f"{name}_resumed" / "checkpoints"
         shutil.rmtree(checkpoints / "000008")
         (checkpoints / "last").unlink()
         (checkpoints / "last").symlink_to("000004")
-    run(folder, [resume(folder, f"{name}_resumed") for name in ("full", "adapters")]).succeed()
+    run(folder, [resume(folder, f"{name}_resumed") for name in ("full", "adapters", "pi05")]).succeed()
     return folder
 
 
 @pytest.mark.parametrize(
-    ("name", "weights"), [("full", "model.safetensors"), ("adapters", "adapter_model.safetensors")]
+    ("name", "weights"),
+    [
+        ("full", "model.safetensors"),
+        ("adapters", "adapter_model.safetensors"),
+        ("pi05", "model.safetensors"),
+    ],
 )
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(runs, name, weights):
     for file in (f"pretrained_model/{weights}", "training_state/optimizer_state.safetensors"):

@@ -10,11 +10,12 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, Checkpoint
-from lerobot_pi0.checkpoints.processors import PIPELINES
+from lerobot_pi0.checkpoints.processors import PIPELINES, tokenizer_step
 from lerobot_pi0.checkpoints.reading import read_steps, read_tensors
+from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.data.normalization import NEEDED
 from lerobot_pi0.data.statistics import read_statistics, unnormalizer_differences
-from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
+from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
 from lerobot_pi0.tools.doctor.inputs import Inputs
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -22,6 +23,12 @@ COPY_AGAIN = (
     "copy the whole folder again (lerobot-train: outputs/…/checkpoints/last/pretrained_model): LeRobot's "
     "files belong together"
 )
+# Actions in a chunk of published π0.5 weights, by openpi's configurations.
+HORIZONS = {
+    "lerobot/pi05_base": 50,
+    "lerobot/pi05_libero_base": 10,
+    "lerobot/pi05_droid": 15,
+}
 # Share of the loss of a predictor that ignores the observation.
 NO_BETTER, HARDLY = 1.1, 0.85
 
@@ -33,14 +40,14 @@ def files_are_there(inputs: Inputs) -> Iterator[Finding]:
     steps = [step for name in PIPELINES if name not in missing for step in read_steps(folder / name)]
     states = {step["registry_name"]: step.get("state_file") for step in steps if "registry_name" in step}
     for needs, what in (
-        ("lerobot_pi0_tokenizer", "tokenizer"),
+        (tokenizer_step(inputs.config), "tokenizer"),
         ("normalizer_processor", "statistics to normalise by"),
         ("unnormalizer_processor", "statistics to give actions back their unit"),
     ):
         file = states.get(needs)
         if (needs in states and not file) or (file and not (folder / file).is_file()):
             missing.append(f"the {what} ({file or needs})")
-    if not missing and "lerobot_pi0_tokenizer" not in states:
+    if not missing and tokenizer_step(inputs.config) not in states:
         missing.append("the tokenizer's step in policy_preprocessor.json")
     if missing:
         yield error(
@@ -98,6 +105,41 @@ def statistics_are_whole(inputs: Inputs) -> Iterator[Finding]:
         )
 
 
+def state_is_in_the_prompt(inputs: Inputs) -> Iterator[Finding]:
+    """π0.5 sees the state in the prompt alone, in steps over [-1, 1]."""
+    config = inputs.config
+    if not isinstance(config, Pi05Config):
+        return
+    mode = config.normalization_mapping["STATE"]
+    if not config.state_in_prompt:
+        yield note(
+            "the policy does not see the state: its prompts have none",
+            "state_in_prompt=false, as openpi trained pi05_libero; pictures alone say where the joints are",
+        )
+    elif mode in (NormalizationMode.MEAN_STD, NormalizationMode.IDENTITY):
+        yield warning(
+            "the prompt cannot say where the joints are when they are far from their mean"
+            if mode is NormalizationMode.MEAN_STD
+            else "the state is written into the prompt as it is, not normalized",
+            f"prompts have steps over [-1, 1] alone, and the state is normalized by {mode.value}",
+            "train with quantiles, π0.5's default: leave STATE out of --policy.normalization_mapping",
+        )
+    else:
+        yield fine(f"the state is in the prompt, normalized by {mode.value}")
+
+
+def horizon_is_that_of_the_base(inputs: Inputs) -> Iterator[Finding]:
+    """A policy from published π0.5 weights predicts as many actions as these were trained on."""
+    config = inputs.config
+    trained = HORIZONS.get(config.base_checkpoint or "")
+    if trained and trained != config.chunk_size:
+        yield note(
+            f"chunks have {config.chunk_size} actions, those of '{config.base_checkpoint}' {trained}",
+            "no file of those weights says so; with another number their own actions are of no use, and a "
+            "fine-tuning has to learn it",
+        )
+
+
 def weights_are_numbers(inputs: Inputs) -> Iterator[Finding]:
     """All weights are finite."""
     wrong = [
@@ -116,14 +158,15 @@ def weights_are_numbers(inputs: Inputs) -> Iterator[Finding]:
 def weights_are_trained(inputs: Inputs) -> Iterator[Finding]:
     """Weights are not what they start from."""
     weights = _weights(inputs.folder)
-    norms = [name for name in weights if name.startswith("expert.") and name.endswith("norm.weight")]
+    ends = ("norm.weight", "norm.dense.weight")  # plain norms, and adaptive ones
+    norms = [name for name in weights if name.startswith("expert.") and name.endswith(ends)]
     # Where random weights begin; every step of an optimizer moves them.
     if norms and not any(weights[name].any() for name in norms):
         yield error(
             "the action expert was never trained: its weights are random",
             f"all {len(norms)} norms of the expert stand where they start",
             "name a trained checkpoint; training starts from one with "
-            "--policy.pretrained_path=lerobot/pi0_base",
+            f"--policy.pretrained_path={inputs.config.published_base}",
         )
     if "action_out_proj.weight" in weights and not weights["action_out_proj.weight"].any():
         yield error(

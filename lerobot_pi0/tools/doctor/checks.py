@@ -50,6 +50,8 @@ _predicts = (*_runs, behaviour.actions_are_finite)
 CHECKS = (
     Check("checkpoint", _files, P),
     Check("checkpoint", _whole, P, (_files,)),
+    Check("checkpoint", checkpoint.state_is_in_the_prompt, P),
+    Check("checkpoint", checkpoint.horizon_is_that_of_the_base, P),
     Check("checkpoint", checkpoint.weights_are_numbers, P),
     Check("checkpoint", checkpoint.weights_are_trained, P),
     Check("checkpoint", _loads, P, (_files,)),

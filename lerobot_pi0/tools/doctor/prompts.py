@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from huggingface_hub import try_to_load_from_cache
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import HF_LEROBOT_HOME
@@ -78,7 +79,14 @@ def prompts_are_whole(inputs: Inputs) -> Iterator[Finding]:
         return
     limit = step.max_length
     step.max_length = 10_000
-    rows = {text: step.encode(text) for text in tasks.values() if clean_prompt(text)}
+    # With a state in the prompt: the one of the longest numbers.
+    dims = inputs.config.robot_state_feature.shape[0] if inputs.config.robot_state_feature else 0
+    states = [torch.full((dims,), value) for value in (-2.0, 0.0, 2.0)]
+    rows = {
+        text: max((step.encode(text, state) for state in states), key=len)
+        for text in tasks.values()
+        if clean_prompt(text)
+    }
     cut = {text: len(row) for text, row in rows.items() if len(row) > limit}
     whole = {tuple(row) for row in rows.values()}  # two spellings may be one instruction
     collided = Counter(row[:limit] for row in whole)
@@ -92,8 +100,9 @@ def prompts_are_whole(inputs: Inputs) -> Iterator[Finding]:
             f"instructions: {MODIFY}",
         )
     elif cut:
+        lost = " and lose the end of the state" if getattr(step, "state_in_prompt", False) else ""
         yield warning(
-            f"{len(cut)} of {len(tasks)} instructions are cut to {limit} tokens",
+            f"{len(cut)} of {len(tasks)} prompts are cut to {limit} tokens{lost}",
             f"the longest has {longest}: {max(cut, key=lambda text: cut[text])!r}",
             f"train with --policy.tokenizer_max_length={-(-longest // 8) * 8}, or shorten them: {MODIFY}",
         )

@@ -91,7 +91,9 @@ def recorded_statistics_are_the_datas(inputs: Inputs) -> Iterator[Finding]:
         names, found = _names(inputs.recorded, key, values.shape[1]), _statistics(values)
         spread = np.maximum(found["std"], NEARLY_CONSTANT)
         # LeRobot 0.6 averages quantiles over episodes: they count where they are used.
-        used = {"mean", "std", "min", "max", *NEEDED.get(_mode(inputs.config, key), ())}
+        used = {"mean", "std", "min", "max"}
+        if not inputs.config.quantiles_of_frames:
+            used |= {*NEEDED.get(_mode(inputs.config, key), ())}
         for name in sorted(used & stats[key].keys() & found.keys()):
             recorded = np.asarray(stats[key][name], np.float64).ravel()
             if recorded.shape != found[name].shape:
