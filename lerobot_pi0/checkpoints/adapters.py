@@ -5,7 +5,7 @@ those they were trained over, so a policy's config keeps a fingerprint of these,
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,31 @@ _LINEAR = r"(q|k|v|o|gate|up|down)_proj"
 _EXPERT = r"expert\..*"
 # The ways of initialising adapters that leave the base's weights as they are.
 _INITS = (True, "gaussian", "orthogonal")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_pattern(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+# What decides how adapters act: PEFT writes all of it, and takes its defaults for what is missing.
+_SETTINGS: dict[str, Callable[[Any], bool]] = {
+    "r": _is_number,
+    "lora_alpha": _is_number,
+    "rank_pattern": _is_pattern,
+    "alpha_pattern": _is_pattern,
+    "target_modules": lambda value: isinstance(value, str) or _is_names(value),
+    "modules_to_save": lambda value: value is None or _is_names(value),
+    "fan_in_fan_out": lambda value: value is False,
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias"), lambda value: isinstance(value, bool)),
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +130,8 @@ def read_settings(folder: Path) -> Any:
     given = read_json(file)
     if missing := [key for key in ("peft_type", "base_model_name_or_path") if not given.get(key)]:
         raise CheckpointError(f"{file} has no {missing}: {COPY_AGAIN}")
+    if wrong := [key for key, is_right in _SETTINGS.items() if not is_right(given.get(key, ...))]:
+        raise CheckpointError(f"{file} has no {wrong}, or not as PEFT writes them: {COPY_AGAIN}")
     with open_safetensors(folder / ADAPTER_WEIGHTS):
         pass
     try:
@@ -124,6 +151,9 @@ def put_in(network: nn.Module, folder: Path, settings: Any) -> None:
     file = folder / ADAPTER_WEIGHTS
     with open_safetensors(file) as opened:
         found = set(opened.keys())
+        kinds = {name: opened.get_slice(name).get_dtype() for name in found}
+    if bad := sorted(name for name, kind in kinds.items() if kind not in ("F64", "F32", "F16", "BF16")):
+        raise CheckpointError(f"{file} has {bad[0]} in {kinds[bad[0]]}, which is no float: {COPY_AGAIN}")
     try:
         wrapped = PeftModel.from_pretrained(network, str(folder), config=settings)
     except (RuntimeError, ValueError) as error:

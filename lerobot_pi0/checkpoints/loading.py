@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import draccus
@@ -24,8 +24,12 @@ from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.errors import CheckpointError
 from lerobot_pi0.lerobot_compat import build_new_processors
+from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 
 logger = logging.getLogger(__name__)
+
+# What every version has written into a config, and its weights do not say.
+SIZES = ("dtype", "chunk_size", "n_action_steps", "num_inference_steps", "max_state_dim", "max_action_dim")
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,11 @@ def open_source(
         assert config.pretrained_path is not None
         above = find_checkpoint(config.pretrained_path, revision=config.pretrained_revision)
         adapters.read_settings(above)
+        _check_complete(above)
         adapters.check_base(config, source.base)
         check_processors(above, config)
     elif source.is_ours:
+        _check_complete(folder)
         check_processors(folder, config)
     if not source.is_ours:
         config.base_checkpoint, config.base_revision = str(name), source.base.revision
@@ -132,6 +138,22 @@ def _check_family(policy_type: str, name: str | Path, found: Family) -> None:
             f"their action experts differ. Set --policy.type={found.type}, or start from a checkpoint of "
             f"{wanted.name}"
         )
+
+
+def _check_complete(folder: Path) -> None:
+    """Raises CheckpointError for a config of ours without a size: the default's would be taken for it."""
+    file = folder / CONFIG_NAME
+    saved = read_json(file) if file.is_file() else {}
+    if not str(saved.get("type")).startswith("lerobot_pi"):
+        return  # weights without a config of their own
+    parts = {"vision": SiglipConfig, "vlm": GemmaConfig, "expert": ExpertConfig}
+    missing = [name for name in SIZES if name not in saved]
+    for part, kind in parts.items():
+        found = saved.get(part)
+        names = found if isinstance(found, dict) else {}
+        missing += [f"{part}.{of.name}" for of in fields(kind) if of.name not in names]
+    if missing:
+        raise CheckpointError(f"{file} is damaged: it has no {missing}. {COPY_AGAIN.capitalize()}")
 
 
 def read_policy_type(folder: Path) -> str | None:

@@ -107,9 +107,12 @@ def check_processors(folder: Path, config: Pi0Config) -> None:
 
 
 def _check_prompts(file: Path, steps: list[dict[str, Any]], config: Pi0Config) -> None:
-    """Raises CheckpointError for a step that writes other prompts than the config says."""
+    """Raises CheckpointError for a step with impossible settings, or other prompts than the config says."""
     names = [step["registry_name"] for step in steps]
     place = names.index(tokenizer_step(config))
+    sizes = [steps[place]["config"].get(name) for name in ("max_length", "vocab_size")]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise CheckpointError(f"{file} has the sizes {sizes} of prompts and vocabulary: {COPY_AGAIN}")
     wanted = getattr(config, "state_in_prompt", None)  # π0 has no such setting
     found = steps[place]["config"].get("state_in_prompt")
     if found != wanted:
@@ -133,6 +136,8 @@ def _check_step(file: Path, step: dict[str, Any]) -> None:
             f"not run code of its own, and a policy of this type has only {sorted(STEPS)}. Delete the step "
             "from the file if the policy does not need it"
         )
+    if not isinstance(step.get("config"), dict):
+        raise CheckpointError(f"{file} has no settings of the step '{name}': {COPY_AGAIN}")
     if state is not None and (not isinstance(state, str) or Path(state).name != state):
         raise CheckpointError(f"{file} names the state file {state!r}, outside of its folder")
     if state is not None and not (file.parent / state).is_file():
