@@ -347,6 +347,12 @@ def change_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable
         (change_settings(base_model_name_or_path=None), r"config\.json has no \['base_model_name_or_path'\]"),
         (change_settings(peft_type="NOBODYS"), r"config\.json is damaged or of another version of PEFT"),
         (change_settings(use_dora=True), r"config\.json: this policy has plain LoRA.*not DoRA"),
+        (change_settings(lora_alpha=True), r"config\.json has no \['lora_alpha'\], or not as PEFT writes"),
+        (change_settings(alpha_pattern=[]), r"config\.json has no \['alpha_pattern'\]"),
+        (
+            change_weights(lambda of: of.update({name: x.int() for name, x in of.items()})),
+            r"model\.safetensors has base_model.* in I32, which is no float",
+        ),
         (change_settings(r=5), r"model\.safetensors does not fit adapter_config\.json"),
         (
             lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"{"),

@@ -595,3 +595,14 @@ def test_full_size_checkpoint_loads_within_about_its_own_size(tmp_path):
     assert measured["parameters"] == 3_238_048_528
     assert measured["dtypes"] == ["torch.bfloat16"]
     assert measured["rss_peak"] < 1.3 * size
+
+
+@pytest.mark.parametrize("name", ["vision.num_heads", "expert.mlp_dim", "vlm", "dtype", "chunk_size"])
+def test_a_config_without_a_size_is_refused_and_no_default_taken_for_it(saved, name):
+    file = saved / "config.json"
+    config = json.loads(file.read_text())
+    part, _, size = name.rpartition(".")
+    (config[part] if part else config).pop(size)
+    file.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"config\.json is damaged: it has no \['{name}"):
+        load(saved)
