@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Literal
 
 BenchSize = Literal["full", "tiny"]
+Model = Literal["pi0", "pi05"]
 
 
 @dataclass
 class BenchConfig:
-    """Measure this π0 against LeRobot's in-tree one, on this machine."""
+    """Measure this π0 or π0.5 against LeRobot's in-tree one, on this machine."""
 
+    # pi0 or pi05.
+    model: Model = "pi0"
     # Where to write the figures as JSON.
     json: Path | None = None
     # Where to write a picture of the ratios against their goals, as PNG.

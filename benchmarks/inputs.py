@@ -15,12 +15,14 @@ from torch import Tensor
 from lerobot_pi0.checkpoints.files import WEIGHTS_FILE
 from lerobot_pi0.checkpoints.layouts import to_openpi
 from lerobot_pi0.conversion.streaming import write_safetensors
-from lerobot_pi0.model import ExpertConfig, GemmaConfig, Pi0, SiglipConfig
+from lerobot_pi0.model import ExpertConfig, GemmaConfig, Network, Pi0, Pi05, SiglipConfig
 
+from .flags import Model
 from .worker import Setup
 
 NUM_STEPS = 10
-PROMPT_TOKENS = 12
+# An instruction; in π0.5 also "Task: , State: ;\nAction: " and eight numbers of up to three digits.
+PROMPT_TOKENS = {"pi0": 12, "pi05": 54}
 PADDED_DIM = 32  # of state and action; the features fill it, so that a comparison leaves nothing out
 
 _EXPERT_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
@@ -75,16 +77,17 @@ def batch(setup: Setup, max_length: int | None = None) -> dict[str, Any]:
     of 8.
     """
     vision, vlm, _ = sizes(setup)
+    prompt = PROMPT_TOKENS[setup.model]
     generator = torch.Generator().manual_seed(1)
     images = torch.rand(setup.cameras, 1, 3, vision.image_size, vision.image_size, generator=generator)
-    length = max_length or 8 * ceil(PROMPT_TOKENS / 8)
+    length = max_length or 8 * ceil(prompt / 8)
     tokens = torch.zeros(1, length, dtype=torch.long)
-    tokens[:, :PROMPT_TOKENS] = torch.randint(1, vlm.vocab_size, (1, PROMPT_TOKENS), generator=generator)
+    tokens[:, :prompt] = torch.randint(1, vlm.vocab_size, (1, prompt), generator=generator)
     return {
         **{camera(number): image for number, image in enumerate(images)},
         OBS_STATE: torch.randn(1, PADDED_DIM, generator=generator),
         OBS_LANGUAGE_TOKENS: tokens,
-        OBS_LANGUAGE_ATTENTION_MASK: torch.arange(length)[None] < PROMPT_TOKENS,
+        OBS_LANGUAGE_ATTENTION_MASK: torch.arange(length)[None] < prompt,
     }
 
 
@@ -96,6 +99,13 @@ def noise(setup: Setup) -> Tensor:
 def actions(setup: Setup) -> Tensor:
     """What training aims at, (1, chunk, padded size)."""
     return torch.randn(1, chunk_size(setup), PADDED_DIM, generator=torch.Generator().manual_seed(3))
+
+
+def network(model: Model, vision: SiglipConfig, vlm: GemmaConfig, expert: ExpertConfig) -> Network:
+    """Our network of these sizes."""
+    if model == "pi05":
+        return Pi05(vision, vlm, expert, PADDED_DIM, torch.bfloat16)
+    return Pi0(vision, vlm, expert, PADDED_DIM, PADDED_DIM, torch.bfloat16)
 
 
 def write_checkpoint(setup: Setup) -> None:
@@ -110,7 +120,7 @@ def write_checkpoint(setup: Setup) -> None:
         return
     vision, vlm, expert = sizes(setup)
     with torch.device("meta"):
-        model = Pi0(vision, vlm, expert, PADDED_DIM, PADDED_DIM, torch.bfloat16)
+        model = network(setup.model, vision, vlm, expert)
         head = torch.empty(vlm.vocab_size, expert.width, dtype=torch.bfloat16)
     tensors = to_openpi(model.bfloat16().state_dict()) | {_EXPERT_HEAD: head}
     block = torch.randn((1 << 22) + 15, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""LeRobot's in-tree π0: built without its slow random initialisation, and the tasks that measure it.
+"""LeRobot's in-tree π0 or π0.5: built without its slow random initialisation, and the tasks that measure it.
 
 What it computes is its own code throughout. Only sizes that this code has written into it (the vision tower,
 the vocabulary, the width to which images are projected) are changed where a row is not about the published.
@@ -6,13 +6,14 @@ the vocabulary, the width to which images are projected) are changed where a row
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from accelerate import init_empty_weights
-from lerobot.policies.pi0 import PI0Config, PI0Policy, modeling_pi0
+from lerobot.policies.pi0 import modeling_pi0
+from lerobot.policies.pi05 import modeling_pi05
 from safetensors import safe_open
 from torch import nn
 
@@ -21,6 +22,9 @@ from lerobot_pi0.checkpoints.files import WEIGHTS_FILE
 from .inputs import NUM_STEPS, batch, chunk_size, features, noise, read_through, sizes
 from .worker import Measure, Measurement, Setup, time_pops, timed
 
+# A policy of either model, whose code is alike.
+type Policy = modeling_pi0.PI0Policy | modeling_pi05.PI05Policy
+
 _HEADS = (
     "model.paligemma_with_expert.paligemma.lm_head.weight",
     "model.paligemma_with_expert.gemma_expert.lm_head.weight",
@@ -28,7 +32,7 @@ _HEADS = (
 _EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 
 
-def build(setup: Setup, complete: bool = False, **settings: Any) -> PI0Policy:
+def build(setup: Setup, complete: bool = False, **settings: Any) -> Policy:
     """The policy with the checkpoint's weights, each in the dtype that its own code gives it.
 
     Its two text heads, which nothing reads, stay unmaterialised unless it is to be `complete`.
@@ -48,13 +52,30 @@ def build(setup: Setup, complete: bool = False, **settings: Any) -> PI0Policy:
     return policy.eval()
 
 
+@dataclass(frozen=True)
+class Code:
+    """LeRobot's module of a model, and the classes in it."""
+
+    module: Any
+    policy: type
+    network: type
+    config: type
+
+
+PI0, PI05 = modeling_pi0, modeling_pi05
+CODE: dict[str, Any] = {
+    "pi0": Code(PI0, PI0.PI0Policy, PI0.PI0Pytorch, PI0.PI0Config),
+    "pi05": Code(PI05, PI05.PI05Policy, PI05.PI05Pytorch, PI05.PI05Config),
+}
+
+
 def chunk(setup: Setup) -> Measure:
     """From a processed batch to actions."""
     policy, given, start = build(setup), batch(setup, policy_prompt_length(setup)), noise(setup)
     return lambda: timed(lambda: predict(policy, given, start))
 
 
-def predict(policy: PI0Policy, given: dict[str, Any], start: torch.Tensor) -> torch.Tensor:
+def predict(policy: Policy, given: dict[str, Any], start: torch.Tensor) -> torch.Tensor:
     """A chunk from given noise, which its signature does not name, but hands on."""
     return cast(Any, policy).predict_action_chunk(given, noise=start)
 
@@ -66,7 +87,7 @@ def load(setup: Setup) -> Measure:
 
     def first_chunk() -> torch.Tensor:
         with built_in_sizes(setup):
-            policy = PI0Policy.from_pretrained(setup.checkpoint, config=config(setup))
+            policy = CODE[setup.model].policy.from_pretrained(setup.checkpoint, config=config(setup))
         return predict(policy, given, start)
 
     # Of all that it holds, in the dtype that it has by default.
@@ -85,10 +106,10 @@ def queue_pop(setup: Setup) -> Measure:
     return lambda: time_pops(policy, given, chunk_size(setup))
 
 
-def config(setup: Setup, **settings: Any) -> PI0Config:
+def config(setup: Setup, **settings: Any) -> Any:
     """Its config for the sizes, dtype and cameras of a row."""
     image_size = sizes(setup)[0].image_size
-    return PI0Config(
+    return CODE[setup.model].config(
         paligemma_variant=setup.language_model,
         dtype=setup.dtype,
         device="cpu",
@@ -106,14 +127,14 @@ def policy_prompt_length(setup: Setup) -> int:
     return config(setup).tokenizer_max_length
 
 
-def skeleton(setup: Setup, **settings: Any) -> PI0Policy:
+def skeleton(setup: Setup, **settings: Any) -> Policy:
     """The policy with its parameters on the meta device, in the dtypes of its own code, and real buffers."""
     with (
         built_in_sizes(setup),
         init_empty_weights(include_buffers=False),
-        patch.object(modeling_pi0.PI0Pytorch, "to", lambda network, _: network),
+        patch.object(CODE[setup.model].network, "to", lambda network, _: network),
     ):
-        return PI0Policy(config(setup, **settings))
+        return CODE[setup.model].policy(config(setup, **settings))
 
 
 @contextmanager
@@ -122,11 +143,8 @@ def built_in_sizes(setup: Setup) -> Iterator[None]:
     if setup.size == "full" and setup.language_model == "gemma_2b":
         yield
         return
-    vision, vlm, expert = sizes(setup)
-    paligemma, gemma = (
-        modeling_pi0.PaliGemmaForConditionalGenerationWithPiGemma,
-        modeling_pi0.PiGemmaForCausalLM,
-    )
+    (vision, vlm, expert), module = sizes(setup), CODE[setup.model].module
+    paligemma, gemma = module.PaliGemmaForConditionalGenerationWithPiGemma, module.PiGemmaForCausalLM
 
     def make_paligemma(config: Any) -> nn.Module:
         text, tower = config.text_config, config.vision_config
@@ -143,15 +161,13 @@ def built_in_sizes(setup: Setup) -> Iterator[None]:
     # It asks for the language model first, then for the expert; the variants may be the same.
     widths = iter([(vlm.width, vlm.mlp_dim), (expert.width, expert.mlp_dim)])
 
-    def make_sizes(_: str) -> modeling_pi0.GemmaConfig:
+    def make_sizes(_: str) -> Any:
         width, mlp_dim = next(widths)
-        return modeling_pi0.GemmaConfig(
-            width, vlm.depth, mlp_dim, vlm.num_heads, vlm.num_kv_heads, vlm.head_dim
-        )
+        return module.GemmaConfig(width, vlm.depth, mlp_dim, vlm.num_heads, vlm.num_kv_heads, vlm.head_dim)
 
     with (
-        patch.object(modeling_pi0, "PaliGemmaForConditionalGenerationWithPiGemma", make_paligemma),
-        patch.object(modeling_pi0, "PiGemmaForCausalLM", make_gemma),
-        patch.object(modeling_pi0, "get_gemma_config", make_sizes),
+        patch.object(module, "PaliGemmaForConditionalGenerationWithPiGemma", make_paligemma),
+        patch.object(module, "PiGemmaForCausalLM", make_gemma),
+        patch.object(module, "get_gemma_config", make_sizes),
     ):
         yield

@@ -22,11 +22,11 @@ from torch._inductor.graph import GraphLowering
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lerobot_pi0.model import Observation, Pi0
+from lerobot_pi0.model import Observation
 from lerobot_pi0.sampling.sampler import Sampler
 
 from . import intree, ours
-from .inputs import NUM_STEPS, PADDED_DIM, batch, noise, sizes
+from .inputs import NUM_STEPS, batch, network, noise, sizes
 from .worker import Measure, Measurement, Setup
 
 # No alias of an argument by their schema, and still no kernel.
@@ -89,8 +89,7 @@ def sampler_operations(setup: Setup) -> tuple[int, int]:
 
     def at(part: int, num_steps: int) -> int:
         shallow = replace(vision, depth=3 * part), replace(vlm, depth=2 * part), expert
-        model = Pi0(*shallow, PADDED_DIM, PADDED_DIM, torch.bfloat16).bfloat16()
-        sampler = Sampler(model, "fused")
+        sampler = Sampler(network(setup.model, *shallow).bfloat16(), "fused")
         sampler.sample(observation, start, num_steps)  # makes the tables of times, outside the graph
         return count_compiled(sampler.sample, observation, start, num_steps)
 
@@ -128,7 +127,7 @@ def in_chunks(setup: Setup) -> Measure:
 
 
 def in_tree_chunks(setup: Setup) -> Measure:
-    """Operations of a chunk of LeRobot's π0, which runs eagerly."""
+    """Operations of a chunk of LeRobot's own policy, which runs eagerly."""
     policy, start = intree.build(setup), noise(setup)
     given = batch(setup, intree.policy_prompt_length(setup))
 
@@ -187,7 +186,7 @@ def compiled_events(function: Callable[..., object], calls: Sequence[tuple[objec
 
 
 def flops(setup: Setup) -> Measure:
-    """10⁹ floating-point operations of a chunk, counted on the meta device: `Pi0.sample`, and in-tree's."""
+    """10⁹ floating-point operations of a chunk, counted on the meta device: `sample`, and in-tree's."""
     mine, theirs = ours.skeleton(setup), intree.skeleton(setup).to("meta")
     start = noise(setup).to("meta")
 

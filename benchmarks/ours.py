@@ -1,4 +1,4 @@
-"""This package's π0: the tasks that measure it."""
+"""This package's π0 and π0.5: the tasks that measure them."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,9 @@ from lerobot.configs import PreTrainedConfig
 
 from lerobot_pi0 import Pi0Config, Pi0Policy
 from lerobot_pi0.configuration_pi0 import Dtype
+from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.errors import MissingFileError
+from lerobot_pi0.inputs.policy import policy_class
 
 from .inputs import NUM_STEPS, batch, chunk_size, features, noise, read_through, sizes
 from .worker import Measure, Measurement, Setup, time_pops, timed
@@ -21,13 +23,14 @@ DEMO_FRAMES = 32
 
 def build(setup: Setup, **settings: Any) -> Pi0Policy:
     """The policy with the checkpoint's weights; `settings` go to its config."""
-    return Pi0Policy.from_pretrained(setup.checkpoint, config=config(setup, **settings))
+    given = config(setup, **settings)
+    return policy_class(given).from_pretrained(setup.checkpoint, config=given)
 
 
 def skeleton(setup: Setup) -> Pi0Policy:
     """The policy with its parameters on the meta device."""
     with torch.device("meta"):
-        return Pi0Policy(config(setup)).eval()
+        return policy_class(given := config(setup))(given).eval()
 
 
 def chunk(setup: Setup) -> Measure:
@@ -76,6 +79,8 @@ def int8_on_demo(setup: Setup) -> Measure:
             f"there is no {checkpoint}: run `lerobot-pi0 demo` first, or give --demo=FOLDER"
         )
     exact = _demo_policy(checkpoint, "float32")
+    if exact.config.type != f"lerobot_{setup.model}":
+        raise MissingFileError(f"{checkpoint} is a {exact.config.type}: give --demo=FOLDER of {setup.model}")
     others = {
         "": _demo_policy(checkpoint, "float32", int8=True),
         "bfloat16_": _demo_policy(checkpoint, "bfloat16"),  # what a frame that is hard to round does to this
@@ -105,7 +110,7 @@ def int8_on_demo(setup: Setup) -> Measure:
 def config(setup: Setup, **settings: Any) -> Pi0Config:
     """The config for the sizes, dtype and cameras of a row. A camera that is absent has no slot."""
     vision, vlm, expert = sizes(setup)
-    return Pi0Config(
+    return {"pi0": Pi0Config, "pi05": Pi05Config}[setup.model](
         vision=vision,
         vlm=vlm,
         expert=expert,
@@ -126,4 +131,4 @@ def _demo_policy(checkpoint: Path, dtype: Dtype, int8: bool = False) -> Pi0Polic
     assert isinstance(config, Pi0Config)
     config.device, config.dtype = "cpu", dtype
     config.backend = "int8" if int8 else "auto"
-    return Pi0Policy.from_pretrained(checkpoint, config=config)
+    return policy_class(config).from_pretrained(checkpoint, config=config)

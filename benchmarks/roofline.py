@@ -43,7 +43,7 @@ def stages(setup: Setup) -> dict[str, Stage]:
     token's part of a denoising step. Two operations per multiply-add; only products of matrices count.
     """
     vision, vlm, expert = sizes(setup)
-    prompt, steps_rows = PROMPT_TOKENS, chunk_size(setup)
+    prompt, steps_rows = PROMPT_TOKENS[setup.model], chunk_size(setup)
     patches, heads = vision.num_tokens, vlm.num_heads * vlm.head_dim
     images, prefix = setup.cameras * patches, setup.cameras * patches + prompt
     keys_values = 2 * vlm.num_kv_heads * vlm.head_dim
@@ -65,9 +65,12 @@ def stages(setup: Setup) -> dict[str, Stage]:
     of_prefill += products(((vlm.width, keys_values),), prefix)
 
     acting = decoder(expert.width, expert.mlp_dim)
-    of_step = vlm.depth * (products(acting, steps_rows) + 4 * steps_rows * (prefix + 1 + steps_rows) * heads)
-    # The embedding of actions folded into one product, then the time MLP's second layer, and the way out.
-    ends = ((32, expert.width), (expert.width, expert.width), (expert.width, 32))
+    # The embedding of actions (folded into one product) and the way out; of π0 also the time MLP's second
+    # layer, and the state's keys. What depends on the time alone is computed before.
+    ends, keys = ((32, expert.width), (expert.width, 32)), prefix + steps_rows
+    if setup.model == "pi0":
+        ends, keys = (*ends, (expert.width, expert.width)), keys + 1
+    of_step = vlm.depth * (products(acting, steps_rows) + 4 * steps_rows * keys * heads)
     of_step += products(ends, steps_rows)
     return {
         "vision": Stage(images, tower, vision.depth, of_vision),

@@ -22,6 +22,8 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from .flags import Model
+
 # A new interpreter for each worker: its memory and its threads are its own.
 CONTEXT = multiprocessing.get_context("spawn")
 
@@ -37,6 +39,7 @@ class Setup:
     checkpoint: Path
     demo: Path
     threads: int
+    model: Model = "pi0"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     int8: bool = False
     cameras: int = 2  # in the batch

@@ -145,9 +145,11 @@ def test_worker_that_is_killed_or_late_is_an_error_that_says_so(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked")
-def test_tiny_run_end_to_end(tmp_path):
+@pytest.mark.parametrize("model", ["pi0", "pi05"])
+def test_tiny_run_end_to_end(model, tmp_path):
     file, picture = tmp_path / "out.json", tmp_path / "out.png"
     config = BenchConfig(
+        model=model,
         json=file,
         plot=picture,
         rows="replan",
@@ -160,7 +162,7 @@ def test_tiny_run_end_to_end(tmp_path):
     text = main(config)
     report = json.loads(file.read_text())
     assert {"machine", "versions", "threads", "repetitions", "checks", "rows"} <= report.keys()
-    assert report["checks"]["same_actions_float32"] < bench.SAME_ACTIONS
+    assert report["checks"]["same_actions_float32"] < bench.SAME_ACTIONS[model]
     assert [row["id"] for row in report["rows"]] == ["replan"]
     for row in report["rows"]:
         assert {"ours", "theirs", "unit", "ratio", "goal", "met", "spread"} <= row.keys()
@@ -173,8 +175,9 @@ def test_tiny_run_end_to_end(tmp_path):
     assert picture.stat().st_size > 0
 
 
-def test_checkpoint_is_the_same_each_time_and_whole(tmp_path):
-    first, second = (setup(checkpoint=tmp_path / name) for name in ("a", "b"))
+@pytest.mark.parametrize("model", ["pi0", "pi05"])
+def test_checkpoint_is_the_same_each_time_and_whole(model, tmp_path):
+    first, second = (setup(model=model, checkpoint=tmp_path / name) for name in ("a", "b"))
     inputs.write_checkpoint(first)
     inputs.write_checkpoint(second)
     (ours, again) = (Checkpoint(of.checkpoint) for of in (first, second))

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from lerobot.policies.pi0 import PI0Policy
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
@@ -17,10 +16,10 @@ TIME = torch.tensor([0.5])
 MEGABYTE = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Setup:
+@pytest.fixture(scope="module", params=["pi0", "pi05"])
+def tiny(request, tmp_path_factory) -> Setup:
     folder = tmp_path_factory.mktemp("checkpoint")
-    setup = Setup(size="tiny", checkpoint=folder, demo=folder, threads=1, dtype="float32")
+    setup = Setup("tiny", folder, folder, threads=1, model=request.param, dtype="float32")
     inputs.write_checkpoint(setup)
     return setup
 
@@ -31,13 +30,13 @@ def loss_of_ours(setup: Setup, **settings: Any) -> tuple[nn.Module, Tensor]:
     return policy.model, policy.model.loss(observation, inputs.actions(setup), inputs.noise(setup), TIME)
 
 
-def loss_in_tree(setup: Setup, policy: PI0Policy) -> Tensor:
+def loss_in_tree(setup: Setup, policy: intree.Policy) -> Tensor:
     given = inputs.batch(setup, intree.policy_prompt_length(setup))
     return policy.model(
         *policy._preprocess_images(given),
         given[OBS_LANGUAGE_TOKENS],
         given[OBS_LANGUAGE_ATTENTION_MASK],
-        given[OBS_STATE],
+        *([given[OBS_STATE]] if setup.model == "pi0" else []),
         inputs.actions(setup),
         inputs.noise(setup),
         TIME,
@@ -73,7 +72,7 @@ def test_in_tree_built_without_initialisation_is_in_tree(tiny, dtype):
     setup = replace(tiny, dtype=dtype)
     quick = intree.build(setup, complete=True, train_expert_only=True).train()
     with intree.built_in_sizes(setup):
-        usual = PI0Policy(intree.config(setup, train_expert_only=True)).train()
+        usual = intree.CODE[setup.model].policy(intree.config(setup, train_expert_only=True)).train()
     usual.load_state_dict(quick.state_dict())
     for kind in ("named_parameters", "named_buffers"):
         expected = dict(getattr(usual, kind)())
