@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_policy import CHUNK, batch, first, tiny_policy
+from tiny_policy import CHUNK, MODELS, batch, first, tiny_policy
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -26,21 +26,21 @@ def gpu():
         yield mode
 
 
-def on_gpu(mode: FakeTensorMode, **settings: Any) -> tuple[Pi0Policy, dict[str, Any]]:
+def on_gpu(mode: FakeTensorMode, model: str = "pi0", **settings: Any) -> tuple[Pi0Policy, dict[str, Any]]:
     """A policy, and a batch as its preprocessor gives it."""
     with torch.device(GPU):
-        policy = tiny_policy(**settings)
+        policy = tiny_policy(model, **settings)
     policy.config.device = "cuda"
     given = {
         key: mode.from_tensor(value).to(GPU) if isinstance(value, Tensor) else value
-        for key, value in real_batch().items()
+        for key, value in real_batch(model).items()
     }
     return policy, given
 
 
-def real_batch() -> dict[str, Any]:
+def real_batch(model: str) -> dict[str, Any]:
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
-        return batch()
+        return batch(model=model)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -48,6 +48,7 @@ def real_batch() -> dict[str, Any]:
     "settings",
     [
         {},
+        {"model": "pi05"},
         {"augmentation": True},
         {"freeze": "vlm", "num_flow_samples": 2},
         {"rtc_training_max_delay": 3},
@@ -61,9 +62,10 @@ def test_the_forward_pass_of_a_training_step_waits_for_nothing(gpu, dtype, setti
     assert loss.device == GPU
 
 
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_chunk_is_made_on_one_device_and_waited_for_when_it_is_there(gpu, dtype, monkeypatch):
-    policy, given = on_gpu(gpu, dtype=dtype)
+def test_a_chunk_is_made_on_one_device_and_waited_for_when_it_is_there(gpu, dtype, model, monkeypatch):
+    policy, given = on_gpu(gpu, model, dtype=dtype)
     with pytest.raises(DataDependentOutputException):  # are these numbers?
         policy.predict_action_chunk(first(given))
     monkeypatch.setattr(policy_sampler, "numbers_at", lambda _: [])
@@ -74,9 +76,10 @@ def test_a_chunk_is_made_on_one_device_and_waited_for_when_it_is_there(gpu, dtyp
     assert policy.select_action(first(given)).device == GPU
 
 
-def test_a_chunk_that_begins_with_committed_actions_is_made_on_one_device(gpu, monkeypatch):
+@pytest.mark.parametrize("model", MODELS)
+def test_a_chunk_that_begins_with_committed_actions_is_made_on_one_device(gpu, model, monkeypatch):
     monkeypatch.setattr(policy_sampler, "numbers_at", lambda _: [])
-    policy, given = on_gpu(gpu)
+    policy, given = on_gpu(gpu, model)
     start = torch.zeros(1, CHUNK, 8, device=GPU)
     begun = ActionPrefix(start, torch.arange(CHUNK, device=GPU) < 2)
     observation = policy.observation(first(given))

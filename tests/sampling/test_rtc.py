@@ -57,9 +57,8 @@ def test_weights_are_lerobots(schedule, delay, end):
     assert torch.allclose(prefix_weights(delay, end, CHUNK, schedule.value), theirs, atol=1e-6)
 
 
-def test_guidance_is_the_papers_by_a_dense_jacobian():
+def test_guidance_is_the_papers_by_a_dense_jacobian(policy, observation):
     """Written down in the paper's time, with the Jacobian of the whole denoised chunk."""
-    policy, observation = tiny_policy(), first(batch())
     context = policy.encode(observation).buffer.read()
     target = torch.randn(1, CHUNK, PADDED, generator=torch.Generator().manual_seed(1))
     weights = prefix_weights(2, 5, CHUNK, "EXP")[:, None].expand(CHUNK, PADDED)
@@ -305,9 +304,10 @@ def test_without_a_delay_training_is_as_it_was():
     assert torch.equal(policy.forward(given)[0], plain.forward(given)[0])  # a held-out loss is comparable
 
 
-def test_a_policy_trained_for_it_is_given_the_committed_actions(observation):
+@pytest.mark.parametrize("model", MODELS)
+def test_a_policy_trained_for_it_is_given_the_committed_actions(model, observation):
     """The same actions at no cost: no gradient, and the committed ones come back as they were."""
-    policy = with_rtc(tiny_policy(rtc_training_max_delay=3))
+    policy = with_rtc(tiny_policy(model, rtc_training_max_delay=3))
     left = remainder()
     chunk = policy.predict_action_chunk(
         observation, noise=noise(1), inference_delay=2, prev_chunk_left_over=left
