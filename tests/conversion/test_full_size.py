@@ -1,6 +1,6 @@
 """Conversion at the published size, from random weights made on the spot: what it takes of memory.
 
-    pytest -m full_size -s tests/conversion/test_full_size.py -k 2     # two layers of full width
+    pytest -m full_size -s tests/conversion/test_full_size.py -k "2 and pi05"     # two layers of full width
 
 Takes minutes, and 20 (bfloat16) or 40 GB (float32) of disk. The largest leaf is written in one piece, for
 which this process, not the conversion, needs 10 GB.
@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from openpi_jax import write_leaf
 
-SIZES = {
+# Of π0; π0.5 differs by `_pi05`.
+SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "PaliGemma/img/": {
         "embedding/kernel": (14, 14, 3, 1152),
         "embedding/bias": (1152,),
@@ -73,17 +74,43 @@ SIZES = {
     },
 }
 LEAVES = {prefix + name: shape for prefix, leaves in SIZES.items() for name, shape in leaves.items()}
+
+
+def _pi05(leaves: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The leaves of π0.5: adaptive norms in the expert, no state, and a time MLP of its own."""
+    changed: dict[str, tuple[int, ...]] = {}
+    for name, shape in leaves.items():
+        if name.endswith("_1/scale") and "/llm/" in name:
+            *depth, width = shape
+            dense = name.replace("scale", "Dense_0")
+            changed[f"{dense}/kernel"] = (*depth, width, 3 * width)
+            changed[f"{dense}/bias"] = (*depth, 3 * width)
+        elif name.startswith("action_time_mlp_"):
+            renamed = name.removeprefix("action_")
+            changed[renamed] = (1024, 1024) if name.endswith("kernel") else shape
+        elif not name.startswith("state_proj"):
+            changed[name] = shape
+    return changed
+
+
+MODELS = {"pi0": LEAVES, "pi05": _pi05(LEAVES)}
+FLAGS = {"pi0": (), "pi05": ("--chunk_size=50", "--state_in_prompt=true")}
 GOAL = 4e9  # bytes of resident memory, mapped files included
 
 
+@pytest.fixture(params=MODELS)
+def model(request) -> str:
+    return request.param
+
+
 @pytest.fixture(params=itertools.product(["bfloat16", "float32"], [2, None]), ids=str)
-def source(request, tmp_path) -> Iterator[Path]:
+def source(request, model, tmp_path) -> Iterator[Path]:
     """With all layers, or with two of each stack: as large in each layer, and in the embedding."""
     kind, layers = request.param
     dtype = np.dtype(ml_dtypes.bfloat16 if kind == "bfloat16" else np.float32)
     block = np.random.default_rng(0).standard_normal(2**22, dtype=np.float32)
     block = (block * 0.02).astype(dtype)
-    for number, (path, shape) in enumerate(LEAVES.items()):
+    for number, (path, shape) in enumerate(MODELS[model].items()):
         if layers and shape[0] in (18, 27):
             shape = (layers, *shape[1:])
 
@@ -123,8 +150,8 @@ def convert(source: Path, target: Path, *flags: str) -> int:
 
 
 @pytest.mark.full_size
-def test_conversion_needs_little_memory(source, request, tmp_path):
-    assert convert(source, tmp_path / "ours") < GOAL
+def test_conversion_needs_little_memory(source, model, request, tmp_path):
+    assert convert(source, tmp_path / "ours", *FLAGS[model]) < GOAL
     if "None" in request.node.callspec.id:  # the others have names for all layers alone
         for layout in ("lerobot", "openpi-pytorch"):
             assert convert(tmp_path / "ours", tmp_path / layout, f"--to={layout}") < GOAL
