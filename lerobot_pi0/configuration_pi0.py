@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -224,6 +224,9 @@ class Pi0Config(PreTrainedConfig):
         "Couldn't instantiate class".
         """
         self._check_sizes()
+        plain = [of.name for of in fields(self) if of.type in (bool, int, float)]
+        if missing := [name for name in plain if getattr(self, name) is None]:
+            raise UserError(f"--policy.{missing[0]} must not be null")
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise UserError(
                 f"n_action_steps ({self.n_action_steps}) must be between 1 and chunk_size "
@@ -311,11 +314,13 @@ class Pi0Config(PreTrainedConfig):
                     "does not change what it reads: write the dataset again under these names, by the script "
                     'in docs/finetuning.md ("Datasets with other names")'
                 )
+            if len(feature.shape) != 1:
+                raise UserError(f"'{kind}' has shape {feature.shape}; the model takes vectors")
             limit = self.padded_state_dim if kind == OBS_STATE else self.max_action_dim
-            if len(feature.shape) != 1 or feature.shape[0] > limit:
+            if feature.shape[0] > limit:
                 raise UserError(
                     f"'{kind}' has shape {feature.shape}; the model takes vectors of at most {limit}. "
-                    f"A model trained from scratch can be larger: --policy.{flag}={max(feature.shape)}"
+                    f"A model trained from scratch can be larger: --policy.{flag}={feature.shape[0]}"
                 )
         if not self.image_features:
             raise UserError(

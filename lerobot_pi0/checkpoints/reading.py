@@ -31,7 +31,10 @@ def read_steps(file: Path) -> list[dict[str, Any]]:
     steps = read_json(file).get("steps")
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise CheckpointError(f"{file} has no list of 'steps': {COPY_AGAIN}")
-    return [{**step, "config": step.get("config") or {}} for step in steps]
+    steps = [{**step, "config": step.get("config") or {}} for step in steps]
+    if wrong := [step for step in steps if not isinstance(step["config"], dict)]:
+        raise CheckpointError(f"{file} has a step whose 'config' is {wrong[0]['config']!r}: {COPY_AGAIN}")
+    return steps
 
 
 @contextmanager

@@ -107,6 +107,8 @@ def test_choices_are_listed_when_none_of_them_is_given(argument, capsys):
         ({"n_action_steps": 0}, r"n_action_steps \(0\)"),
         ({"num_inference_steps": 0}, r"--policy.num_inference_steps must be at least 1, got 0"),
         ({"num_flow_samples": 0}, r"--policy.num_flow_samples must be at least 1, got 0"),
+        ({"num_flow_samples": None}, r"--policy.num_flow_samples must not be null"),
+        ({"ema_decay": None}, r"--policy.ema_decay must not be null"),
         ({"tokenizer_max_length": 2}, r"--policy.tokenizer_max_length must leave room.*got 2"),
     ],
 )
