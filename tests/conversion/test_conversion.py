@@ -146,6 +146,7 @@ def test_to_openpi_and_back(family, tmp_path):
     assert settings(tmp_path / "back", BY_OPENPI) == settings(ours, BY_OPENPI)
 
 
+@of_both
 def test_running_a_converted_policy_keeps_no_weights_in_memory(in_tree, tmp_path, monkeypatch):
     """A weight that was used is mapped from its file anew, and so takes none until it is read again."""
     kept = []
