@@ -10,7 +10,18 @@ from forked import Program, script
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
-from lerobot_pi0.model import ExpertConfig, GemmaConfig, Observation, Pi0, SiglipConfig, flow, gemma, layers
+from lerobot_pi0.model import (
+    ExpertConfig,
+    GemmaConfig,
+    Network,
+    Observation,
+    Pi0,
+    Pi05,
+    SiglipConfig,
+    flow,
+    gemma,
+    layers,
+)
 from lerobot_pi0.model.gemma import Cache
 from lerobot_pi0.model.observation import letterbox
 
@@ -84,17 +95,25 @@ PUBLISHED = {
 }
 
 
+@pytest.fixture(scope="session", params=["pi0", "pi05"])
+def which(request) -> str:
+    return request.param
+
+
+PI0_ALONE = pytest.mark.parametrize("which", ["pi0"], indirect=True)
+
+
 @pytest.fixture(scope="module")
 def published() -> Pi0:
     with torch.device("meta"):
         return Pi0(SiglipConfig(), GemmaConfig(), ExpertConfig(), 32, 32, torch.bfloat16)
 
 
-def context(model: Pi0, observation: Observation) -> Cache:
+def context(model: Network, observation: Observation) -> Cache:
     return model.with_state(model.prefix(observation), observation.state)
 
 
-def gradients(model: Pi0) -> dict[str, Tensor]:
+def gradients(model: Network) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -105,6 +124,40 @@ def test_published_sizes_are_the_defaults_name_for_name(published):
 
 def test_published_model_has_openpis_number_of_parameters(published):
     assert sum(parameter.numel() for parameter in published.parameters()) == 3_238_048_528
+
+
+def test_published_pi05_differs_in_the_experts_norms_and_what_is_around_it():
+    with torch.device("meta"):
+        model = Pi05(SiglipConfig(), GemmaConfig(), ExpertConfig(), 32, torch.bfloat16)
+    norms = [
+        "norm",
+        *(f"layers.{i}.{name}" for i in range(18) for name in ("attention_norm", "mlp_norm")),
+    ]
+    dense = {
+        f"expert.{norm}.dense.{name}": shape
+        for norm in norms
+        for name, shape in (("weight", (3072, 1024)), ("bias", (3072,)))
+    }
+    times = {f"time_mlp_{end}.weight": (1024, 1024) for end in ("in", "out")}
+    times |= {f"time_mlp_{end}.bias": (1024,) for end in ("in", "out")}
+    gone = {f"expert.{norm}.weight" for norm in norms}
+    gone |= {name for name in PUBLISHED if name.startswith(("state_proj", "action_time_mlp"))}
+    wanted = {name: shape for name, shape in PUBLISHED.items() if name not in gone} | dense | times
+    assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == wanted
+    assert sum(parameter.numel() for parameter in model.parameters()) == 3_353_433_872
+
+
+def test_adaptive_norms_start_at_zero_and_the_expert_as_the_identity(training_pair):
+    actions, _, time = training_pair
+    model = Pi05(
+        SiglipConfig(28, 14, 16, 1, 16, 2), GemmaConfig(16, 2, 16, 2, 1, 8, 32), ExpertConfig(16, 16), 32,
+        torch.float32,
+    )  # fmt: skip
+    keys = torch.randn(3, 1, 4, 8)
+    velocity = model.velocity(Cache([(keys, keys)] * 2, torch.ones(3, 4).bool()), actions, time)
+    tokens = model.action_in_proj(actions)
+    normed = tokens * torch.rsqrt(tokens.square().mean(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(velocity, model.action_out_proj(normed))
 
 
 def test_only_the_language_model_has_an_embedding_table_and_nobody_a_text_head(published):
@@ -129,6 +182,7 @@ def test_two_cameras_give_611_tokens_in_the_order_images_prompt_state_actions(pu
     assert velocity.shape == (1, 50, 32)
 
 
+@PI0_ALONE
 def test_prefix_is_the_images_in_camera_order_and_then_the_prompt(model, observation, entering):
     tokens = entering(model.vlm.layers[0].attention_norm)
     model.prefix(observation)
@@ -139,6 +193,7 @@ def test_prefix_is_the_images_in_camera_order_and_then_the_prompt(model, observa
     torch.testing.assert_close(tokens[0][:, 48:], prompt)
 
 
+@PI0_ALONE
 def test_image_features_are_not_scaled_and_the_prompt_is(model, observation, entering):
     tokens = entering(model.vlm.layers[0].attention_norm)
     with torch.no_grad():
@@ -150,6 +205,7 @@ def test_image_features_are_not_scaled_and_the_prompt_is(model, observation, ent
     assert (tokens[0][:, 48:] == 8).all()  # √64
 
 
+@PI0_ALONE
 def test_action_and_time_are_joined_on_the_feature_axis_action_first(
     published, model, training_pair, entering
 ):
@@ -253,6 +309,7 @@ def joint(model, observation, training_pair) -> Joint:
     return joint_pass(model, observation, x, training_pair[2])
 
 
+@PI0_ALONE
 def test_the_joint_pass_written_here_is_openpis(golden, joint):
     f32 = golden("f32.npz")
     real = f32["prefix_mask"]
@@ -261,6 +318,7 @@ def test_the_joint_pass_written_here_is_openpis(golden, joint):
     torch.testing.assert_close(joint.velocity.detach(), f32["v_t"], rtol=0, atol=3e-4)
 
 
+@PI0_ALONE
 def test_three_passes_equal_one_joint_masked_pass(model, observation, training_pair, joint):
     cache = context(model, observation)
     for (keys, values), joint_keys, joint_values in zip(cache.layers, joint.keys, joint.values, strict=True):
@@ -275,6 +333,7 @@ def test_three_passes_equal_one_joint_masked_pass(model, observation, training_p
     torch.testing.assert_close(model.velocity(cache, x, training_pair[2]), joint.velocity, rtol=0, atol=2e-5)
 
 
+@PI0_ALONE
 def test_three_passes_have_the_gradients_of_one_joint_masked_pass(model, observation, training_pair, joint):
     _, target = flow.interpolate(*training_pair)
     (joint.velocity - target).square().mean().backward()
@@ -290,7 +349,7 @@ def test_three_passes_have_the_gradients_of_one_joint_masked_pass(model, observa
 # Padding and absent cameras.
 
 
-def everything(model: Pi0, observation: Observation, training_pair) -> Iterator[Tensor]:
+def everything(model: Network, observation: Observation, training_pair) -> Iterator[Tensor]:
     """Loss, gradients and actions: all that a change could show in."""
     model.zero_grad()
     loss = model.loss(observation, *training_pair)
@@ -313,6 +372,7 @@ def test_pixels_of_absent_cameras_and_ids_of_padding_change_nothing_bit_for_bit(
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@PI0_ALONE
 def test_pixels_and_ids_that_are_there_do_change_the_result(model, observation, training_pair):
     before = model.sample(observation, training_pair[1], 4)
     for changed in (
@@ -335,6 +395,7 @@ def test_longer_padding_and_a_camera_left_out_change_nothing_but_rounding(model,
         assert (alone - masked).norm() < 3e-6 * alone.norm() + 1e-6
 
 
+@PI0_ALONE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_row_without_any_real_key_gives_no_nan_forward_or_backward(build, observation, training_pair, dtype):
     model = build(dtype)
@@ -347,15 +408,16 @@ def test_row_without_any_real_key_gives_no_nan_forward_or_backward(build, observ
 # What depends on what.
 
 
-def test_velocity_leaves_the_context_as_it_was(model, observation, training_pair):
+def test_velocity_leaves_the_context_as_it_was(which, model, observation, training_pair):
     cache = context(model, observation)
     before = [tensor.clone() for layer in cache.layers for tensor in layer]
     model.velocity(cache, training_pair[0], training_pair[2])
     after = [tensor for layer in cache.layers for tensor in layer]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert cache.mask.shape[1] == 61
+    assert cache.mask.shape[1] == {"pi0": 60 + 1, "pi05": 68}[which]
 
 
+@PI0_ALONE
 def test_state_does_not_change_what_the_prefix_says(model, observation):
     prefix = model.prefix(observation)
     with_state = model.with_state(prefix, observation.state)
@@ -363,6 +425,7 @@ def test_state_does_not_change_what_the_prefix_says(model, observation):
         assert all(torch.equal(a, b[:, :, :60]) for a, b in zip(before, after, strict=True))
 
 
+@PI0_ALONE
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16])
 def test_rotary_angles_are_float32_when_the_model_computes_in_bfloat16(
     build, observation, monkeypatch, parameter_dtype
@@ -450,7 +513,7 @@ def test_several_draws_per_observation_are_the_losses_of_each(model, observation
     images = entering(model.vision.layers[0])
     noises, times = (torch.stack(part, 1).flatten(0, 1) for part in zip(*draws, strict=True))
     together = model.loss(observation, actions, noises, times)
-    torch.testing.assert_close(together, separate, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together, separate, rtol=1e-5, atol=1e-4)
     assert len(images) == 1  # one pass of the language model for all of them
 
 
@@ -487,7 +550,8 @@ def test_a_time_for_each_action_equals_one_for_all_when_constant(model, observat
     actions, _, time = training_pair
     cache = context(model, observation)
     per_sample = model.velocity(cache, actions, time)
-    assert torch.equal(model.velocity(cache, actions, time[:, None].expand(-1, 10)), per_sample)
+    per_action = model.velocity(cache, actions, time[:, None].expand(-1, 10))
+    torch.testing.assert_close(per_action, per_sample, rtol=1e-5, atol=5e-5)
     first_is_clean = time[:, None].repeat(1, 10)
     first_is_clean[:, 0] = 0
     assert not torch.allclose(model.velocity(cache, actions, first_is_clean), per_sample, atol=1e-3)
@@ -540,6 +604,7 @@ def test_sampling_compiles_to_one_graph(tmp_path):
     Program(tmp_path / "log.txt", script, COMPILED).succeed()
 
 
+@PI0_ALONE
 def test_shapes_in_signatures_are_checked_in_tests(model, observation):
     rotation = gemma.rotation(torch.zeros(2, 5, dtype=torch.long), 8)
     with pytest.raises(TypeCheckError):  # aliases are looked into: five positions do not turn four tokens
