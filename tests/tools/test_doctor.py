@@ -850,6 +850,8 @@ def test_every_check_has_a_fault():
         "cameras.squares_are_used",
     }
     assert {check.name for check in CHECKS} - shown == {
+        "checkpoint.horizon_is_that_of_the_base",  # of π0.5, as the next
+        "checkpoint.state_is_in_the_prompt",
         "machine.device_is_here",
         "machine.policy_fits",
     }
