@@ -34,15 +34,14 @@ def saved(folder: Path, seed: int = 0) -> Path:
 
 
 def save_in_shards(folder: Path, stale: bool) -> None:
-    """Two shards with an index; with `stale`, the second holds a copy of a tensor that the index has in the
-    first.
-    """
+    """Two shards with an index; with `stale`, each holds a copy of a tensor of the other one."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
     shards = {"model-00001-of-00002.safetensors": names[:40], "model-00002-of-00002.safetensors": names[40:]}
     for file, held in shards.items():
-        copies = {names[0]: torch.randn_like(tensors[names[0]])} if stale and names[0] not in held else {}
+        others = [name for name in (names[0], names[-1]) if stale and name not in held]
+        copies = {name: torch.randn_like(tensors[name]) for name in others}
         save_file({name: tensors[name] for name in held} | copies, folder / file)
     weight_map = {name: file for file, held in shards.items() for name in held}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
