@@ -40,7 +40,7 @@ def save_in_shards(folder: Path, stale: bool) -> None:
     names = sorted(tensors)
     shards = {"model-00001-of-00002.safetensors": names[:40], "model-00002-of-00002.safetensors": names[40:]}
     for file, held in shards.items():
-        others = [name for name in (names[0], names[-1]) if stale and name not in held]
+        others = [name for name in (names[0], "model.vision.projector.weight") if stale and name not in held]
         copies = {name: torch.randn_like(tensors[name]) for name in others}
         save_file({name: tensors[name] for name in held} | copies, folder / file)
     weight_map = {name: file for file, held in shards.items() for name in held}
