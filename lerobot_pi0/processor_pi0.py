@@ -365,8 +365,8 @@ def standard_steps(config: Pi0Config, dataset_stats: Statistics | None) -> Defau
         if config.relative_actions:
             raise UserError(
                 "with --policy.relative_actions=true the statistics are computed when the policy is made: "
-                "make it first, from the config, dataset.meta.stats and dataset.meta, then these pipelines "
-                "with dataset.meta.stats"
+                f"make it first, {type(config).__name__.removesuffix('Config')}Policy(config, "
+                "dataset.meta.stats, dataset.meta), then these pipelines with dataset.meta.stats"
             )
         source = config if dataset_stats else replace(config, statistics="checkpoint")
         dataset_stats = prepare_statistics(
