@@ -14,7 +14,7 @@ help:  ## this list
 
 setup: .venv/ready  ## make the environment in .venv
 
-demo: .venv/ready  ## record demonstrations in Meta-World, train a small π0, evaluate it (ARGS=--quick: a small run)
+demo: .venv/ready  ## record demonstrations in Meta-World, train a small π0, evaluate it (ARGS: --quick, --policy=pi05)
 	$(RUN) lerobot-pi0 demo $(ARGS)
 
 test: .venv/ready  ## the tests, in two processes (ARGS=-n0: in one)

@@ -59,7 +59,7 @@ SUBCOMMANDS = {
     "convert": _in(
         "conversion", "convert", "ConvertConfig", "openpi's, LeRobot's and transformers' π0 ↔ this one"
     ),
-    "demo": _in("demo", "demo", "DemoConfig", "record, train and evaluate a small π0 in Meta-World"),
+    "demo": _in("demo", "demo", "DemoConfig", "record, train and evaluate a small π0 or π0.5 in Meta-World"),
     "doctor": _tool("doctor.command", "DoctorFlags", "what is wrong with a policy, its data, its robot"),
     "language": _tool("language", "LanguageConfig", "does a policy follow its instruction? Swap it and see"),
     "latency": _in(

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # lerobot-eval's default. Demonstrations begin at 100,000, so that the evaluated scenes are new.
 EVALUATION_SEED = 1000
+# How the types of the two policies are called.
+MODELS = {"lerobot_pi0": "π0", "lerobot_pi05": "π0.5"}
 QUICK_TASKS = "faucet-open-v3,faucet-close-v3"
 # Waiting threads sleep: beside other work on the machine, spinning made steps up to ten times as long.
 TRAINING_ENVIRONMENT = (("HF_HUB_OFFLINE", "1"), ("OMP_WAIT_POLICY", "PASSIVE"))
@@ -41,7 +43,7 @@ QUICK_EPISODE_LENGTH = 20
 EVALUATION_BATCH = 10
 
 # The stages and what share of the time each takes: seconds on two cores of an AMD EPYC.
-STAGES = {"record": 70, "train": 270, "evaluate": 90, "report": 20}
+STAGES = {"record": 65, "train": 375, "evaluate": 95, "report": 20}
 # The same for --quick, which mostly imports.
 QUICK_STAGES = {"record": 25, "train": 25, "evaluate": 25, "report": 10}
 
@@ -51,7 +53,9 @@ class Demo:
 
     def __init__(self, config: DemoConfig) -> None:
         self.quick = config.quick
-        self.root = config.output_dir or Path("outputs", "demo_quick" if config.quick else "demo")
+        self.policy = config.policy
+        name = "demo" if config.policy == "pi0" else f"demo_{config.policy}"
+        self.root = config.output_dir or Path("outputs", f"{name}_quick" if config.quick else name)
         self.training = self.root / "training"
         self.recording = RecordConfig(
             root=self.root / "demonstrations",
@@ -63,7 +67,8 @@ class Demo:
         self.pairs = [task for task in self.tasks if OPPOSITES.get(task) in self.tasks]
         self.eval_episodes = config.eval_episodes or (1 if config.quick else 40)
         self.episode_length = QUICK_EPISODE_LENGTH if config.quick else self.recording.episode_length
-        self.train_config = config.train_config or shipped_config("demo")
+        self.train_config = config.train_config or shipped_config(name)
+        self.takes_any_policy = config.train_config is not None
         self.train_extras = list(QUICK_TRAINING) if config.quick else []
         if config.wandb:
             self.train_extras += ["--wandb.enable=true", f"--wandb.mode={config.wandb_mode}"]
@@ -97,6 +102,12 @@ class Demo:
             dtype = [] if bfloat16_pays() else ["--policy.dtype=float32"]
             arguments = (f"--config_path={self.train_config}", *data, *dtype, *self.train_extras)
             return [self._training_job(arguments)]
+        trained = self._train_settings()["policy"]["type"]
+        if not self.takes_any_policy and trained != f"lerobot_{self.policy}":
+            raise OutputExistsError(
+                f"{self.training} holds a {trained}, not what --policy={self.policy} trains "
+                f"(lerobot_{self.policy}). Choose another --output_dir."
+            )
         saved_config = self.checkpoint / "train_config.json"
         for cause in (self.train_config, self.recording.root / SETTINGS_FILE):
             if cause.exists() and cause.stat().st_mtime > saved_config.stat().st_mtime:
@@ -172,8 +183,14 @@ class Demo:
         if losses:
             report.plot_losses(losses, self.root / "loss.png")
         report.contact_sheet(evaluation, task_instructions(), self.root / "policy.gif")
+        trained = self._train_settings()["policy"]["type"]
         page = write_page(
-            self.root / "index.html", table, "loss.png" if losses else None, self.next_commands(), self.quick
+            self.root / "index.html",
+            MODELS.get(trained, trained),
+            table,
+            "loss.png" if losses else None,
+            self.next_commands(),
+            self.quick,
         )
         lines = [str(table), ""]
         if self.quick:

@@ -7,15 +7,19 @@ from typing import Any, Literal
 from lerobot_pi0.demo.metaworld import parse_tasks
 from lerobot_pi0.errors import UserError
 
-# With a name, because draccus finds no help for a field whose type holds quotation marks.
+# With names, because draccus finds no help for a field whose type holds quotation marks.
 WandbMode = Literal["online", "offline"]
+DemoPolicy = Literal["pi0", "pi05"]
 
 
 @dataclass
 class DemoConfig:
-    """Record demonstrations in Meta-World, train a small π0 on them, evaluate it. A second start goes on."""
+    """Record demonstrations in Meta-World, train a small policy, evaluate it. A second start goes on."""
 
-    # Where everything goes. Default: outputs/demo, with --quick outputs/demo_quick.
+    # Which model is trained: pi0 (π0) or pi05 (π0.5).
+    policy: DemoPolicy = "pi0"
+    # Where everything goes. Default: outputs/demo, with --policy=pi05 outputs/demo_pi05; with --quick that
+    # name and _quick.
     output_dir: Path | None = None
     # Two tasks, a few episodes, 10 training steps: shows that all parts work, not that the policy learns.
     quick: bool = False
@@ -23,7 +27,7 @@ class DemoConfig:
     wandb: bool = False
     # How: offline needs no account and no network, and `wandb sync` uploads it later.
     wandb_mode: WandbMode = "offline"
-    # Settings of lerobot-train. Default: the package's configs/demo.yaml.
+    # Settings of lerobot-train. Default: the package's configs/demo.yaml, with --policy=pi05 demo_pi05.yaml.
     train_config: Path | None = None
     # Demonstrations of each task. Default: 40, with --quick 2.
     episodes_per_task: int | None = None

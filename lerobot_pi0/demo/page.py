@@ -9,7 +9,7 @@ from lerobot_pi0.demo.report import Table
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>π0 in Meta-World</title>
+<title>{{ model }} in Meta-World</title>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 720px; padding: 1rem; }
 h2 { font-size: 1.2rem; margin-top: 2rem; }
@@ -22,7 +22,7 @@ pre { background: #f6f8fa; padding: .6rem .9rem; white-space: pre-wrap; overflow
 .note { color: #555; font-size: .9rem; }
 </style></head>
 <body>
-<h1>A small π0 in Meta-World</h1>
+<h1>A small {{ model }} in Meta-World</h1>
 {% if quick %}<p>A quick run: 10 training steps teach nothing. Leave out <code>--quick</code> for the real
 one.</p>{% endif %}
 <img src="policy.gif" alt="One episode of each task">
@@ -46,9 +46,11 @@ the instruction. attention: where the policy looks.</p>
 """
 
 
-def write_page(path: Path, table: Table, loss: str | None, commands: list[str], quick: bool) -> Path:
+def write_page(
+    path: Path, model: str, table: Table, loss: str | None, commands: list[str], quick: bool
+) -> Path:
     """Write the page beside policy.gif and the picture of the loss, if there is one; returns its path."""
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE)
-    page = template.render(table=table, loss=loss, commands=commands, quick=quick)
+    page = template.render(model=model, table=table, loss=loss, commands=commands, quick=quick)
     path.write_text(page, encoding="utf-8")
     return path

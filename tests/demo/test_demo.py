@@ -11,6 +11,7 @@ from lerobot.configs.eval import EvalPipelineConfig
 from lerobot.configs.train import TrainPipelineConfig
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.demo.command import Job
 from lerobot_pi0.demo.demo import EVALUATION_SEED, Demo, DemoConfig, minutes_left
 from lerobot_pi0.demo.environment import MetaworldFastEnvConfig
@@ -33,14 +34,16 @@ def finish_recording(demo: Demo) -> None:
     settings.write_text(json.dumps(demo.recording.settings()))
 
 
-def finish_training(demo: Demo, step: int, of: int) -> None:
+def finish_training(demo: Demo, step: int, of: int, policy: str = "lerobot_pi0") -> None:
     folder = demo.training / "checkpoints" / f"{step:06d}" / "pretrained_model"
     folder.mkdir(parents=True)
     (folder / "train_config.json").write_text(
-        json.dumps({"steps": of, "log_freq": 5, "policy": {"n_action_steps": 4}})
+        json.dumps({"steps": of, "log_freq": 5, "policy": {"type": policy, "n_action_steps": 4}})
     )
     (folder / "model.safetensors").touch()
-    demo.training.joinpath("checkpoints", "last").symlink_to(f"{step:06d}")
+    last = demo.training.joinpath("checkpoints", "last")
+    last.unlink(missing_ok=True)
+    last.symlink_to(f"{step:06d}")
 
 
 def finish_evaluation(demo: Demo, name: str, tasks: list[str]) -> Path:
@@ -61,11 +64,17 @@ def test_what_is_recorded_is_what_is_trained_on(demo):
     assert trained.dataset.repo_id == recorded.repo_id
 
 
-def test_the_training_command_gives_a_small_policy_that_stays_on_this_machine(demo):
+@pytest.mark.parametrize(
+    ("policy", "settings", "kind"), [("pi0", "demo", Pi0Config), ("pi05", "demo_pi05", Pi05Config)]
+)
+def test_the_training_command_gives_a_small_policy_that_stays_on_this_machine(
+    policy, settings, kind, tmp_path
+):
+    demo = Demo(DemoConfig(policy=policy, output_dir=tmp_path / "demo"))
     (training,) = demo.train()
-    assert training.command.arguments[0] == f"--config_path={shipped_config('demo')}"
+    assert training.command.arguments[0] == f"--config_path={shipped_config(settings)}"
     config = parse_training(demo, training)
-    assert isinstance(config.policy, Pi0Config)
+    assert type(config.policy) is kind
     assert config.policy.vlm.width <= 512
     assert not config.policy.push_to_hub
     assert config.output_dir == demo.training
@@ -143,6 +152,15 @@ def test_a_folder_that_is_not_the_demos_is_left_alone(demo):
     assert precious.exists()
 
 
+def test_a_training_of_the_other_policy_is_not_taken_for_this_ones(tmp_path):
+    other = Demo(DemoConfig(policy="pi05", output_dir=tmp_path / "demo"))
+    finish_training(other, step=30, of=30, policy="lerobot_pi0")
+    with pytest.raises(FileExistsError, match=r"holds a lerobot_pi0, .*--output_dir"):
+        other.train()
+    finish_training(other, step=40, of=40, policy="lerobot_pi05")
+    assert other.train() == []
+
+
 def test_an_evaluation_older_than_the_checkpoint_is_repeated(demo):
     info = finish_evaluation(demo, "evaluate", demo.tasks)
     finish_evaluation(demo, "evaluate_swapped", demo.pairs)
@@ -162,7 +180,8 @@ def test_an_evaluation_of_fewer_episodes_is_repeated(demo):
 def test_the_quick_demo_is_small_and_kept_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quick, real = Demo(DemoConfig(quick=True)), Demo(DemoConfig())
-    assert quick.root != real.root
+    demos = [quick, real, *(Demo(DemoConfig(policy="pi05", quick=quick)) for quick in (True, False))]
+    assert len({demo.root for demo in demos}) == 4
     assert quick.recording.episodes_per_task < 5
     config = parse_training(quick, *quick.train())
     assert config.steps <= 50

@@ -72,12 +72,13 @@ def test_a_table_without_marks_does_not_explain_them():
 def test_the_page_shows_the_table_the_pictures_and_the_commands(tmp_path):
     table = success_table({"reach-v3": Evaluation([True], [])}, {"reach-v3": 0.1}, {})
     page = write_page(
-        tmp_path / "index.html", table, "loss.png", ["lerobot-pi0 report --a='<b>'"], quick=False
+        tmp_path / "index.html", "π0.5", table, "loss.png", ["lerobot-pi0 report --a='<b>'"], quick=False
     )
     text = page.read_text(encoding="utf-8")
     assert "<td>reach-v3</td><td>100%  </td><td>1</td><td>10%</td>" in text
     assert re.findall(r'src="(.*?)"', text) == ["policy.gif", "loss.png"]
     assert "lerobot-pi0 report --a=&#39;&lt;b&gt;&#39;" in text
+    assert "<h1>A small π0.5 in Meta-World</h1>" in text
     assert "quick run" not in text
 
 
