@@ -339,6 +339,12 @@ class Pi0Config(PreTrainedConfig):
             logger.warning("cameras left out, because they are not RGB: %s", not_rgb)
 
     @property
+    def state_size(self) -> int | None:
+        """Size of the robot's state; None until the features are known."""
+        feature = self.robot_state_feature
+        return None if feature is None else feature.shape[0]
+
+    @property
     def padded_state_dim(self) -> int:
         """Size of the state in the observation that the network is given."""
         return self.max_state_dim

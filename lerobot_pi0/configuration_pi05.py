@@ -35,5 +35,5 @@ class Pi05Config(Pi0Config):
     @property
     def padded_state_dim(self) -> int:
         """Size of the state in the observation: the robot's own, of whatever size."""
-        assert self.robot_state_feature is not None
-        return self.robot_state_feature.shape[0]
+        assert self.state_size is not None
+        return self.state_size

@@ -77,11 +77,12 @@ class Pi0TokenizerStep(ProcessorStep):
     tokenizer: str
     max_length: int
     vocab_size: int
+    state_size: int | None = None  # of the robot; None, in checkpoints of before: not checked
     _tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
     _warned_of: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __call__(self, transition: EnvTransition) -> EnvTransition:
-        transition = with_float_vectors(transition)
+        transition = with_float_vectors(transition, self.state_size)
         prompts = self.encode_batch(_instructions(transition), transition)
         longest = max(len(row) for rows in prompts.values() for row in rows)
         length = min(self.max_length, 8 * math.ceil(longest / 8))
@@ -173,7 +174,8 @@ class Pi0TokenizerStep(ProcessorStep):
         return tokens
 
     def get_config(self) -> dict[str, Any]:
-        return {"tokenizer": self.tokenizer, "max_length": self.max_length, "vocab_size": self.vocab_size}
+        names = ("tokenizer", "max_length", "vocab_size", "state_size")
+        return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tokenizer as the bytes of its JSON."""
@@ -198,8 +200,11 @@ class Pi0TokenizerStep(ProcessorStep):
         return features
 
 
-def with_float_vectors(transition: EnvTransition) -> EnvTransition:
-    """A copy of a transition, with its own observation, whose state and actions are floats."""
+def with_float_vectors(transition: EnvTransition, state_size: int | None) -> EnvTransition:
+    """A copy of a transition, with its own observation, whose state and actions are floats.
+
+    Raises UserError for a state of another size, which the normalizer would broadcast.
+    """
     transition = transition.copy()
     # LeRobot indexes by the enum and types by its values.
     of: Any = transition
@@ -214,6 +219,12 @@ def with_float_vectors(transition: EnvTransition) -> EnvTransition:
             )
         if isinstance(values, Tensor) and not values.is_floating_point():
             vectors[key] = values.float()
+    state = observation.get(OBS_STATE)
+    if state is not None and state_size not in (None, state.shape[-1]):
+        raise UserError(
+            f"'{OBS_STATE}' has {state.shape[-1]} numbers, and the policy was trained with {state_size}: "
+            "give it the same joints, in the same order"
+        )
     return transition
 
 
@@ -341,7 +352,8 @@ def make_lerobot_pi0_pre_post_processors(
     Without statistics from a dataset, those of the checkpoint that the weights came from are taken.
     """
     steps = standard_steps(config, dataset_stats)
-    tokenize = Pi0TokenizerStep(config.tokenizer, config.tokenizer_max_length, config.vlm.vocab_size)
+    sizes = config.tokenizer_max_length, config.vlm.vocab_size, config.state_size
+    tokenize = Pi0TokenizerStep(config.tokenizer, *sizes)
     tokenize.state_dict()  # fetches the tokenizer: if it cannot be had, now is the time to say so
     return make_policy_processor_pipelines(
         input_steps=[

@@ -37,8 +37,13 @@ class Pi05FloatVectorsStep(ProcessorStep):
     type.
     """
 
+    state_size: int | None = None  # of the robot; None: not checked
+
     def __call__(self, transition: EnvTransition) -> EnvTransition:
-        return with_float_vectors(transition)
+        return with_float_vectors(transition, self.state_size)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"state_size": self.state_size}
 
     def transform_features(
         self, features: dict[PipelineFeatureType, dict[str, PolicyFeature]]
@@ -109,15 +114,14 @@ def make_lerobot_pi05_pre_post_processors(
 ) -> Pipelines:
     """The pipelines of a new policy, with statistics as for π0."""
     steps = standard_steps(config, dataset_stats)
-    tokenize = Pi05TokenizerStep(
-        config.tokenizer, config.tokenizer_max_length, config.vlm.vocab_size, config.state_in_prompt
-    )
+    sizes = config.tokenizer_max_length, config.vlm.vocab_size, config.state_size
+    tokenize = Pi05TokenizerStep(config.tokenizer, *sizes, config.state_in_prompt)
     tokenize.state_dict()  # fetches the tokenizer: if it cannot be had, now is the time to say so
     return make_policy_processor_pipelines(
         input_steps=[
             steps.rename_observations,
             steps.add_batch_dim,
-            Pi05FloatVectorsStep(),
+            Pi05FloatVectorsStep(config.state_size),
             steps.normalize,
             tokenize,
             steps.to_device,

@@ -83,15 +83,15 @@ def check_processors(folder: Path, config: Pi0Config) -> None:
         if prompts:
             _check_prompts(file, steps, config)
         normalizing = steps[names.index(NEEDED[file.name][0])]
-        config, state = normalizing["config"], normalizing.get("state_file")
-        settings[file.name] = config.get("eps"), config.get("norm_map"), state is not None
-        keys = config.get("normalize_observation_keys")
+        given, state = normalizing["config"], normalizing.get("state_file")
+        settings[file.name] = given.get("eps"), given.get("norm_map"), state is not None
+        keys = given.get("normalize_observation_keys")
         if names.count("normalizer_processor") and (
-            OBS_STATE not in (config.get("features") or ()) or (keys is not None and OBS_STATE not in keys)
+            OBS_STATE not in (given.get("features") or ()) or (keys is not None and OBS_STATE not in keys)
         ):
             raise CheckpointError(f"{file} leaves '{OBS_STATE}' as it is, not normalized: {COPY_AGAIN}")
         if state:
-            statistics.append(_read_statistics(folder / state, has_epsilon=bool(config.get("eps"))))
+            statistics.append(_read_statistics(folder / state, has_epsilon=bool(given.get("eps"))))
     if len(settings) == 2 and len({repr(of) for of in settings.values()}) == 2:
         raise CheckpointError(
             f"the pipelines in {folder} normalize by one setting and unnormalize by another ({settings}: "

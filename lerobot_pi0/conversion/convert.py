@@ -110,6 +110,7 @@ def _proof(policy: Policy, folder: Path, digests: dict[str, str], flags: Convert
         ours = policy_class(policy.config).from_pretrained(
             folder, config=replace(policy.config, device="cpu")
         )
+        ours.sampler.release()  # it holds views of the weights, which would keep them in memory
         _give_back(ours.model, written)
         write_golden_actions(folder, ours.config, ours.predict_with_network, ours.device)
         text += " Its golden actions are beside it."

@@ -17,6 +17,7 @@ from tiny_policy import (
     ACTION,
     CHUNK,
     FRONT,
+    MODELS,
     STATE,
     batch,
     first,
@@ -347,3 +348,11 @@ def test_a_state_that_is_no_tensor_is_refused_by_name(value):
     preprocess, _ = make_pre_post_processors(tiny_config(), dataset_stats=statistics())
     with pytest.raises(UserError, match=r"'observation\.state' is a (list|ndarray).*torch\.as_tensor"):
         preprocess(raw_batch(1) | {"observation.state": value})
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("size", [1, STATE - 1, STATE + 1])
+def test_a_state_of_another_size_is_refused_and_not_broadcast(model, size):
+    preprocess, _ = make_pre_post_processors(tiny_config(model), dataset_stats=statistics())
+    with pytest.raises(UserError, match=f"has {size} numbers, and the policy was trained with {STATE}"):
+        preprocess(raw_batch(1) | {"observation.state": torch.zeros(1, size)})

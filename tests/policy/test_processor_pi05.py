@@ -47,7 +47,7 @@ def stand_in(tmp_path) -> str:
 
 
 def step(tokenizer: str = "small", max_length: int = 200, state_in_prompt: bool = True) -> Pi05TokenizerStep:
-    return Pi05TokenizerStep(tokenizer, max_length, 2000, state_in_prompt)
+    return Pi05TokenizerStep(tokenizer, max_length, 2000, state_in_prompt=state_in_prompt)
 
 
 @pytest.mark.parametrize("record", PROMPTS, ids=lambda record: f"{record['prompt'][:20]}-{record['max_len']}")
