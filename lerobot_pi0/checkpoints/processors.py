@@ -136,8 +136,6 @@ def _check_step(file: Path, step: dict[str, Any]) -> None:
             f"not run code of its own, and a policy of this type has only {sorted(STEPS)}. Delete the step "
             "from the file if the policy does not need it"
         )
-    if not isinstance(step.get("config"), dict):
-        raise CheckpointError(f"{file} has no settings of the step '{name}': {COPY_AGAIN}")
     if state is not None and (not isinstance(state, str) or Path(state).name != state):
         raise CheckpointError(f"{file} names the state file {state!r}, outside of its folder")
     if state is not None and not (file.parent / state).is_file():

@@ -126,7 +126,7 @@ class DecoderLayer(Layer):
 
         `append` takes the tokens' own keys and values and returns all that they see, own ones last. Tokens in
         several `blocks`, of so many each, do not see the later ones. With `keys_values_only`, `x` comes back
-        as it was. What the `condition` says to the norms they alone know.
+        as it was. The `condition` is passed to the norms.
         """
         projections = (self.q_proj, self.k_proj, self.v_proj)
         # Without k_proj, q_proj is a backend that computes all three.

@@ -42,7 +42,7 @@ class AdaptiveRMSNorm(nn.Module):
 
 
 class Pi05(Network):
-    """Of an observation's state it sees nothing but what the prompt says."""
+    """The network. It does not read `Observation.state`: the state may stand in the prompt."""
 
     def __init__(
         self,
