@@ -207,7 +207,7 @@ def _unknown_setting(arguments: Sequence[str]) -> str | None:
     """What to say of a flag that a policy of this package does not have; None if all are its own."""
     from lerobot.configs import PreTrainedConfig, parser
 
-    kind = parser.parse_arg("policy.type", arguments)
+    kind = parser.parse_arg("policy.type", arguments) or training_setting("policy.type")
     if kind is None or kind not in PreTrainedConfig.get_known_choices():
         return None
     config: Any = PreTrainedConfig.get_choice_class(kind)

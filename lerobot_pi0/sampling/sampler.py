@@ -7,7 +7,6 @@ actions, which every denoising step reads in place. What depends on the time alo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -78,8 +77,7 @@ class Sampler:
         # Guidance needs gradients, which the backends do not have.
         self.guided_network = with_modulations_ahead(model, tensors)
         self.network, self.trims = swapped(self.guided_network, backend, tensors), backend != "fused"
-        self._steps = functools.cache(functools.partial(_prepared, self.network))
-        self._guided_steps = functools.cache(functools.partial(_prepared, self.guided_network))
+        self._tables: dict[tuple[bool, int], Prepared] = {}
         self._graph, self._guided_graph = _sample, _guided_velocity
         if compiled:
             mode = "reduce-overhead" if model.action_out_proj.weight.is_cuda else None
@@ -97,14 +95,15 @@ class Sampler:
     @gradient_free
     def actions(self, context: Context, noise: Chunk, num_steps: int) -> Chunk:
         """A chunk of normalised actions, by Euler steps from noise."""
-        return _denoised(self.network, context.buffer, noise, self._steps(num_steps, noise.device))
+        steps = self._prepared(self.network, num_steps, noise.device)
+        return _denoised(self.network, context.buffer, noise, steps)
 
     @gradient_free
     def guided_actions(self, context: Context, noise: Chunk, num_steps: int, guidance: Guidance) -> Chunk:
         """A chunk along the guided velocity, which the network computes over its own linear layers."""
         cache, guidance, noise = context.buffer.read(), ordinary(guidance), ordinary(noise).float()
         times = noise.new_tensor(step_times(num_steps)).split(1)
-        prepared = self._guided_steps(num_steps, noise.device)
+        prepared = self._prepared(self.guided_network, num_steps, noise.device)
 
         def velocity(x: Tensor, step: tuple[Tensor, Tensor]) -> Tensor:
             return self._guided_graph(self.guided_network, cache, x, *step, guidance)
@@ -118,19 +117,22 @@ class Sampler:
         """A chunk of normalised actions for each observation, which goes on from committed ones, if given."""
         observation = observation.trimmed() if self.trims else observation
         observation, noise, committed = ordinary(observation), ordinary(noise), ordinary(committed)
-        steps = self._steps(num_steps, noise.device)
+        steps = self._prepared(self.network, num_steps, noise.device)
         chunk = self._graph(self.network, observation, noise, steps, committed)
         # A graph writes over its own memory.
         return chunk if self._graph is _sample else chunk.clone()
 
+    def _prepared(self, network: Network, num_steps: int, device: torch.device) -> Prepared:
+        """What a network prepares of each step's time, once for each number of steps."""
+        key = network is self.guided_network, num_steps
+        if key not in self._tables:
+            times = torch.tensor([*step_times(num_steps), 0.0], dtype=torch.float32, device=device)
+            self._tables[key] = network.prepare(times)
+        return self._tables[key]
+
 
 # What may be compiled. Functions of the network: methods would hold the sampler, and its weights, until
 # Python collects garbage.
-
-
-def _prepared(network: Network, num_steps: int, device: torch.device) -> Prepared:
-    times = torch.tensor([*step_times(num_steps), 0.0], dtype=torch.float32, device=device)
-    return network.prepare(times)
 
 
 def _context(network: Network, observation: Observation, num_actions: int) -> Buffer:

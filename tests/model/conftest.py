@@ -36,24 +36,30 @@ def read_golden(which: str, name: str) -> Any:
     return {key: torch.from_numpy(value) for key, value in np.load(path).items()}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def which(request) -> str:
     """The network that the other fixtures are of: π0, where a test or its module does not say."""
     return getattr(request, "param", "pi0")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def golden(which) -> Callable[[str], Any]:
     """golden("f32.npz") is a dict of tensors, golden("prompts.json") what the file holds."""
     return functools.partial(read_golden, which)
 
 
-@pytest.fixture(scope="session")
-def golden_weights(golden) -> dict[str, Tensor]:
-    return from_openpi_jax({path: leaf.numpy() for path, leaf in golden("params.npz").items()})
+@functools.cache
+def read_weights(which: str) -> dict[str, Tensor]:
+    leaves = read_golden(which, "params.npz")
+    return from_openpi_jax({path: leaf.numpy() for path, leaf in leaves.items()})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
+def golden_weights(which) -> dict[str, Tensor]:
+    return read_weights(which)
+
+
+@pytest.fixture
 def build(which, golden_weights) -> Callable[..., Network]:
     """build(dtype, parameter_dtype): the golden model, what it computes in and what its parameters are."""
 

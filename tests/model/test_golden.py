@@ -23,7 +23,7 @@ PI05_ALONE = pytest.mark.parametrize("which", ["pi05"], indirect=True)
 PRECISIONS = {"params_f32": torch.float32, "params_bf16": torch.bfloat16}
 
 
-@pytest.fixture(scope="session", params=["pi0", "pi05"])
+@pytest.fixture(params=["pi0", "pi05"])
 def which(request) -> str:
     return request.param
 

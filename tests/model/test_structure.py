@@ -95,7 +95,7 @@ PUBLISHED = {
 }
 
 
-@pytest.fixture(scope="session", params=["pi0", "pi05"])
+@pytest.fixture(params=["pi0", "pi05"])
 def which(request) -> str:
     return request.param
 

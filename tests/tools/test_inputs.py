@@ -24,7 +24,8 @@ def test_a_config_that_cannot_be_read_is_an_error_with_its_place(tmp_path, text)
 
 
 @pytest.mark.parametrize(
-    ("kind", "cure"), [("pi0", "lerobot-pi0 convert"), ("act", "another model"), ("pi05", "another model")]
+    ("kind", "cure"),
+    [("pi0", "lerobot-pi0 convert"), ("pi05", "lerobot-pi0 convert"), ("act", "another model")],
 )
 def test_another_policy_is_refused_by_its_type(tmp_path, kind, cure):
     (tmp_path / "config.json").write_text(json.dumps({"type": kind}))
@@ -44,7 +45,7 @@ def test_damaged_settings_of_a_processor_are_an_error(tmp_path):
     pipeline = json.loads(file.read_text())
     pipeline["steps"][2]["config"] = {}
     file.write_text(json.dumps(pipeline))
-    with pytest.raises(CheckpointError, match=rf"processors in '{file.parent}'.*lerobot_pi0_tokenizer"):
+    with pytest.raises(CheckpointError, match=f"{file} has the sizes"):
         load_policy(PolicyFlags(path=str(file.parent)))
 
 
