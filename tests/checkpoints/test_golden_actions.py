@@ -156,10 +156,12 @@ def test_where_nothing_can_be_written_the_policy_loads_all_the_same(saved, tmp_p
     assert "golden actions: the same" in caplog.text
 
 
-def test_a_checkpoint_without_one_loads_silently(saved, caplog):
+def test_a_checkpoint_without_one_loads_and_a_line_says_that_nothing_was_checked(saved, caplog):
     (saved / GOLDEN_ACTIONS_FILE).unlink()
-    Pi0Policy.from_pretrained(saved)
-    assert not [record for record in caplog.records if "golden" in record.getMessage()]
+    with caplog.at_level(logging.INFO):
+        Pi0Policy.from_pretrained(saved)
+    (record,) = [record for record in caplog.records if "has no golden actions" in record.getMessage()]
+    assert record.levelno == logging.INFO
 
 
 def test_saving_in_training_changes_nothing_of_it(tmp_path):
