@@ -1,4 +1,7 @@
-"""The tiny π0 and π0.5 of openpi's golden values, their inputs, and ways to look into a run of them."""
+"""The tiny π0 and π0.5 of openpi's golden values, their inputs, and ways to look into a run of them.
+
+`pytest tests/model --device=cuda` runs them on a GPU.
+"""
 
 import functools
 import json
@@ -28,12 +31,34 @@ def shapes_are_checked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the network runs: cpu, cuda, cuda:1, …")
+
+
+@pytest.fixture
+def device(request) -> str:
+    # A run of all tests reads this file after its options.
+    return request.config.getoption("--device", default="cpu")
+
+
+@pytest.fixture(autouse=True)
+def tensors_are_on_the_device(device) -> Iterator[None]:
+    """Float32 there is IEEE's, without TF32, and no kernel adds up in an order that changes."""
+    if device == "cpu":
+        yield
+        return
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with torch.device(device):
+        yield
+
+
 @functools.cache
-def read_golden(which: str, name: str) -> Any:
+def read_golden(which: str, name: str, device: str) -> Any:
     path = TESTS / {"pi0": "golden", "pi05": "golden_pi05"}[which] / f"golden_{name}"
     if path.suffix == ".json":
         return json.loads(path.read_text())
-    return {key: torch.from_numpy(value) for key, value in np.load(path).items()}
+    return {key: torch.from_numpy(value).to(device) for key, value in np.load(path).items()}
 
 
 @pytest.fixture
@@ -43,20 +68,21 @@ def which(request) -> str:
 
 
 @pytest.fixture
-def golden(which) -> Callable[[str], Any]:
+def golden(which, device) -> Callable[[str], Any]:
     """golden("f32.npz") is a dict of tensors, golden("prompts.json") what the file holds."""
-    return functools.partial(read_golden, which)
+    return lambda name: read_golden(which, name, device)
 
 
 @functools.cache
-def read_weights(which: str) -> dict[str, Tensor]:
-    leaves = read_golden(which, "params.npz")
-    return from_openpi_jax({path: leaf.numpy() for path, leaf in leaves.items()})
+def read_weights(which: str, device: str) -> dict[str, Tensor]:
+    leaves = read_golden(which, "params.npz", "cpu")
+    weights = from_openpi_jax({path: leaf.numpy() for path, leaf in leaves.items()})
+    return {name: tensor.to(device) for name, tensor in weights.items()}
 
 
 @pytest.fixture
-def golden_weights(which) -> dict[str, Tensor]:
-    return read_weights(which)
+def golden_weights(which, device) -> dict[str, Tensor]:
+    return read_weights(which, device)
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ def test_loss_with_the_stored_time_embedding(golden, model, rounding, observatio
 @pytest.mark.usefixtures("stored_time_embedding")
 def test_gradients_of_all_leaves(golden, model, observation, training_pair):
     grads = golden("grads_f32.npz")
-    expected = from_openpi_jax({path: grads[path].numpy() for path in golden("params.npz")})
+    expected = from_openpi_jax({path: grads[path].cpu().numpy() for path in golden("params.npz")})
     model.loss(observation, *training_pair).mean().backward()
     whole = sum(grad.square().sum().item() for grad in expected.values()) ** 0.5
     without = set()
@@ -164,7 +164,7 @@ def test_gradients_of_all_leaves(golden, model, observation, training_pair):
             continue
         # Relative to the leaf. To the whole gradient for biases of SigLIP's keys: they cancel in the softmax,
         # and what is stored is rounding.
-        difference = (parameter.grad - expected[name]).norm().item()
+        difference = (parameter.grad.cpu() - expected[name]).norm().item()
         assert difference < 1e-4 * expected[name].norm().item() + 1e-7 * whole, name
     assert without == {name for name, grad in expected.items() if not grad.any()}
 

@@ -25,6 +25,12 @@ FLOAT32 = 2.0**-23
 PROMPTS = json.loads((Path(__file__).parent.parent / "golden" / "golden_prompts.json").read_text())
 
 
+@pytest.fixture
+def device() -> str:
+    """Of the processors, wherever the network runs."""
+    return "cpu"
+
+
 def config(state_dim: int = 8, action_dim: int = 8, mode: NormalizationMode = NormalizationMode.MEAN_STD):
     return Pi0Config(
         vision=SiglipConfig(image_size=224, patch_size=112, width=8, depth=1, mlp_dim=8, num_heads=1),

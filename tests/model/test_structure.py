@@ -558,7 +558,7 @@ def test_a_time_for_each_action_equals_one_for_all_when_constant(model, observat
 
 
 def test_sampling_time_follows_its_distribution():
-    time = flow.sample_time(torch.rand(20_000, generator=torch.Generator().manual_seed(0)))
+    time = flow.sample_time(torch.rand(20_000, generator=torch.Generator().manual_seed(0), device="cpu"))
     assert time.min() > 0.001
     assert time.max() <= 1
     # Beta(1.5, 1) has mean 0.6 and variance 12/175.
@@ -567,7 +567,7 @@ def test_sampling_time_follows_its_distribution():
 
 
 def test_two_steps_of_euler_by_hand():
-    noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), device="cpu")
     half = noise - (noise * 1.0) / 2
     assert torch.equal(
         flow.integrate(lambda x, time: x * time[:, None, None], noise, 2), half - half * 0.5 / 2
