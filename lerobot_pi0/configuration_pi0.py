@@ -25,6 +25,7 @@ from torch import Tensor
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.lerobot_compat import dataset_key, log_versions
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
+from lerobot_pi0.model.flow import Solver
 from lerobot_pi0.training.optimizer import ResumableAdamWConfig
 from lerobot_pi0.training.randomness import bytes_of, normal_of
 from lerobot_pi0.training.schedule import CosineAfterWarmupConfig
@@ -112,8 +113,11 @@ class Pi0Config(PreTrainedConfig):
     # Actions predicted at once, and how many of them are executed before the next prediction.
     chunk_size: int = 50
     n_action_steps: int = 50
-    # Euler steps from noise to actions.
+    # Steps from noise to actions, each of which evaluates the velocity once.
     num_inference_steps: int = 10
+    # How: euler, as published, or ab2 (second-order Adams–Bashforth), which comes as close to exact
+    # integration in about half the steps.
+    solver: Solver = "euler"
 
     # Actions outside the range of the training data by more than a tenth of it, or in larger steps than any
     # there, are held at the limit and reported. Off for simulators, where nothing breaks.

@@ -22,6 +22,7 @@ from lerobot_pi0.data.action_space import ActionSpace, pad
 from lerobot_pi0.data.training_data import check_first_batch, describe_training
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.model import Network, Observation, Pi0
+from lerobot_pi0.model.flow import Solver
 from lerobot_pi0.model.layers import Layer
 from lerobot_pi0.model.observation import letterbox
 from lerobot_pi0.processor_pi0 import WITHOUT_TASK, InstructionCheck, load_tokenizer
@@ -283,13 +284,13 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
         return self.action_space.from_network(self.sampler.sample_from(context, noise), context.reference)
 
     @torch.no_grad()
-    def predict_with_network(self, batch: Batch, noise: Tensor, num_steps: int) -> Tensor:
+    def predict_with_network(self, batch: Batch, noise: Tensor, num_steps: int, solver: Solver) -> Tensor:
         """`predict_action_chunk` by the network as it is written down: no backend, no action limits, no
         checks.
         """
         batch = {key: value.to(self.device) for key, value in batch.items()}
         with torch.autocast(self.device.type, enabled=False):
-            actions = self.model.sample(self.observation(batch), noise.to(self.device), num_steps)
+            actions = self.model.sample(self.observation(batch), noise.to(self.device), num_steps, solver)
         actions = actions[..., : self.action_space.size]
         reference = self.action_space.reference(batch[OBS_STATE])
         return actions if reference is None else actions + reference[:, None]

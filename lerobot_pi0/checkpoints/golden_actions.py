@@ -13,6 +13,7 @@ import platform
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 from lerobot.utils.constants import HF_LEROBOT_HOME
@@ -22,6 +23,7 @@ from torch import Tensor
 from lerobot_pi0.checkpoints.reading import open_safetensors
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import CheckpointError
+from lerobot_pi0.model.flow import Solver
 from lerobot_pi0.training.randomness import normal_of
 
 logger = logging.getLogger(__name__)
@@ -30,11 +32,11 @@ GOLDEN_ACTIONS_FILE = "golden_actions.safetensors"
 # Root mean square of the difference, over that of the actions or over 1: beyond it, it is no rounding. In
 # bfloat16 two right compilations of openpi's code differ by 0.03.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}
-_STEPS = "inference_steps"
+_STEPS, _SOLVER = "inference_steps", "solver"
 _MOST_STEPS = 1000  # a damaged file must not make loading take hours
 
-# (processed batch of one, noise (1, chunk, padded), Euler steps) → chunk (1, chunk, action size), normalised
-Predict = Callable[[dict[str, Tensor], Tensor, int], Tensor]
+# (processed batch of one, noise (1, chunk, padded), steps, solver) → normalised (1, chunk, action size)
+Predict = Callable[[dict[str, Tensor], Tensor, int, Solver], Tensor]
 
 
 def fixed_input(config: Pi0Config) -> tuple[dict[str, Tensor], Tensor]:
@@ -45,14 +47,16 @@ def fixed_input(config: Pi0Config) -> tuple[dict[str, Tensor], Tensor]:
     return batch, noise.view(1, config.chunk_size, config.max_action_dim)
 
 
-def golden_actions(config: Pi0Config, predict: Predict, inference_steps: int | None = None) -> Tensor:
+def golden_actions(
+    config: Pi0Config, predict: Predict, inference_steps: int | None = None, solver: Solver | None = None
+) -> Tensor:
     """A chunk (steps, action size) for the fixed input, normalised: float32, on the CPU.
 
     `predict` runs the network as it is written down (`Pi0Policy.predict_with_network`): that needs no other
     layout of the weights, so it fits where the policy does, in the middle of training too.
     """
     steps = inference_steps or config.num_inference_steps
-    return predict(*fixed_input(config), steps)[0].float().cpu().contiguous()
+    return predict(*fixed_input(config), steps, solver or config.solver)[0].float().cpu().contiguous()
 
 
 def write_golden_actions(folder: Path, config: Pi0Config, predict: Predict, device: torch.device) -> None:
@@ -68,7 +72,8 @@ def write_golden_actions(folder: Path, config: Pi0Config, predict: Predict, devi
             folder,
         )
         return
-    metadata = _environment(config, device) | {_STEPS: str(config.num_inference_steps)}
+    metadata = _environment(config, device)
+    metadata |= {_STEPS: str(config.num_inference_steps), _SOLVER: config.solver}
     unfinished = folder / f"{GOLDEN_ACTIONS_FILE}.unfinished"
     save_file({"actions": actions}, unfinished, metadata=metadata)
     unfinished.replace(folder / GOLDEN_ACTIONS_FILE)
@@ -89,9 +94,12 @@ def check_golden_actions(
     try:
         with open_safetensors(file) as opened:
             recorded, wanted = opened.metadata() or {}, opened.get_tensor("actions")
-        steps = recorded.pop(_STEPS, "")
-        if not steps.isdecimal() or not 0 < int(steps) <= _MOST_STEPS or wanted.dtype != torch.float32:
-            raise CheckpointError(f"{file} is damaged ({_STEPS}={steps!r}, actions in {wanted.dtype})")
+        steps, solver = recorded.pop(_STEPS, ""), recorded.pop(_SOLVER, "euler")  # before there were others
+        known = steps.isdecimal() and 0 < int(steps) <= _MOST_STEPS and solver in get_args(Solver)
+        if not known or wanted.dtype != torch.float32:
+            raise CheckpointError(
+                f"{file} is damaged ({_STEPS}={steps!r}, {_SOLVER}={solver!r}, actions in {wanted.dtype})"
+            )
     except CheckpointError as error:
         logger.warning("whether this policy acts as it did when it was saved is not known: %s", error)
         return None
@@ -101,7 +109,7 @@ def check_golden_actions(
     passed = HF_LEROBOT_HOME / "lerobot_pi0" / "golden_actions" / _key(wanted, here)
     if passed.is_file():
         return None
-    found = golden_actions(config, predict, int(steps))
+    found = golden_actions(config, predict, int(steps), cast(Solver, solver))
     changes = ", ".join(
         f"{name} {recorded.get(name, 'unknown')} → {here[name]}"
         for name in here

@@ -146,9 +146,14 @@ def _give_back(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 def _compare(policy: Policy, target: Path, in_tree: Path) -> tuple[float, float]:
     """Largest difference of a chunk in float32 between ours and LeRobot's own, and the largest action."""
-    # What makes relative actions absolute is in its processors.
+    # What makes relative actions absolute is in its processors. It knows no other solver.
     config = replace(
-        policy.config, device="cpu", dtype="float32", relative_actions=False, reference_state=None
+        policy.config,
+        device="cpu",
+        dtype="float32",
+        relative_actions=False,
+        reference_state=None,
+        solver="euler",
     )
     with torch.device("meta"):
         ours = policy_class(config)(config).eval()

@@ -112,4 +112,5 @@ def _chunk(policy: Pi0Policy) -> Tensor:
     """
     config, generator = policy.config, torch.Generator().manual_seed(0)
     noise = torch.randn(1, config.chunk_size, config.max_action_dim, generator=generator)
-    return policy.predict_with_network(config.example_observation(), noise, config.num_inference_steps)
+    observation = config.example_observation()
+    return policy.predict_with_network(observation, noise, config.num_inference_steps, config.solver)

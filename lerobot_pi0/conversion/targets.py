@@ -122,7 +122,13 @@ def write_in_tree(policy: Policy, folder: Path, flags: ConvertConfig) -> list[st
     ]
     for pipeline in make_policy_processor_pipelines(first, last):
         pipeline.save_pretrained(folder)
-    return _summary(policy)
+    summary = _summary(policy)
+    if config.solver != "euler":
+        summary.append(
+            f"LeRobot's own {family.name} integrates by Euler: its {config.num_inference_steps} steps are "
+            f"less accurate than those of solver={config.solver}. Set num_inference_steps=10 for it."
+        )
+    return summary
 
 
 def write_openpi(policy: Policy, folder: Path, flags: ConvertConfig) -> list[str]:

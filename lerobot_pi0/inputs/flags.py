@@ -6,6 +6,7 @@ from typing import Literal
 
 # As `configuration_pi0` has them, which imports LeRobot.
 Backend = Literal["auto", "int8", "compile"]
+Solver = Literal["euler", "ab2"]
 
 
 @dataclass
@@ -24,8 +25,10 @@ class PolicyFlags:
 class ControlPolicyFlags(PolicyFlags):
     """`--policy.*` of a tool that drives a robot."""
 
-    # Euler steps from noise to actions. Default: as in the checkpoint.
+    # Steps from noise to actions. Default: as in the checkpoint.
     num_inference_steps: int | None = None
+    # How: euler, or ab2 (half the steps for the same accuracy). Default: as in the checkpoint.
+    solver: Solver | None = None
     # How chunks are computed: auto, int8 (CPU: a third faster) or compile (GPU: one graph, compiled at the
     # start). Default: as in the checkpoint.
     backend: Backend | None = None

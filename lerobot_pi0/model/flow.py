@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+# How a step follows the velocity: as it is (Euler, as π0 was published), or extrapolated from the step before
+# (second-order Adams–Bashforth).
+Solver = Literal["euler", "ab2"]
 # velocity(actions (b, a, e), time (b,)) -> (b, a, e)
 type Velocity = Callable[[Float[Tensor, "b a e"], Float[Tensor, " b"]], Float[Tensor, "b a e"]]
 
@@ -56,12 +59,19 @@ def integrate(
     noise: Float[Tensor, "b a e"],
     num_steps: int,
     prepared: Iterable[Any] | None = None,
+    solver: Solver = "euler",
 ) -> Float[Tensor, "b a e"]:
-    """Actions at time 0, by Euler steps along `velocity(actions, time)` from noise at time 1. `velocity` may
-    take what was `prepared` of each step instead of its time."""
+    """Actions at time 0, by equal steps along `velocity(actions, time)` from noise at time 1. `velocity` may
+    take what was `prepared` of each step instead of its time; either solver calls it once for each step.
+
+    The error falls with the number of steps, "euler", or with its square, "ab2", whose first step is Euler's.
+    """
     if prepared is None:
         prepared = (noise.new_full((len(noise),), time) for time in step_times(num_steps))
-    x = noise
+    x, before = noise, None
     for step in prepared:
-        x = torch.sub(x, velocity(x, step), alpha=1 / num_steps)
+        v = velocity(x, step)
+        along = v if before is None else torch.lerp(before, v, 1.5)  # extrapolated to the middle of the step
+        x = torch.sub(x, along, alpha=1 / num_steps)
+        before = v if solver == "ab2" else None
     return x

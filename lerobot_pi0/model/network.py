@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lerobot_pi0.model.flow import embed_time, integrate, interpolate
+from lerobot_pi0.model.flow import Solver, embed_time, integrate, interpolate
 from lerobot_pi0.model.gemma import Cache, Decoder, ExpertConfig, GemmaConfig
 from lerobot_pi0.model.layers import Linear, RMSNorm
 from lerobot_pi0.model.observation import Observation
@@ -125,8 +125,12 @@ class Network(nn.Module, ABC):
 
     @torch.no_grad()
     def sample(
-        self, observation: Observation, noise: Float[Tensor, "b a e"], num_steps: int
+        self,
+        observation: Observation,
+        noise: Float[Tensor, "b a e"],
+        num_steps: int,
+        solver: Solver = "euler",
     ) -> Float[Tensor, "b a e"]:
         """A chunk of normalised actions for each observation, as plainly as it can be said."""
         context = self.with_state(self.prefix(observation), observation.state)
-        return integrate(lambda x, time: self.velocity(context, x, time), noise, num_steps)
+        return integrate(lambda x, time: self.velocity(context, x, time), noise, num_steps, solver=solver)

@@ -123,17 +123,18 @@ class PolicySampler:
         if self._compiles:  # one graph for all prompts
             observation = observation.padded(self.config.tokenizer_max_length)
         with torch.autocast(noise.device.type, enabled=False):
-            sampler, steps = self.current(), self.config.num_inference_steps
+            sampler, steps, solver = self.current(), self.config.num_inference_steps, self.config.solver
             if remainder is None:
-                return sampler.sample(observation, noise, steps)
+                return sampler.sample(observation, noise, steps, solver=solver)
             horizon = execution_horizon or self._rtc.execution_horizon
             if max_delay := self.config.rtc_training_max_delay:
-                actions = sampler.sample(observation, noise, steps, action_prefix(remainder, max_delay))
+                prefix = action_prefix(remainder, max_delay)
+                actions = sampler.sample(observation, noise, steps, prefix, solver)
             else:
                 schedule = self._rtc.prefix_attention_schedule.value
                 by = guidance(remainder, schedule, horizon, self._rtc.max_guidance_weight)
                 context = sampler.context(observation, self.config.chunk_size)
-                actions = sampler.guided_actions(context, noise, steps, by)
+                actions = sampler.guided_actions(context, noise, steps, by, solver)
         delay = remainder.delay
         return torch.cat((remainder.actions[:, :delay], actions[:, delay:]), 1)
 
@@ -145,7 +146,8 @@ class PolicySampler:
     def sample_from(self, context: Context, noise: Float[Tensor, "b a e"]) -> Float[Tensor, "b a e"]:
         """A chunk from a context: `sample` for the price of the denoising steps."""
         with torch.autocast(noise.device.type, enabled=False):
-            return self.current().actions(context, noise, self.config.num_inference_steps)
+            config = self.config
+            return self.current().actions(context, noise, config.num_inference_steps, config.solver)
 
     def current(self) -> Sampler:
         """The sampler of the weights as they are now."""

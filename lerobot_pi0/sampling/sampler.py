@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lerobot_pi0.lerobot_compat import in_any_thread
 from lerobot_pi0.model import Network, Observation
-from lerobot_pi0.model.flow import integrate, step_times
+from lerobot_pi0.model.flow import Solver, integrate, step_times
 from lerobot_pi0.model.gemma import Cache
 from lerobot_pi0.sampling.buffer import Buffer, Context
 from lerobot_pi0.sampling.linear import BackendName
@@ -93,13 +93,15 @@ class Sampler:
         return Context(_context(self.network, observation, num_actions))
 
     @gradient_free
-    def actions(self, context: Context, noise: Chunk, num_steps: int) -> Chunk:
-        """A chunk of normalised actions, by Euler steps from noise."""
+    def actions(self, context: Context, noise: Chunk, num_steps: int, solver: Solver = "euler") -> Chunk:
+        """A chunk of normalised actions from noise."""
         steps = self._prepared(self.network, num_steps, noise.device)
-        return _denoised(self.network, context.buffer, noise, steps)
+        return _denoised(self.network, context.buffer, noise, steps, solver)
 
     @gradient_free
-    def guided_actions(self, context: Context, noise: Chunk, num_steps: int, guidance: Guidance) -> Chunk:
+    def guided_actions(
+        self, context: Context, noise: Chunk, num_steps: int, guidance: Guidance, solver: Solver = "euler"
+    ) -> Chunk:
         """A chunk along the guided velocity, which the network computes over its own linear layers."""
         cache, guidance, noise = context.buffer.read(), ordinary(guidance), ordinary(noise).float()
         times = noise.new_tensor(step_times(num_steps)).split(1)
@@ -108,17 +110,22 @@ class Sampler:
         def velocity(x: Tensor, step: tuple[Tensor, Tensor]) -> Tensor:
             return self._guided_graph(self.guided_network, cache, x, *step, guidance)
 
-        return integrate(velocity, noise, num_steps, zip(times, prepared, strict=False))
+        return integrate(velocity, noise, num_steps, zip(times, prepared, strict=False), solver)
 
     @gradient_free
     def sample(
-        self, observation: Observation, noise: Chunk, num_steps: int, committed: ActionPrefix | None = None
+        self,
+        observation: Observation,
+        noise: Chunk,
+        num_steps: int,
+        committed: ActionPrefix | None = None,
+        solver: Solver = "euler",
     ) -> Chunk:
         """A chunk of normalised actions for each observation, which goes on from committed ones, if given."""
         observation = observation.trimmed() if self.trims else observation
         observation, noise, committed = ordinary(observation), ordinary(noise), ordinary(committed)
         steps = self._prepared(self.network, num_steps, noise.device)
-        chunk = self._graph(self.network, observation, noise, steps, committed)
+        chunk = self._graph(self.network, observation, noise, steps, committed, solver)
         # A graph writes over its own memory.
         return chunk if self._graph is _sample else chunk.clone()
 
@@ -145,7 +152,12 @@ def _context(network: Network, observation: Observation, num_actions: int) -> Bu
 
 
 def _denoised(
-    network: Network, context: Buffer, noise: Chunk, steps: Prepared, committed: ActionPrefix | None = None
+    network: Network,
+    context: Buffer,
+    noise: Chunk,
+    steps: Prepared,
+    solver: Solver,
+    committed: ActionPrefix | None = None,
 ) -> Chunk:
     *prepared, at_zero = steps.unbind()
 
@@ -154,15 +166,20 @@ def _denoised(
             x, step = committed.put(x), committed.put_time(step, at_zero)
         return network.velocity_at(context, x, step)
 
-    x = integrate(velocity, noise.float(), len(prepared), prepared)
+    x = integrate(velocity, noise.float(), len(prepared), prepared, solver)
     return x if committed is None else committed.put(x)
 
 
 def _sample(
-    network: Network, observation: Observation, noise: Chunk, steps: Prepared, committed: ActionPrefix | None
+    network: Network,
+    observation: Observation,
+    noise: Chunk,
+    steps: Prepared,
+    committed: ActionPrefix | None,
+    solver: Solver,
 ) -> Chunk:
     context = _context(network, observation, noise.shape[1])
-    return _denoised(network, context, noise, steps, committed)
+    return _denoised(network, context, noise, steps, solver, committed)
 
 
 def _guided_velocity(

@@ -22,7 +22,7 @@ from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.dataset import dataset_metadata, open_dataset
 from lerobot_pi0.inputs.policy import LoadedPolicy, load_policy, read_config
 from lerobot_pi0.model import Network, Observation
-from lerobot_pi0.model.flow import integrate
+from lerobot_pi0.model.flow import Solver, integrate
 from lerobot_pi0.model.gemma import Decoder, DecoderLayer, rotate
 from lerobot_pi0.processor_pi0 import Pi0TokenizerStep, Word
 from lerobot_pi0.tools.flags import AttentionConfig
@@ -97,7 +97,9 @@ def look(
     policy, config = loaded.policy, loaded.config
     observation = policy.observation(batch)
     noise = draw_noise(config, NUM_SAMPLES, seed=0).to(observation.state.device)
-    attention = sampling_attention(policy.model, observation, noise, config.num_inference_steps)
+    attention = sampling_attention(
+        policy.model, observation, noise, config.num_inference_steps, config.solver
+    )
     attention = attention.mean(0) if layer is None else attention[layer]
     attention = attention.mean(0) if head is None else attention[head]
     grid = config.vision.image_size // config.vision.patch_size
@@ -148,7 +150,9 @@ def _named(words: Sequence[Word], config: Pi0Config) -> list[Word]:
     return [word._replace(text=f"{next(names)} {word.text}") if word.is_state else word for word in words]
 
 
-def sampling_attention(model: Network, observation: Observation, noise: Tensor, num_steps: int) -> Tensor:
+def sampling_attention(
+    model: Network, observation: Observation, noise: Tensor, num_steps: int, solver: Solver = "euler"
+) -> Tensor:
     """Attention (layers, H, T) of the action tokens while chunks are sampled from noise (K, A, E) at one
     observation: the mean over steps, actions and samples."""
     context = model.with_state(model.prefix(observation), observation.state).repeat(len(noise))
@@ -160,7 +164,7 @@ def sampling_attention(model: Network, observation: Observation, noise: Tensor, 
         means.append(torch.stack([of_layer.mean((0, 2)) for of_layer in attention]))
         return v
 
-    integrate(velocity, noise, num_steps)
+    integrate(velocity, noise, num_steps, solver=solver)
     return torch.stack(means).mean(0)
 
 

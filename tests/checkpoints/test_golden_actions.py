@@ -113,11 +113,19 @@ def test_a_change_of_the_code_is_found(saved, caplog, monkeypatch):
     assert "THIS POLICY ACTS DIFFERENTLY" in caplog.text
 
 
-def test_steps_of_inference_are_the_recorded_ones(saved):
+def test_steps_and_solver_are_the_recorded_ones(saved, tmp_path, caplog):
     written_with(saved, torch="2.7.0")
-    policy = Pi0Policy.from_pretrained(saved, config=tiny_config(num_inference_steps=3))
-    file = saved / GOLDEN_ACTIONS_FILE
-    assert_same(actions_of(policy), load_file(file)["actions"])
+    with caplog.at_level(logging.INFO, logger="lerobot_pi0"):
+        policy = Pi0Policy.from_pretrained(saved, config=tiny_config(num_inference_steps=3, solver="ab2"))
+    assert "golden actions: the same" in caplog.text
+    policy.save_pretrained(tmp_path / "ab2")
+    written_with(tmp_path / "ab2", torch="2.7.0")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="lerobot_pi0"):
+        Pi0Policy.from_pretrained(tmp_path / "ab2", config=tiny_config())
+    assert "golden actions: the same" in caplog.text
+    by_euler = load_file(saved / GOLDEN_ACTIONS_FILE)["actions"]
+    assert not torch.equal(load_file(tmp_path / "ab2" / GOLDEN_ACTIONS_FILE)["actions"], by_euler)
 
 
 def no_metadata(file: Path) -> None:
@@ -131,6 +139,7 @@ def no_metadata(file: Path) -> None:
         pytest.param(no_metadata, id="no metadata"),
         pytest.param(lambda file: written_with(file.parent, inference_steps="0"), id="no steps"),
         pytest.param(lambda file: written_with(file.parent, inference_steps="9" * 9), id="hours of steps"),
+        pytest.param(lambda file: written_with(file.parent, solver="rk45"), id="unknown solver"),
         pytest.param(lambda file: written_with(file.parent, lambda x: x.bfloat16()), id="other dtype"),
     ],
 )

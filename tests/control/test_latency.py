@@ -56,17 +56,18 @@ def test_a_slow_stage_is_told_from_the_others_and_decides_what_is_suggested(chec
     assert found["suggestion"]["kind"] == ("rtc" if "guided" in stages else "sync")
 
 
-def test_fewer_euler_steps_are_fewer_steps(checkpoint, monkeypatch):
+def test_steps_and_solver_are_those_that_are_asked_for(checkpoint, monkeypatch):
     seen, plan = set(), Pi0Policy.plan
 
     def watched(self, *args, **kwargs):
-        seen.add(self.config.num_inference_steps)
+        seen.add((self.config.num_inference_steps, self.config.solver))
         return plan(self, *args, **kwargs)
 
     monkeypatch.setattr(Pi0Policy, "plan", watched)
-    text = main(LatencyConfig(ControlPolicyFlags(str(checkpoint), num_inference_steps=3), repeats=1))
-    assert seen == {3}
-    assert "3 Euler steps" in text
+    flags = ControlPolicyFlags(str(checkpoint), num_inference_steps=3, solver="ab2")
+    text = main(LatencyConfig(flags, repeats=1))
+    assert seen == {(3, "ab2")}
+    assert "3 steps from noise, by ab2" in text
 
 
 def test_the_rate_is_that_of_the_training_data(tmp_path):

@@ -1,6 +1,7 @@
 """What the architecture is, said without the code that implements it: sizes, order, masks, dependencies."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -572,6 +573,29 @@ def test_two_steps_of_euler_by_hand():
     assert torch.equal(
         flow.integrate(lambda x, time: x * time[:, None, None], noise, 2), half - half * 0.5 / 2
     )
+
+
+def test_two_steps_of_adams_bashforth_by_hand():
+    noise = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    first = noise * 1.0  # the velocity x · time at time 1
+    half = noise - first / 2  # Euler
+    wanted = half - (1.5 * (half * 0.5) - 0.5 * first) / 2
+    found = flow.integrate(lambda x, time: x * time[:, None, None], noise, 2, solver="ab2")
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(("solver", "ratio"), [("euler", 2), ("ab2", 4)])
+def test_twice_the_steps_divide_the_error_as_the_solvers_order_says(solver, ratio):
+    """Along x · time from 1 at time 1: e^-½ at time 0."""
+
+    def error(num_steps: int) -> float:
+        x = flow.integrate(
+            lambda x, time: x * time[:, None, None], torch.ones(1, 1, 1), num_steps, None, solver
+        )
+        return abs(x.item() - math.exp(-0.5))
+
+    assert error(16) / error(32) == pytest.approx(ratio, rel=0.1)
+    assert error(32) < 0.02
 
 
 def test_letterbox_leaves_a_fitting_image_alone():

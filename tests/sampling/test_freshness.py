@@ -23,7 +23,7 @@ def chunk(policy: Pi0Policy) -> Tensor:
 
 def of_the_network(policy: Pi0Policy) -> Tensor:
     given = {key: value for key, value in batch().items() if isinstance(value, Tensor)}
-    return policy.predict_with_network(given, noise(), policy.config.num_inference_steps)
+    return policy.predict_with_network(given, noise(), policy.config.num_inference_steps, "euler")
 
 
 def randomize(policy: Pi0Policy, part: str) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from lerobot_pi0 import Pi0Policy
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.model import Network, Observation, gemma
-from lerobot_pi0.model.flow import integrate
+from lerobot_pi0.model.flow import Solver, integrate
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 from lerobot_pi0.sampling import buffer
 from lerobot_pi0.sampling.linear import BackendName, Int8, Packed
@@ -74,11 +74,11 @@ def close(actual: Tensor, wanted: Tensor) -> None:
 
 
 @pytest.mark.parametrize("form", EXACT)
-@pytest.mark.parametrize("num_steps", [1, 10])
-def test_sampler_gives_the_networks_actions(model, observation, form, num_steps):
-    wanted = model.sample(observation, noise(), num_steps)
-    close(Sampler(model, form).sample(observation, noise(), num_steps), wanted)
-    alone = Sampler(model, form).sample(of_first(observation), noise()[:1], num_steps)
+@pytest.mark.parametrize(("num_steps", "solver"), [(1, "euler"), (10, "euler"), (5, "ab2")])
+def test_sampler_gives_the_networks_actions(model, observation, form, num_steps, solver):
+    wanted = model.sample(observation, noise(), num_steps, solver)
+    close(Sampler(model, form).sample(observation, noise(), num_steps, solver=solver), wanted)
+    alone = Sampler(model, form).sample(of_first(observation), noise()[:1], num_steps, solver=solver)
     close(alone, wanted[:1])
 
 
@@ -261,25 +261,30 @@ def test_fused_weights_are_the_networks_own(model):
         assert torch.equal(tensor, before[name]), name
 
 
-def by_the_network(model: Network, observation: Observation, velocity: Any) -> Tensor:
+# With both solvers, each over one of the backends.
+SOLVED: tuple[tuple[BackendName, Solver], ...] = (("fused", "euler"), ("packed", "ab2"))
+
+
+def by_the_network(model: Network, observation: Observation, velocity: Any, solver: Solver) -> Tensor:
     """A chunk along velocity(model's own velocity at the observation)(x, time)."""
     context = model.with_state(model.prefix(observation), observation.state)
-    return integrate(velocity(lambda x, time: model.velocity(context, x, time)), noise(), STEPS)
+    along = velocity(lambda x, time: model.velocity(context, x, time))
+    return integrate(along, noise(), STEPS, solver=solver)
 
 
-@pytest.mark.parametrize("form", EXACT)
-def test_guided_chunk_is_along_the_networks_own_velocity_guided(model, observation, form):
+@pytest.mark.parametrize(("form", "solver"), SOLVED)
+def test_guided_chunk_is_along_the_networks_own_velocity_guided(model, observation, form, solver):
     weights = torch.linspace(1, 0, CHUNK)[:, None].expand(-1, 8)
     by = Guidance(-noise(), weights, 5.0)
-    wanted = by_the_network(model, observation, lambda velocity: guided(velocity, by))
+    wanted = by_the_network(model, observation, lambda velocity: guided(velocity, by), solver)
     sampler = Sampler(model, form)
-    found = sampler.guided_actions(sampler.context(observation, CHUNK), noise(), STEPS, by)
+    found = sampler.guided_actions(sampler.context(observation, CHUNK), noise(), STEPS, by, solver)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
     assert (found - sampler.sample(observation, noise(), STEPS)).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("form", EXACT)
-def test_committed_actions_are_at_time_0_in_every_step(model, observation, form):
+@pytest.mark.parametrize(("form", "solver"), SOLVED)
+def test_committed_actions_are_at_time_0_in_every_step(model, observation, form, solver):
     committed = ActionPrefix(-noise(), torch.arange(CHUNK) < 2)
 
     def begun(velocity: Any) -> Any:
@@ -288,8 +293,31 @@ def test_committed_actions_are_at_time_0_in_every_step(model, observation, form)
 
         return at_zero
 
-    wanted = committed.put(by_the_network(model, observation, begun))
-    close(Sampler(model, form).sample(observation, noise(), STEPS, committed), wanted)
+    wanted = committed.put(by_the_network(model, observation, begun, solver))
+    close(Sampler(model, form).sample(observation, noise(), STEPS, committed, solver), wanted)
+
+
+def test_a_policy_samples_by_the_solver_of_its_config(which):
+    """Chunks, plans, guided and trained real-time chunking."""
+    given, left = (
+        batch(model=which),
+        {"inference_delay": 1, "prev_chunk_left_over": torch.ones(CHUNK, ACTION)},
+    )
+
+    def chunks(solver: Solver) -> list[Tensor]:
+        found = []
+        for max_delay in (0, 2):
+            policy = tiny_policy(
+                which, num_inference_steps=4, solver=solver, rtc_training_max_delay=max_delay
+            )
+            policy.config.rtc_config = RTCConfig(execution_horizon=3)
+            found += [policy.predict_action_chunk(given, noise=noise(), **rest) for rest in ({}, left)]
+            found.append(policy.plan(policy.encode(given), noise=noise()))
+        close(found[0], policy.model.sample(policy.observation(given), noise(), 4, solver)[..., :ACTION])
+        assert torch.equal(found[2], found[0])
+        return found
+
+    assert not any(torch.equal(a, b) for a, b in zip(chunks("euler"), chunks("ab2"), strict=True))
 
 
 @pytest.mark.parametrize("form", ["fused", "packed", "int8"])
