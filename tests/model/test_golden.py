@@ -7,6 +7,7 @@ and with openpi's stored embedding, which holds the rest of the network to float
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from openpi_jax import from_openpi_jax
@@ -20,6 +21,7 @@ ROUNDING = {"pi0": 2e-5, "pi05": 3e-5}  # absolute, of values of order 1 to 4 af
 PI0_ALONE = pytest.mark.parametrize("which", ["pi0"], indirect=True)
 PI05_ALONE = pytest.mark.parametrize("which", ["pi05"], indirect=True)
 
+GRADIENT = "grad_alpha4/"  # of the golden LoRA, whose alpha is its rank
 PRECISIONS = {"params_f32": torch.float32, "params_bf16": torch.bfloat16}
 
 
@@ -167,6 +169,41 @@ def test_gradients_of_all_leaves(golden, model, observation, training_pair):
         difference = (parameter.grad.cpu() - expected[name]).norm().item()
         assert difference < 1e-4 * expected[name].norm().item() + 1e-7 * whole, name
     assert without == {name for name, grad in expected.items() if not grad.any()}
+
+
+@pytest.mark.usefixtures("stored_time_embedding")
+def test_gradients_of_lora(golden, model, observation, training_pair):
+    """openpi's factors, a pair for each head, get theirs by the chain rule from the merged weights."""
+    stored = golden("lora_f32.npz")
+    expected = {name.removeprefix(GRADIENT): x for name, x in stored.items() if name.startswith(GRADIENT)}
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in golden("params.npz").items()}
+    lora = {name.removeprefix("param/"): x for name, x in stored.items() if name.startswith("param/")}
+    lora = {name: factor.clone().requires_grad_() for name, factor in lora.items()}
+    merged = dict(leaves)
+    for name, a in lora.items():
+        if name.endswith("lora_a"):
+            stem, b = name.removesuffix("lora_a"), lora[name.removesuffix("a") + "b"]
+            if "attn_vec_einsum" in name:  # openpi adds the heads up between the factors
+                b = b.sum(1, keepdim=True)
+            path = f"{stem}w" if stem.endswith("/") else stem.removesuffix("_")
+            merged[path] = leaves[path] + a @ b
+    numbers = torch.cat([leaf.flatten() for leaf in merged.values()])
+    ends = np.cumsum([leaf.numel() for leaf in merged.values()])
+    parts = zip(merged.items(), np.split(np.arange(len(numbers)), ends[:-1]), strict=True)
+    places = from_openpi_jax({path: part.reshape(leaf.shape) for (path, leaf), part in parts})
+    weights = {name: numbers[place] for name, place in places.items()}
+    model.load_state_dict(weights)
+
+    model.loss(observation, *training_pair).mean().backward()
+    found = {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    torch.autograd.backward([weights[name] for name in found], [*found.values()])
+    assert lora.keys() <= expected.keys()
+    whole = sum(grad.square().sum().item() for grad in expected.values()) ** 0.5
+    for name, grad in expected.items():
+        ours = (leaves | lora)[name].grad
+        assert (ours - grad).norm().item() < 1e-4 * grad.norm().item() + 1e-7 * whole, name
 
 
 @pytest.mark.parametrize("steps", [10, 4])

@@ -84,6 +84,7 @@ def test_three_optimizer_steps(golden, setup, weight_decay, schedule):
     [
         ("pi0", None),
         ("pi05", "short_schedule"),
+        ("pi05", "pi05_libero_from_step_0"),
         ("pi05", "pi05_libero_from_step_10000"),
         ("pi05", "pi05_aloha_pen_uncap_from_step_1000"),
     ],
@@ -111,7 +112,8 @@ def test_ten_training_steps(golden, golden_weights, model, observation, training
         loss = model.loss(observation, *training_pair).mean()
         assert loss.item() == pytest.approx(stored["loss"][step], rel=1e-4)
         lr = optimizer.param_groups[0]["lr"] = schedule["peak_lr"] * factor(first_step + step)
-        assert lr == pytest.approx(stored["lr"][step], rel=1e-6)
+        # openpi subtracts float32 numbers as large as the peak: its first steps of a warm-up are 2e-4 off.
+        assert lr == pytest.approx(stored["lr"][step], rel=1e-6, abs=2**-24 * schedule["peak_lr"])
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -129,7 +131,9 @@ def test_ten_training_steps(golden, golden_weights, model, observation, training
             assert norm_of(changes) < 5e-3
             continue
         assert norm_of(tensors) == pytest.approx(final["l2"], rel=1e-5), path
-        assert norm_of(changes) == pytest.approx(final["change_l2"], rel=1e-3, abs=1e-7), path
+        # Half a float32 rounding of the weights, which the smallest learning rate (5e-9) is within.
+        rounding = 1e-7 + 2**-24 * final["l2"]
+        assert norm_of(changes) == pytest.approx(final["change_l2"], rel=1e-3, abs=rounding), path
         total = sum(tensor.sum().item() for tensor in tensors)
         assert total == pytest.approx(final["sum"], rel=1e-4, abs=1e-3), path
     context = model.with_state(model.prefix(observation), observation.state)
