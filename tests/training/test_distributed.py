@@ -35,7 +35,9 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 
+from lerobot_pi0.inputs.policy import policy_class
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 lerobots: Any = train_utils
@@ -59,9 +61,10 @@ class Case:
     checkpointing: bool = False
     frozen_dtype: torch.dtype = torch.bfloat16
     computes_in: torch.dtype | None = None  # FSDP's mixed precision
+    model: str = "pi0"
 
     def __str__(self) -> str:
-        parts = (f"fsdp{self.fsdp}", self.freeze, self.frozen_dtype, self.computes_in or "")
+        parts = (f"fsdp{self.fsdp}", self.model, self.freeze, self.frozen_dtype, self.computes_in or "")
         return "-".join(str(part).removeprefix("torch.") for part in parts if part) + (
             "-checkpointing" if self.checkpointing else ""
         )
@@ -74,10 +77,13 @@ EXACT = [
     Case(2, "vlm"),
     Case(2, "vlm", checkpointing=True),
     Case(2, "most"),
+    Case(2, checkpointing=True, model="pi05"),
     Case(1, "vision"),
     Case(1, "vlm", checkpointing=True),
     Case(1, "most"),
+    Case(1, "vision", model="pi05"),
 ]
+SAVED = [Case(fsdp, "vision") for fsdp in LEROBOTS] + [Case(2, "vision", model="pi05")]
 ROUNDED = [
     Case(2, checkpointing=True, computes_in=torch.bfloat16),
     Case(1, "vlm", checkpointing=True, computes_in=torch.bfloat16),
@@ -87,7 +93,8 @@ ROUNDED = [
 def make_policy(case: Case) -> tuple[Pi0Policy, torch.optim.Optimizer]:
     """As LeRobot has policy and optimizer before it hands them to accelerate."""
     freeze: Any = "nothing" if case.freeze == "most" else case.freeze
-    policy = tiny_policy(freeze=freeze, gradient_checkpointing=case.checkpointing, ema_decay=0).train()
+    settings = {"freeze": freeze, "gradient_checkpointing": case.checkpointing, "ema_decay": 0}
+    policy = tiny_policy(case.model, **settings).train()
     if case.freeze == "most":
         for name, parameter in policy.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and ("q_proj" in name or "v_proj" in name))
@@ -144,10 +151,13 @@ def mean(loss: Tensor) -> float:
 
 
 def whole(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        key: torch.cat([part[key] for part in parts]) if isinstance(value, Tensor) else value
-        for key, value in parts[0].items()
-    }
+    """One batch of several; prompts, which in π0.5 are as long as their states are written, are padded."""
+    joined = dict(parts[0])
+    for key, value in joined.items():
+        if isinstance(value, Tensor):
+            rows = [row for part in parts for row in part[key]]
+            joined[key] = pad_sequence(rows, batch_first=True) if value.ndim > 1 else torch.stack(rows)
+    return joined
 
 
 def compare(case: Case, rank: int) -> dict[str, Any]:
@@ -156,7 +166,7 @@ def compare(case: Case, rank: int) -> dict[str, Any]:
     module = shard(case, sharded, sharded_optimizer)
     result: dict[str, Any] = {"losses": [], "wanted": []}
     for i in range(STEPS):
-        parts = [batch(2, seed=PROCESSES * i + part) for part in range(PROCESSES)]
+        parts = [batch(2, PROCESSES * i + part, case.model) for part in range(PROCESSES)]
         wanted, wanted_gradients = step(policy, optimizer, whole(parts))
         loss, found = step(module, sharded_optimizer, parts[rank])
         result["losses"].append(mean(loss))
@@ -171,7 +181,7 @@ def save_and_resume(case: Case, rank: int, folder: Path) -> dict[str, Any]:
     policy, optimizer = make_policy(case)
     names = {name: (tensor.shape, tensor.dtype) for name, tensor in policy.state_dict().items()}
     module = shard(case, policy, optimizer)
-    step(module, optimizer, batch(2, seed=rank))
+    step(module, optimizer, batch(2, rank, case.model))
     whole_state = StateDictOptions(full_state_dict=True)
     if case.fsdp == 1:
         # As LeRobot does it, but for offloading to the CPU, where torch frees what is there already.
@@ -189,14 +199,14 @@ def save_and_resume(case: Case, rank: int, folder: Path) -> dict[str, Any]:
         lerobots.save_training_state(folder, 1, optimizer, optim_state_dict=moments)
     dist.barrier()
     resumed, resumed_optimizer = make_policy(case)
-    resumed.load_state_dict(Pi0Policy.from_pretrained(folder).state_dict())
+    resumed.load_state_dict(type(resumed).from_pretrained(folder).state_dict())
     resumed_module = shard(case, resumed, resumed_optimizer)
     if case.fsdp == 1:
         lerobots.load_fsdp_optimizer_state(resumed_module, resumed_optimizer, folder)
     else:
         set_optimizer_state_dict(resumed_module, resumed_optimizer, moments, options=whole_state)
     # On a CPU FSDP1 gathers all moments of a parameter into the same memory: only one step can be right.
-    batches = [batch(2, seed=rank + seed) for seed in ((2,) if case.fsdp == 1 else (2, 4))]
+    batches = [batch(2, rank + seed, case.model) for seed in ((2,) if case.fsdp == 1 else (2, 4))]
     return {
         "names": names,
         "wanted": [mean(step(module, optimizer, given)[0]) for given in batches],
@@ -221,9 +231,8 @@ def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=PROCESSES)
     results: dict[str, Any] = {str(case): compare(case, rank) for case in EXACT + ROUNDED}
-    for fsdp in LEROBOTS:
-        results[f"saved {fsdp}"] = save_and_resume(Case(fsdp, "vision"), rank, folder / f"saved{fsdp}")
-        results[f"refused {fsdp}"] = refusal(fsdp)
+    results |= {f"saved {case}": save_and_resume(case, rank, folder / str(case)) for case in SAVED}
+    results |= {f"refused {fsdp}": refusal(fsdp) for fsdp in LEROBOTS}
     if rank == 0:
         torch.save(results, folder / "results.pt")
     dist.destroy_process_group()
@@ -256,18 +265,18 @@ def test_fsdps_mixed_precision_rounds_the_loss_and_no_more(sharded, case):
     torch.testing.assert_close(result["losses"], result["wanted"], rtol=2e-2, atol=0)
 
 
-@pytest.mark.parametrize("fsdp", LEROBOTS)
-def test_sharded_policy_is_saved_as_a_whole_one(sharded, fsdp):
+@pytest.mark.parametrize("case", SAVED, ids=str)
+def test_sharded_policy_is_saved_as_a_whole_one(sharded, case):
     results, folder = sharded
-    policy = Pi0Policy.from_pretrained(folder / f"saved{fsdp}")
+    policy = policy_class(tiny_config(case.model)).from_pretrained(folder / str(case))
     found = {name: (tensor.shape, tensor.dtype) for name, tensor in policy.state_dict().items()}
-    assert found == results[f"saved {fsdp}"]["names"]
-    assert policy(batch())[0] > 0
+    assert found == results[f"saved {case}"]["names"]
+    assert policy(batch(model=case.model))[0] > 0
 
 
-@pytest.mark.parametrize("fsdp", LEROBOTS)
-def test_sharded_run_goes_on_from_what_it_saved(sharded, fsdp):
-    result = sharded[0][f"saved {fsdp}"]
+@pytest.mark.parametrize("case", SAVED, ids=str)
+def test_sharded_run_goes_on_from_what_it_saved(sharded, case):
+    result = sharded[0][f"saved {case}"]
     torch.testing.assert_close(result["resumed"], result["wanted"], rtol=1e-5, atol=1e-5)
 
 
