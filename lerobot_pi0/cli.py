@@ -8,21 +8,23 @@ imports the flags alone, and neither LeRobot nor torch, unless LeRobot's own fla
 
 import contextlib
 import difflib
+import io
 import itertools
 import logging
 import os
 import re
 import sys
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from lerobot_pi0.errors import UserError
+from lerobot_pi0.inputs.flags import check_checkpoint_name, check_dataset_root
 from lerobot_pi0.lerobot_compat import (
     check_version,
     parsing_failure,
-    silence_torchcodec_notice,
+    shorten_torchcodec_notice,
     versions,
 )
 
@@ -109,7 +111,7 @@ def main() -> None:
     ours.addHandler(logging.StreamHandler())
     ours.setLevel(logging.INFO)
     ours.propagate = False  # some library may have set up the root logger already
-    silence_torchcodec_notice()
+    shorten_torchcodec_notice()
     try:
         run(name, flags)
     except KeyboardInterrupt:
@@ -123,21 +125,61 @@ def main() -> None:
 
 
 def run(name: str, flags: list[str]) -> None:
-    """Parse the flags of a subcommand and call it."""
-    import draccus
+    """Parse the flags of a subcommand and call it.
 
+    What is wrong is said before LeRobot and torch are imported, as far as it can be known without them.
+    """
+    command = SUBCOMMANDS[name]
+    own = _imported(command.flags)
     if {"-h", "--help"} & set(flags):
-        print_help(name, _imported(SUBCOMMANDS[name].flags))
+        print_help(name, own)
         return
-    function = _imported(SUBCOMMANDS[name].function)
-    (config_class,) = (hint for key, hint in get_type_hints(function).items() if key != "return")
-    if "--help-all" in flags and config_class != list[str]:
-        print_help(name, config_class)
-        return
-    if config_class == list[str]:
-        if (text := function(flags)) is not None:
+    if isinstance(own, str):  # the help of a command that stands before one of LeRobot
+        check_folders(flags, "--policy.path")
+        if (text := _imported(command.function)(flags)) is not None:
             print(text)
         return
+    if "--help-all" not in flags:
+        check_folders(flags, "--policy.path", "--dataset.root")
+        if not any(flag.startswith("--config_path") for flag in flags):
+            parse(name, own, _without_lerobots(own, flags))
+    function = _imported(command.function)
+    (config_class,) = (hint for key, hint in get_type_hints(function).items() if key != "return")
+    if "--help-all" in flags:
+        print_help(name, config_class)
+        return
+    text = function(parse(name, config_class, flags))
+    text, code = text if isinstance(text, tuple) else (text, 0)
+    if text is not None:
+        print(text)
+    if code:
+        raise SystemExit(code)
+
+
+def check_folders(flags: list[str], *names: str) -> None:
+    """Raises MissingFileError for a folder that one of these flags names and that is not there."""
+    checks = {"--policy.path": check_checkpoint_name, "--dataset.root": check_dataset_root}
+    for flag in flags:
+        name, _, value = flag.partition("=")
+        if name in names and value:
+            checks[name](value)
+
+
+def _without_lerobots(own: type, flags: list[str]) -> list[str]:
+    """The flags without those of the groups that are configs of LeRobot, and their values."""
+    kept, is_theirs = [], False
+    for flag in flags:
+        if flag.startswith("--"):
+            is_theirs = re.split(r"[.=]", flag[2:])[0] in getattr(own, "of_lerobot", ())
+        if not is_theirs:
+            kept.append(flag)
+    return kept
+
+
+def parse[T](name: str, config_class: type[T], flags: list[str]) -> T:
+    """The config of a subcommand. Ends with exit code 2 and a message for flags that it does not take."""
+    import draccus
+
     required = required_flags(config_class)
     positional = list(itertools.takewhile(lambda flag: not flag.startswith("-"), flags))
     if len(positional) > len(required):
@@ -147,27 +189,23 @@ def run(name: str, flags: list[str]) -> None:
     flags = [*given, *flags[len(positional) :]]
     flags = [re.sub(r"^--[^=]+", lambda name: f"--{name[0][2:].replace('-', '_')}", flag) for flag in flags]
     # LeRobot's flags take a value, also those that are true or false; "--quick" is short for "--quick=true".
-    switches = {f"--{field.name}" for field in fields(config_class) if field.type is bool}
+    of: Any = config_class
+    switches = {f"--{field.name}" for field in fields(of) if field.type is bool}
     flags = [
         f"{flag}=true" if flag in switches and following.startswith("--") else flag
         for flag, following in zip(flags, [*flags[1:], "--"], strict=False)
     ]
     try:
-        config = draccus.parse(config_class, args=flags, prog=f"{PROGRAM} {name}", preferred_help="above")
+        return draccus.parse(config_class, args=flags, prog=f"{PROGRAM} {name}", preferred_help="above")
     except draccus.ParsingError as error:
         fail(f"{PROGRAM} {name}: error: {parsing_failure(error)} (`{PROGRAM} {name} --help`)", 2)
-    text = function(config)
-    text, code = text if isinstance(text, tuple) else (text, 0)
-    if text is not None:
-        print(text)
-    if code:
-        raise SystemExit(code)
 
 
 def required_flags(config_class: type) -> list[str]:
-    """Names of the fields without a default, in their order."""
+    """Names of the fields without a default, in their order, but for groups of flags."""
     given: Any = config_class
-    return [field.name for field in fields(given) if field.default is field.default_factory is MISSING]
+    required = [field for field in fields(given) if field.default is field.default_factory is MISSING]
+    return [field.name for field in required if not is_dataclass(field.type)]
 
 
 def print_help(name: str, flags: Any) -> None:
@@ -179,8 +217,23 @@ def print_help(name: str, flags: Any) -> None:
         return
     positional = [field.upper() for field in required_flags(flags)]
     usage = " ".join([PROGRAM, name, *positional])
-    with contextlib.suppress(SystemExit):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as printed:
         draccus.parse(flags, args=["--help"], prog=usage, preferred_help="above")
+    print(_readable(printed.getvalue()), end="")
+
+
+def _readable(text: str) -> str:
+    """draccus's help without the flag of each group, which it explains twice, and with the docstring of our
+    class in place of its name.
+    """
+    of_groups = r"--\S+ str\s+Config file for .*\n(?: {8}.*\n)*"
+    names = {found.split()[0] for found in re.findall(rf"^  ({of_groups})", text, re.MULTILINE)}
+    text = re.sub(rf"^  {of_groups}", "", text, flags=re.MULTILINE)
+    text = re.sub(rf"\s+\[(?:{'|'.join(names) or '-'}) str\]", "", text)
+    text = re.sub(r"^\w+ \['([\w.]+)'\]:$", r"--\1:", text, flags=re.MULTILINE)
+    text = re.sub(r"^\w+:\n(?=  [A-Z])", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^ +\n\n?", "\n", text, flags=re.MULTILINE)
+    return re.sub(r"^ {6}(?=\S)", "  ", text, flags=re.MULTILINE)
 
 
 def usage() -> str:

@@ -34,6 +34,7 @@ from functools import cache, wraps
 from importlib.metadata import distribution, version
 from pathlib import Path
 from threading import Event
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 from weakref import ref
@@ -120,13 +121,36 @@ def internals(what: str) -> Iterator[None]:
 # The command line
 
 
-def silence_torchcodec_notice() -> None:
-    """Hide the warning, of sixty lines, that torchcodec cannot be loaded; LeRobot then decodes with PyAV.
+def shorten_torchcodec_notice() -> None:
+    """Make one line, logged once, of the sixty that LeRobot logs whenever it finds that torchcodec cannot be
+    loaded.
 
-    LeRobot logs it when it is imported (utils/import_utils.py, `get_safe_default_video_backend`;
-    lerobot#4307), and has no setting for it.
+    LeRobot looks for it whenever it makes flags of a dataset or opens one (utils/import_utils.py,
+    `get_safe_default_video_backend`; lerobot#4307), logs the loader's tracebacks, and has no setting for it.
     """
-    logging.getLogger("lerobot.utils.import_utils").setLevel(logging.ERROR)
+    logging.getLogger("lerobot.utils.import_utils").addFilter(_TORCHCODEC_NOTICE)
+
+
+class _OneLine(logging.Filter):
+    """Passes one notice about torchcodec, in one line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._was_logged = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to log the record."""
+        if "torchcodec" not in record.getMessage():
+            return True
+        passes, self._was_logged = not self._was_logged, True
+        record.args = ()
+        record.msg = (
+            "videos are decoded with PyAV: torchcodec cannot be loaded (it needs the libraries of FFmpeg)"
+        )
+        return passes
+
+
+_TORCHCODEC_NOTICE = _OneLine()
 
 
 def parse_flags[T](program: str, arguments: Sequence[str], config_class: type[T]) -> T:
@@ -184,20 +208,46 @@ def policy_path(arguments: Sequence[str]) -> tuple[str, str | None] | None:
     return None if path is None else (path, parser.parse_arg("policy.pretrained_revision", arguments))
 
 
+def command_of_lerobot(arguments: Sequence[str]) -> str | None:
+    """The command of LeRobot that runs with this `sys.argv`, for example lerobot-train; None if none does."""
+    program = Path(arguments[0]).stem.replace("_", "-") if arguments else ""
+    return program if program.startswith("lerobot-") and program != "lerobot-pi0" else None
+
+
+def print_user_errors(arguments: Sequence[str]) -> None:
+    """Let a command of LeRobot end with the message of a UserError, in place of a traceback.
+
+    LeRobot's commands catch nothing (scripts/lerobot_train.py, `main`), and what a policy raises stands below
+    the frames of all who called it. Other errors keep their traceback. The exit code is 1 for both.
+    """
+    program, before = command_of_lerobot(arguments), sys.excepthook
+    if program is None:
+        return
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        reason = parsing_failure(error)
+        if isinstance(reason, UserError):
+            sys.stderr.write(f"{program}: error: {reason}\n")
+        else:
+            before(kind, error, trace)
+
+    sys.excepthook = hook
+
+
 def check_command_line(arguments: Sequence[str]) -> None:
     """Refuse what LeRobot's commands are certain to refuse, in one line in place of their hundreds.
 
     Plugins are imported before the flags are parsed (configs/parser.py, `wrap`; utils/import_utils.py,
     `register_third_party_plugins`, which catches every Exception). Looks at `sys.argv` of a command of
-    LeRobot: settings that this package's policies do not have, and, to train, a --dataset.root without a
-    dataset. Raises SystemExit with code 2, as argparse does.
+    LeRobot: settings that this package's policies do not have, and, to train, a dataset that is neither here
+    nor on the hub. Raises SystemExit with code 2, as argparse does.
     """
-    program = Path(arguments[0]).stem.replace("_", "-") if arguments else ""
-    if not program.startswith("lerobot-") or program == "lerobot-pi0":
+    program = command_of_lerobot(arguments)
+    if program is None:
         return
     problem = _unknown_setting(arguments[1:])
     if problem is None and program == "lerobot-train":
-        problem = _wrong_root(arguments[1:])
+        problem = _missing_dataset(arguments[1:])
     if problem is not None:
         sys.stderr.write(f"{program}: error: {problem}\n")
         raise SystemExit(2)
@@ -205,10 +255,10 @@ def check_command_line(arguments: Sequence[str]) -> None:
 
 def _unknown_setting(arguments: Sequence[str]) -> str | None:
     """What to say of a flag that a policy of this package does not have; None if all are its own."""
-    from lerobot.configs import PreTrainedConfig, parser
+    from lerobot.configs import PreTrainedConfig
 
-    kind = parser.parse_arg("policy.type", arguments) or training_setting("policy.type")
-    if kind is None or kind not in PreTrainedConfig.get_known_choices():
+    kind = str(training_setting("policy.type", arguments))
+    if kind not in PreTrainedConfig.get_known_choices():
         return None
     config: Any = PreTrainedConfig.get_choice_class(kind)
     if not config.__module__.startswith("lerobot_pi0."):
@@ -223,18 +273,66 @@ def _unknown_setting(arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _wrong_root(arguments: Sequence[str]) -> str | None:
-    """What to say of a --dataset.root that is there, and holds no dataset."""
-    from lerobot.configs import parser
+def _missing_dataset(arguments: Sequence[str]) -> str | None:
+    """What to say of a dataset that LeRobot would neither find nor download; None if it may have it.
 
-    root = parser.parse_arg("dataset.root", arguments)
-    if root is None or not Path(root).is_dir() or (Path(root) / "meta" / "info.json").is_file():
+    It looks in --dataset.root, or else in its folder for local datasets and in its cache, and then on the hub
+    (datasets/dataset_metadata.py, `LeRobotDatasetMetadata`).
+    """
+    from lerobot.utils.constants import HF_LEROBOT_HOME, HF_LEROBOT_HUB_CACHE
+
+    name, root = (training_setting(f"dataset.{part}", arguments) for part in ("repo_id", "root"))
+    is_remote = training_setting("job.target", arguments) not in (None, "local")
+    if name is None or is_remote or training_setting("dataset.repo_type", arguments) == "bucket":
         return None
-    if not any(Path(root).iterdir()):
-        return None  # LeRobot downloads into it
-    below = sorted(file.parents[1] for file in Path(root).glob("*/meta/info.json"))
-    hint = f" One of those in it: --dataset.root={below[0]}" if below else ""
-    return f"--dataset.root={root} holds no dataset (no meta/info.json).{hint}"
+    name, folder = str(name), HF_LEROBOT_HOME / str(name) if root is None else Path(str(root))
+    if (folder / "meta" / "info.json").is_file():
+        return None
+    if root is None:
+        if (HF_LEROBOT_HUB_CACHE / f"datasets--{name.replace('/', '--')}").is_dir():
+            return None
+        if why := _not_on_hub(name):
+            return (
+                f"the dataset '{name}' is not in {HF_LEROBOT_HOME}, and cannot be downloaded: {why}. For a "
+                "folder elsewhere: --dataset.root=FOLDER"
+            )
+        return None
+    if folder.is_dir() and any(folder.iterdir()):
+        below = sorted(file.parents[1] for file in folder.glob("*/meta/info.json"))
+        hint = f" One of those in it: --dataset.root={below[0]}" if below else ""
+        return f"--dataset.root={root} holds no dataset (no meta/info.json).{hint}"
+    if why := _not_on_hub(name):
+        state = "is empty" if folder.is_dir() else "does not exist"
+        return f"--dataset.root={root} {state}, and '{name}' cannot be downloaded into it: {why}"
+    return None
+
+
+def _not_on_hub(name: str) -> str | None:
+    """Why a dataset cannot be had from the hub; None if it may be there."""
+    from httpx import TransportError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    if name.startswith("local/"):
+        return "names that begin with local/ are those of datasets that were recorded here"
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        if not isinstance(error, GatedRepoError):
+            return "the hub has no such dataset (a private one needs `hf auth login`)"
+    except OfflineModeIsEnabled:
+        return "the hub is not asked (HF_HUB_OFFLINE=1)"
+    except TransportError as error:
+        return f"the hub cannot be reached ({error})"
+    except HfHubHTTPError:
+        pass  # LeRobot may be luckier
+    return None
 
 
 # Training
@@ -258,17 +356,18 @@ def trained_episodes(dataset_meta: Any) -> list[int] | None:
     return None
 
 
-def training_setting(name: str) -> Any:
+def training_setting(name: str, arguments: Sequence[str] | None = None) -> Any:
     """A setting of the `lerobot-train` that runs, which it does not tell the policy; None if it is not set.
 
-    As it is typed, or else as the file of --config_path has it (configs/parser.py, `parse_arg`).
+    As it is typed among the arguments (default: those of this process), or else as the file of --config_path
+    has it (configs/parser.py, `parse_arg`).
     """
     from draccus.cfgparsing import parse_string
     from lerobot.configs import parser
 
-    if (typed := parser.parse_arg(name)) is not None:
+    if (typed := parser.parse_arg(name, arguments)) is not None:
         return parse_string(typed)
-    file = parser.parse_arg("config_path")
+    file = parser.parse_arg("config_path", arguments)
     if file is None or not Path(file).is_file():
         return None
     found: Any = parse_string(Path(file).read_text("utf-8"))  # YAML, and so JSON
@@ -400,6 +499,21 @@ def robots_state_order() -> Iterator[None]:
         yield
     finally:
         vars(context)[name] = lerobots
+
+
+def hide_slow_loop_notices() -> None:
+    """Hide what LeRobot's control loop logs whenever one round took longer than a control step.
+
+    It says so of each chunk that the loop waits for, and of rounds that no action was late by
+    (rollout/strategies/base.py, `run`). Called after LeRobot's `init_logging`, which makes the handlers.
+    """
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_no_slow_loop_notice)
+
+
+def _is_no_slow_loop_notice(record: logging.LogRecord) -> bool:
+    is_one = record.name.startswith("lerobot.rollout.strategies.")
+    return not (is_one and record.getMessage().startswith("Record loop is running slower"))
 
 
 def fed_state_names(ctx: "RolloutContext") -> list[str]:

@@ -1,6 +1,7 @@
 """The command line: what `lerobot-pi0` says to people, and with which exit code."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -67,10 +68,53 @@ def test_help_imports_neither_lerobot_nor_torch():
     assert printed.stdout.splitlines()[-1] == "[]"
 
 
-@pytest.mark.parametrize(("name", "positional"), [("convert", "SOURCE TARGET"), ("trace", "RUN")])
+WRONG = (
+    ("report --rooot=x", "unrecognized arguments: --rooot=x"),
+    ("report --policy.path=outputs/a/b/pretrained_model", "there is no folder outputs/a/b/pretrained_model"),
+    ("language --policy.path=me/policy --dataset.root=nowhere", "there is no dataset in nowhere"),
+    ("rollout --policy.path=outputs/a/b", "there is no folder outputs/a/b"),
+    ("plan --dataset.repo_id=me/x --policy.chunk_size=8", "gpu_memory"),
+    ("doctor --robot.type so101_follower --jsn", "unrecognized arguments: --jsn"),
+)
+ONE_BY_ONE = """
+import json, sys
+from lerobot_pi0 import cli
+for line in json.loads(sys.argv[1]):
+    sys.argv = ["lerobot-pi0", *line.split()]
+    try:
+        cli.main()
+    except SystemExit:
+        print("#", file=sys.stderr)
+print(json.dumps(sorted({"torch", "lerobot", "numpy", "transformers"} & set(sys.modules))))
+"""
+
+
+def test_what_is_wrong_is_said_before_lerobot_and_torch_are_imported(tmp_path):
+    lines = json.dumps([line for line, _ in WRONG])
+    command = [sys.executable, "-c", ONE_BY_ONE, lines]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "[]"
+    said = done.stderr.split("#")
+    assert len(said) == len(WRONG) + 1
+    for (line, message), text in zip(WRONG, said, strict=False):
+        assert message in text, line
+
+
+@pytest.mark.parametrize(
+    ("name", "positional"), [("convert", "SOURCE TARGET"), ("trace", "RUN"), ("plan", "GPU_MEMORY")]
+)
 def test_usage_shows_what_may_be_given_by_position(monkeypatch, capsys, name, positional):
     assert call(monkeypatch, name, "--help") == 0
     assert capsys.readouterr().out.startswith(f"usage: lerobot-pi0 {name} {positional} ")
+
+
+def test_help_explains_each_flag_once(monkeypatch, capsys):
+    assert call(monkeypatch, "doctor", "--help") == 0
+    text = capsys.readouterr().out
+    flags = re.findall(r"^  (--\S+)", text, re.MULTILINE)
+    assert sorted(flags) == sorted(set(flags))
+    assert "Flags" not in text
+    assert "\n\n  The robot that the policy is to drive" in text
 
 
 def test_flags_of_lerobot_are_shown_on_request(monkeypatch, capsys):

@@ -14,14 +14,18 @@ from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
+import huggingface_hub
 import pytest
+from draccus.utils import ParsingError
+from huggingface_hub.errors import RepositoryNotFoundError
 from packaging.requirements import Requirement
 from packaging.version import Version
 from test_packaging import PYPROJECT
 from tiny_policy import tiny_policy
 
 from lerobot_pi0 import lerobot_compat
-from lerobot_pi0.errors import UserError
+from lerobot_pi0.errors import CheckpointError, UserError
 
 # module:name → its parameters, of some version; None where it is no function.
 NAMES: dict[str, str | tuple[str, ...] | None] = {
@@ -121,6 +125,10 @@ SOURCES: dict[str, tuple[str | tuple[str, ...], ...]] = {
         "raise ParsingError(f\"Couldn't instantiate class",
     ),
     "lerobot.configs.parser:get_cli_overrides": ("args = sys.argv[1:]",),
+    "lerobot.rollout.strategies.base:BaseStrategy.run": ('f"Record loop is running slower',),
+    "lerobot.datasets.dataset_metadata:LeRobotDatasetMetadata.__init__": (
+        "self.root = HF_LEROBOT_HOME / repo_id",
+    ),
 }
 
 
@@ -262,7 +270,7 @@ def test_flags_are_parsed_as_by_lerobot_and_argv_is_restored():
     assert named == ("here", "x")
 
 
-TYPE = "--policy.type=lerobot_pi0"
+TYPE, DATA = "--policy.type=lerobot_pi0", "--dataset.repo_id=me/data"
 
 
 @pytest.mark.parametrize(
@@ -271,10 +279,18 @@ TYPE = "--policy.type=lerobot_pi0"
         (["lerobot-train", TYPE, "--policy.chunksize=16"], "--policy.chunksize .* --policy.chunk_size\\?"),
         (["bin/lerobot-eval", "--policy.vsion.width=3", TYPE], "--policy.vsion .* --policy.vision\\?"),
         (["lerobot_train.py", TYPE, "--policy.qqq", "1"], "--policy.qqq is no setting of lerobot_pi0.$"),
-        (["lerobot-train", "--dataset.root={}"], "holds no dataset .*--dataset.root=.*/mine"),
+        (["lerobot-train", DATA, "--dataset.root={}"], "holds no dataset .*--dataset.root=.*/mine"),
+        (["lerobot-train", DATA, "--dataset.root={}/no"], "/no does not exist, and 'me/data' .*OFFLINE"),
+        (["lerobot-train", DATA, "--dataset.root={}/empty"], "/empty is empty, and 'me/data' cannot be"),
+        (["lerobot-train", "--dataset.repo_id=local/x", "--dataset.root={}/no"], "local/ are .* here"),
+        (["lerobot-train", DATA], "'me/data' is not in .*--dataset.root=FOLDER"),
+        (["lerobot-train", "--resume=true", "--config_path={}/run.yaml"], "/gone does not exist"),
     ],
 )
-def test_a_flag_that_lerobot_would_refuse_is_refused_in_one_line(arguments, said, tmp_path, capsys):
+def test_what_lerobot_would_refuse_is_refused_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run.yaml").write_text("dataset: {repo_id: me/data, root: /gone}")
     (tmp_path / "mine" / "meta").mkdir(parents=True)
     (tmp_path / "mine" / "meta" / "info.json").touch()
     with pytest.raises(SystemExit) as stop:
@@ -298,15 +314,90 @@ def test_a_flag_that_lerobot_would_refuse_is_refused_in_one_line(arguments, said
             "--policy.vision.width=32",
             "--policy.cameras={{}}",
         ],
-        ["lerobot-train", TYPE, "--dataset.root={}/mine"],
-        ["lerobot-train", TYPE, "--dataset.root={}/not_there"],  # is downloaded to
-        ["lerobot-record", "--dataset.root={}"],
+        ["lerobot-train", DATA, "--dataset.root={}/mine"],
+        ["lerobot-train", DATA, "--dataset.root={}/not_there"],  # is downloaded to
+        ["lerobot-train", DATA],
+        ["lerobot-train", "--dataset.repo_id=local/x", "--job.target=a10g-small"],
+        ["lerobot-record", DATA, "--dataset.root={}"],
     ],
 )
-def test_what_lerobot_may_take_passes(arguments, tmp_path):
+def test_what_lerobot_may_take_passes(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)  # the hub has it
     (tmp_path / "mine" / "meta").mkdir(parents=True)
     (tmp_path / "mine" / "meta" / "info.json").touch()
     lerobot_compat.check_command_line([argument.format(tmp_path) for argument in arguments])
+
+
+def not_found() -> Exception:
+    return RepositoryNotFoundError("404", response=httpx.Response(404, request=httpx.Request("GET", "x:")))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (not_found(), "the hub has no such dataset"),
+        (httpx.ConnectError("no route"), "the hub cannot be reached (no route)"),
+    ],
+)
+def test_a_dataset_that_cannot_be_downloaded_is_refused(error, said, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    with pytest.raises(SystemExit):
+        lerobot_compat.check_command_line(["lerobot-train", DATA, f"--dataset.root={tmp_path}/no"])
+    assert said in capsys.readouterr().err
+
+
+def test_a_command_of_lerobot_ends_with_the_message_of_what_the_user_caused(monkeypatch, capsys):
+    elsewhere = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: elsewhere.append(error[1]))
+    lerobot_compat.print_user_errors(["bin/lerobot-train", TYPE])
+    while_parsing = ParsingError("Couldn't instantiate class")
+    while_parsing.__cause__ = UserError("too few")
+    fault = ValueError("a fault")
+    for error in (CheckpointError("damaged"), while_parsing, fault):
+        sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == "lerobot-train: error: damaged\nlerobot-train: error: too few\n"
+    assert elsewhere == [fault]
+    hook = sys.excepthook
+    lerobot_compat.print_user_errors(["my_program.py"])
+    assert sys.excepthook is hook
+
+
+def test_torchcodec_that_cannot_be_loaded_is_one_line_once(caplog):
+    lerobot_compat.shorten_torchcodec_notice()
+    log = logging.getLogger("lerobot.utils.import_utils")
+    notice: Any = log.filters[-1]
+    fresh = type(notice)()
+    log.removeFilter(notice)
+    log.addFilter(fresh)
+    try:
+        for _ in range(2):
+            log.warning("Could not load libtorchcodec.\nTraceback\n'torchcodec' is installed")
+        log.warning("another matter")
+    finally:
+        log.removeFilter(fresh)
+        log.addFilter(notice)
+    assert len(caplog.messages) == 2
+    assert caplog.messages[0].startswith("videos are decoded with PyAV: torchcodec cannot be loaded")
+    assert "\n" not in caplog.messages[0]
+
+
+def test_lerobots_notices_of_slow_rounds_are_hidden():
+    handler = logging.Handler()
+    seen = []
+    handler.emit = lambda record: seen.append(record.getMessage())
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        lerobot_compat.hide_slow_loop_notices()
+        log = logging.getLogger("lerobot.rollout.strategies.base")
+        log.warning("Record loop is running slower (3.0 Hz) than the target FPS (30 Hz)")
+        log.warning("Could not return to initial position")
+    finally:
+        root.removeHandler(handler)
+    assert seen == ["Could not return to initial position"]
 
 
 def threads(name: str = "second OpenMP team") -> int:

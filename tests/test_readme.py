@@ -94,6 +94,7 @@ def parse_lerobots(program: str, flags: list[str]) -> Any:
 def parse_ours(monkeypatch, name: str, flags: list[str]) -> None:
     """A subcommand up to the call of its function."""
     calls = []
+    monkeypatch.setattr(cli, "check_folders", lambda *_: None)  # a command before this one makes them
     if name == "rollout":
         monkeypatch.setattr(lerobot_pi0.control.rollout, "rollout", lambda *given: calls.append(given))
     else:
@@ -208,7 +209,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
 
 
 def test_the_readme_is_short():
-    assert len(README.split()) <= 1900
+    assert len(README.split()) <= 1800
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -106,7 +106,8 @@ def measure(
         loaded.postprocess(actions)
         return actions
 
-    with torch.no_grad():
+    guard = policy.action_space.guard
+    with torch.no_grad(), nullcontext() if guard is None else guard.not_counting():
         actions = timed("first", chunk)
         timed("second", chunk)
         before, left = config.rtc_config, None

@@ -42,6 +42,7 @@ from lerobot_pi0.lerobot_compat import (
     drive,
     end_of_loop,
     fed_state_names,
+    hide_slow_loop_notices,
     inference_errors,
     is_interactive,
     is_policy_joint,
@@ -105,6 +106,7 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
     cfg.use_torch_compile = False
     file = None if folder is None else new_policy_trace(folder)
     init_logging()
+    hide_slow_loop_notices()  # the summary says how many stalls there were, and what each waited for
     signals = ProcessSignalHandler(use_threads=True, display_pid=False)
     try:
         with robots_state_order():
@@ -392,6 +394,9 @@ def _summary(recorded: Instrumentation, folder: Path | None, error: str | None) 
         lines.append(run.causes)
     if run.waits:
         lines.append("`lerobot-pi0 latency` says which settings would wait less")
+    guard = recorded.policy.action_space.guard
+    if guard is not None and guard.summary:
+        lines.append(guard.summary)
     if error:
         lines.append(f"the policy failed on the way ({error})")
     lines.append(

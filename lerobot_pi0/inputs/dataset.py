@@ -14,16 +14,13 @@ from lerobot_pi0.checkpoints.reading import read_json
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.data.frames import read_parquet
 from lerobot_pi0.errors import MissingFileError, UserError
-from lerobot_pi0.inputs.flags import DatasetFlags, DatasetSource
+from lerobot_pi0.inputs.flags import DatasetFlags, DatasetSource, check_dataset_root
 
 
 def read_dataset(source: DatasetSource) -> LeRobotDatasetMetadata:
     """A dataset's metadata, local or from the hub. Raises FileNotFoundError or ValueError with the cure."""
-    if source.root is not None and not (source.root / "meta" / "info.json").is_file():
-        raise MissingFileError(
-            f"there is no dataset in {source.root} (no meta/info.json): --dataset.root is the folder of the "
-            "dataset itself; leave it out to look on the hub"
-        )
+    if source.root is not None:
+        check_dataset_root(source.root)
     try:
         dataset = LeRobotDatasetMetadata(source.repo_id, source.root, source.revision)
     except CompatibilityError as error:  # LeRobot's message says how to convert it

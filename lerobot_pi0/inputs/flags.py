@@ -1,8 +1,11 @@
 """The flags that several commands share: which policy, which dataset. Imports neither LeRobot nor torch."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from lerobot_pi0.errors import MissingFileError
 
 # As `configuration_pi0` has them, which imports LeRobot.
 Backend = Literal["auto", "int8", "compile"]
@@ -62,3 +65,18 @@ class DatasetFlags:
     revision: str | None = None
     # Which episodes, for example '[0, 7]'. Default: the tool's choice.
     episodes: list[int] | None = None
+
+
+def check_checkpoint_name(name: str) -> None:
+    """Raises MissingFileError for what is neither a path nor like a name on the hub (user/name)."""
+    if not Path(name).expanduser().exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise MissingFileError(f"there is no folder {name}, and it is no name of a repository on the hub")
+
+
+def check_dataset_root(root: str | Path) -> None:
+    """Raises MissingFileError for a folder without a dataset."""
+    if not (Path(root) / "meta" / "info.json").is_file():
+        raise MissingFileError(
+            f"there is no dataset in {root} (no meta/info.json): --dataset.root is the folder of the dataset "
+            "itself; leave it out to look on the hub"
+        )

@@ -5,7 +5,8 @@ It knows chunks of normalised actions (b batch, a steps, d dimensions) and limit
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ LEAST = 1e-2  # of such a margin, in robot units: for dimensions that hardly mov
 # Any step may be so large, as a share of the range: what stands still within each episode (a gripper that
 # only opens between them) has no largest step to speak of.
 SMALL_STEP = 0.02
+
+MANY = 10  # chunks, from which on their share says something
 
 MAX_LEVEL = 2.0  # of a float image, with room for what resizing overshoots: 0 to 255 was meant
 
@@ -57,10 +60,15 @@ CURE = "Copy or download the checkpoint again"
 
 
 class ChunkGuard:
-    """Clamps chunks to `limits`, and logs where: of each joint the 1st, 2nd, 4th, 8th … chunk."""
+    """Clamps chunks to `limits`, and logs a `summary` of where when it has clamped 1, 10, 100, … of them."""
 
     def __init__(self, limits: ActionLimits, names: Sequence[str]):
-        self.names, self.num_held = names, Counter[str]()
+        self.names = names
+        self.num_chunks = self.num_clamped = 0  # each row of a batch is one
+        self.num_held = Counter[str]()  # chunks in which a joint was clamped
+        self._clamped: set[tuple[int, int]] = set()  # of the last batch: row and joint
+        self._last: dict[str, str] = {}  # by joint
+        self._counts = True
         vectors = ("low", "high", "step", "gain", "offset")
         given = {name: values for name in vectors if (values := getattr(limits, name))}
         if wrong := {name: len(values) for name, values in given.items() if len(values) != len(names)}:
@@ -108,9 +116,44 @@ class ChunkGuard:
             if before is not None:
                 first = torch.where(before.isnan(), first, before)
             held = _slowed(torch.cat((first[:, None], held), 1), step)[:, 1:]
-        if not torch.equal(held, chunk):
-            self._warn(chunk, held)
+        if self._counts:
+            if before is None:
+                self.num_chunks += len(chunk)
+                self._clamped = set()
+            if not torch.equal(held, chunk):
+                self._count(chunk, held)
         return held
+
+    @contextmanager
+    def not_counting(self) -> Iterator[None]:
+        """Meanwhile chunks are clamped and neither counted nor logged: those that no robot gets."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
+
+    @property
+    def summary(self) -> str:
+        """How many chunks were clamped, in which joints, by how much in the worst one, and what that means.
+
+        Empty if none was.
+        """
+        if not self.num_clamped:
+            return ""
+        (worst, _), *_ = ranked = self.num_held.most_common()
+        joints = ", ".join(f"{name} in {count:,}" for name, count in ranked)
+        if self.num_clamped >= MANY and self.num_clamped > self.num_chunks / 2:
+            meaning = (
+                "Most chunks are clamped: the policy is not trained enough, or sees what its data does not "
+                "show (`lerobot-pi0 report` and `lerobot-pi0 doctor` tell which)"
+            )
+        else:
+            meaning = "Where the robot may leave this range: --policy.chunk_guard=false"
+        return (
+            f"chunk guard: {self.num_clamped:,} of {self.num_chunks:,} chunks were clamped to the range and "
+            f"the steps of the training data: {joints}. The last of {worst}: {self._last[worst]}. {meaning}"
+        )
 
     def beyond_one_step(self, actions: Tensor, pose: Tensor) -> str:
         """Where actions (b, d) are more than the largest step from a pose (b, d), NaN where it is not known:
@@ -126,31 +169,24 @@ class ChunkGuard:
             for i in far.nonzero()[:, 0].tolist()
         )
 
-    def _warn(self, chunk: Tensor, held: Tensor) -> None:
+    def _count(self, chunk: Tensor, held: Tensor) -> None:
+        """Count what a call of `hold` has clamped. A chunk may come twice, then with the action `before`."""
+        clamped = {(row, joint) for row, joint in (held != chunk).any(1).nonzero().tolist()}
+        new = clamped - self._clamped
+        due = 10 ** len(str(self.num_clamped)) if self.num_clamped else 1
+        self.num_clamped += len({row for row, _ in clamped} - {row for row, _ in self._clamped})
+        self.num_held.update(self.names[joint] for _, joint in new)
+        self._clamped |= clamped
         raw, kept = (((x.float().cpu() - self._offset) / self._gain).flatten(0, 1) for x in (chunk, held))
-        for i, name in enumerate(self.names):
-            changed = (raw[:, i] != kept[:, i]).nonzero()[:, 0]
-            if not len(changed):
-                continue
-            self.num_held[name] += 1
-            if (times := self.num_held[name]) & (times - 1):
-                continue
-            at = changed[(raw[changed, i] - kept[changed, i]).abs().argmax()]
+        for i in {joint for _, joint in clamped}:
+            at = (raw[:, i] - kept[:, i]).abs().argmax()
             step = "" if self._step is None else f", in steps of at most {self._step[i]:.4g}"
-            logger.warning(
-                "chunk guard: %s held at %.4g instead of %.4g (%d of %d actions; chunk no. %d). The training "
-                "data, with a margin, has %.4g to %.4g%s. If the robot may go there, "
-                "--policy.chunk_guard=false",
-                name,
-                kept[at, i],
-                raw[at, i],
-                len(changed),
-                len(raw),
-                times,
-                self._low[i],
-                self._high[i],
-                step,
+            self._last[self.names[i]] = (
+                f"held at {kept[at, i]:.4g} instead of {raw[at, i]:.4g}; the data, with a margin, has "
+                f"{self._low[i]:.4g} to {self._high[i]:.4g}{step}"
             )
+        if self.num_clamped >= due:
+            logger.warning("%s", self.summary)
 
 
 def _slowed(actions: Tensor, step: Tensor) -> Tensor:

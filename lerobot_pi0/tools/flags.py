@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.flags import DatasetFlags, DatasetSource, PolicyFlags
@@ -24,7 +24,7 @@ class AttentionConfig:
     layer: int | None = None
     # Head of attention, from 0. Default: the mean of all.
     head: int | None = None
-    # The picture to write.
+    # The picture to write, or a folder for attention.png.
     output: Path = Path("outputs/attention.png")
 
 
@@ -84,6 +84,8 @@ class PlanFlags:
     Settings of the policy (--policy.*) that differ from the recipes' are flags too: --help-all lists them.
     """
 
+    of_lerobot: ClassVar[tuple[str, ...]] = ("policy",)  # flags that are a config of LeRobot
+
     # The dataset to train on; only its metadata is read.
     dataset: DatasetSource
     # Memory of the GPU in GB, for example 24.
@@ -106,6 +108,8 @@ class DoctorFlags:
     takes them; it is not connected to. --help-all lists them. Exit code 1 if there are errors; warnings and
     notes do not change it.
     """
+
+    of_lerobot: ClassVar[tuple[str, ...]] = ("robot",)  # flags that are a config of LeRobot
 
     # The checkpoint; left out, the dataset is examined as one for a new policy.
     policy: PolicyFlags = field(default_factory=PolicyFlags)

@@ -1,7 +1,6 @@
 """What never reaches a robot: actions that are no numbers, and wild ones."""
 
 import json
-import logging
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -92,19 +91,57 @@ def test_what_never_moves_within_an_episode_may_do_so_a_little():
     assert held[:, 0].tolist() == pytest.approx([0, 3.9, 0, 4], abs=1e-4)  # a fiftieth of the range
 
 
-def test_each_joint_is_named_once_at_first_and_then_ever_less_often(caplog):
+def wild(guard: ChunkGuard, num_chunks: int, joint: int = 1) -> None:
+    chunk = still()
+    for step in chunk:
+        step[joint] = 80.0
+    for _ in range(num_chunks):
+        guard.hold(normalised([chunk]))
+
+
+def test_clamped_chunks_are_summed_up_ever_less_often(caplog):
     guard = ChunkGuard(LIMITS, NAMES)
-    caplog.set_level(logging.WARNING)
+    for _ in range(30):
+        guard.hold(normalised([still()]))
+    assert caplog.messages == []
+    assert guard.summary == ""
+    wild(guard, 1, joint=2)
+    wild(guard, 11)
+    assert guard.num_held == {"lift.pos": 11, "wrist.pos": 1}
+    assert len(caplog.messages) == 2  # the 1st and the 10th
+    assert caplog.messages[1] == (
+        "chunk guard: 10 of 40 chunks were clamped to the range and the steps of the training data: lift.pos "
+        "in 9, wrist.pos in 1. The last of lift.pos: held at 60 instead of 80; the data, with a margin, has "
+        "-60 to 60, in steps of at most 5.5. Where the robot may leave this range: --policy.chunk_guard=false"
+    )
+
+
+def test_a_policy_whose_chunks_are_mostly_clamped_is_said_to_lack_training():
+    guard = ChunkGuard(LIMITS, NAMES)
+    wild(guard, 9)
+    assert "not trained enough" not in guard.summary
+    wild(guard, 1)
+    assert "not trained enough" in guard.summary
+    assert "chunk_guard=false" not in guard.summary
+
+
+def test_a_chunk_that_is_clamped_again_for_the_action_before_it_counts_once(caplog):
+    guard = ChunkGuard(LIMITS, NAMES)
     chunk = still()
     for step in chunk:
         step[1] = 80.0
-    for _ in range(9):
-        guard.hold(normalised([chunk]))
-    assert guard.num_held == {"lift.pos": 9}
-    assert len(caplog.messages) == 4  # 1, 2, 4, 8
-    assert "lift.pos held at 60 instead of 80 (5 of 5 actions; chunk no. 1)" in caplog.messages[0]
-    assert "-60 to 60, in steps of at most 5.5" in caplog.messages[0]
-    assert "--policy.chunk_guard=false" in caplog.messages[0]
+    held = guard.hold(normalised([chunk, still()]))
+    before = normalised([[50.0, 0.0, 5.0, 7.0]] * 2)
+    guard.hold(held, before)  # clamps the first joint of both
+    assert (guard.num_clamped, guard.num_chunks) == (2, 2)
+    assert guard.num_held == {"pan.pos": 2, "lift.pos": 1}
+
+
+def test_chunks_that_no_robot_gets_do_not_count(caplog):
+    guard = ChunkGuard(LIMITS, NAMES)
+    with guard.not_counting():
+        wild(guard, 3)
+    assert (guard.num_chunks, guard.summary, caplog.messages) == (0, "", [])
 
 
 def guarded(**changes) -> Pi0Policy:
