@@ -177,7 +177,7 @@ class Pi0Config(PreTrainedConfig):
     # EMA of the trained weights, which is evaluated and saved as the policy's; openpi's decay.
     # 0 is without. LoRA and DDP keep one as well; with FSDP it has to be 0.
     ema_decay: float = 0.99
-    # Loss by joint and by part of the chunk, every so many steps (a divisor of --log_freq; 0 is never).
+    # Loss by joint and by part of the chunk, computed every so many steps (0: never).
     log_joints_every: int = 10
 
     optimizer_lr: float = 2.5e-5
@@ -352,6 +352,11 @@ class Pi0Config(PreTrainedConfig):
     def padded_state_dim(self) -> int:
         """Size of the state in the observation that the network is given."""
         return self.max_state_dim
+
+    @property
+    def has_published_sizes(self) -> bool:
+        """Whether published weights fit the network."""
+        return (self.vision, self.vlm, self.expert) == (SiglipConfig(), GemmaConfig(), ExpertConfig())
 
     def set_dataset_feature_metadata(self, features: dict[str, dict[str, Any]]) -> None:
         """Called by LeRobot with the dataset's features before it builds a policy to train: keeps the names

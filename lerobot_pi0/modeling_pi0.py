@@ -85,7 +85,7 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
         # Until the first batch was checked against them; None if nothing trains.
         self._statistics = describe_training(config, dataset_stats, dataset_meta, checkpoint)
         self._dataset_meta = dataset_meta
-        if not torch.empty(0).is_meta:
+        if not torch.empty(0).is_meta and (config.pretrained_path or config.has_published_sizes):
             logger.warning(
                 "random weights%s. To start from published ones: --policy.pretrained_path=%s",
                 f", until those of '{config.pretrained_path}' are put in" if config.pretrained_path else "",
@@ -194,7 +194,7 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
         self, batch: Batch, reduction: Literal["mean", "none"] = "mean"
     ) -> tuple[Tensor, dict[str, float]]:
         """Flow-matching loss of a processed batch: a scalar, or with "none" one per sample, whose mean it is;
-        and figures to log, on some of the training batches.
+        and figures to log, of the last training batch that they were computed for.
 
         A sample's loss is the mean over the padded action's dimensions, as in openpi, and over its valid
         steps. Noise, time and augmentation are a function of the seed, the number of the training batch and
@@ -232,9 +232,10 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
         per_sample = loss_per_sample(losses, valid)
         if self.training:
             self.trained.note(per_sample, index)
-        figures: dict[str, float] = {}
         if self.training and (every := config.log_joints_every) and self.trained.num_draws % every == 0:
-            figures = loss_figures(losses, valid, self.action_space.names) | {"ema_decay": config.ema_decay}
+            figures = loss_figures(losses, valid, self.action_space.names)
+            self.trained.figures = figures | {"ema_decay": config.ema_decay}
+        figures = dict(self.trained.figures) if self.training else {}
         return (per_sample if reduction == "none" else per_sample.mean()), figures
 
     @torch.compiler.disable  # by LeRobot's --use_torch_compile: what can be one graph is in the sampler

@@ -74,11 +74,12 @@ def main(config: AttentionConfig) -> str:
     seen = look(loaded, batch, words, config.layer, config.head)
     pictures = {key: batch[key][0].cpu() for key in seen.cameras}
     title = f"Episode {episode}, frame {frame}: {item['task']}"
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    _figure(seen, pictures, title, policy_config.vision.image_size).savefig(config.output, dpi=DPI)
+    output = config.output if config.output.suffix else config.output / "attention.png"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _figure(seen, pictures, title, policy_config.vision.image_size).savefig(output, dpi=DPI)
     shares = ", ".join(f"{name} {share:.0%}" for name, share in seen.shares())
     words_said = ", ".join(f"{word!r} {share:.1%}" for word, share in (*seen.words, *seen.state_words))
-    return f"{title}\nThe actions look at: {shares}\nWords: {words_said}\nPicture: {config.output}"
+    return f"{title}\nThe actions look at: {shares}\nWords: {words_said}\nPicture: {output}"
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ class TrainedWeights:
         self.decay = decay
         self.seed = torch.initial_seed()
         self.num_draws = 0
+        # Losses to log, which are computed for some batches. LeRobot logs zero where a name has no value.
+        self.figures: dict[str, float] = {}
         self.names: list[str] = []  # of what trains
         self.parameters: dict[str, nn.Parameter] = {}  # by these names; none without an EMA
         self._hidden: list[Tensor] = []  # the EMA, or the weights where the EMA is shown

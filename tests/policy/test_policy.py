@@ -8,7 +8,7 @@ import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from tiny_policy import ACTION, CHUNK, FRONT, MODELS, STATE, batch, first, noise, tiny_config, tiny_policy
 
-from lerobot_pi0.configuration_pi0 import assign_cameras
+from lerobot_pi0.configuration_pi0 import Pi0Config, assign_cameras
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 VLM = ("model.vision.", "model.token_embedding.", "model.vlm.")
@@ -377,6 +377,15 @@ def test_cameras_find_their_slots_by_name(names, slots):
     found = assign_cameras(keys(*names), {})
     assert found == {slot: f"observation.images.{name}" for slot, name in slots.items()}
     assert list(found) == list(slots)
+
+
+def test_random_weights_are_warned_of_where_published_ones_would_fit(caplog, monkeypatch):
+    assert Pi0Config(device="cpu").has_published_sizes
+    tiny_policy()
+    assert "random weights" not in caplog.text
+    monkeypatch.setattr(Pi0Config, "has_published_sizes", True)
+    tiny_policy()
+    assert "random weights. To start from published ones: --policy.pretrained_path=" in caplog.text
 
 
 def test_assignment_by_name_is_logged(caplog):

@@ -113,8 +113,11 @@ def test_policy_slightly_better_than_chance_is_not_said_to_beat():
         own = recording.episode[frames] == episode
         planned[own] += share * (truth[own] - planned[own])
     (mean,) = (c for c in report_of(recording, planned).comparisons if c.baseline == MEAN)
-    assert mean.ratio < 1 < mean.high
+    assert mean.low < 1 < mean.high
     assert not mean.is_beaten
+    (first, *_) = report_of(recording, planned).verdict()
+    assert f"is not distinguishable from {MEAN}" in first
+    assert f"no better than {MEAN}" not in first
 
 
 def test_steps_beyond_the_episode_do_not_count():

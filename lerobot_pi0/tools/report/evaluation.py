@@ -35,6 +35,11 @@ class Comparison:
         """Whether the policy is better beyond chance, and by more than a thousandth."""
         return (self.ratio if self.high is None else self.high) < 0.999
 
+    @property
+    def is_undecided(self) -> bool:
+        """Whether the policy may be better or no better: the interval has ratios of both."""
+        return self.low is not None and self.low < 0.999 and not self.is_beaten
+
 
 @dataclass(frozen=True)
 class Joint:
@@ -98,15 +103,16 @@ class Report:
     def verdict(self) -> list[str]:
         """The findings as sentences, the most important first."""
         beaten = [c.baseline for c in self.comparisons if c.is_beaten]
-        others = [c.baseline for c in self.comparisons if not c.is_beaten]
-        if not others:
-            first = f"This policy beats {_listed(beaten)}."
-        else:
-            # Not to move is what any policy should beat.
-            others.sort(key=lambda name: name != HOLD)
-            first = f"This policy is no better than {_listed(others, 'or')}."
-            first += f" It beats {_listed(beaten)}." if beaten else ""
-        lines = [first]
+        undecided = [c.baseline for c in self.comparisons if c.is_undecided]
+        others = [c.baseline for c in self.comparisons if not (c.is_beaten or c.is_undecided)]
+        others.sort(key=lambda name: name != HOLD)  # not to move is what any policy should beat
+        found = [f"is no better than {_listed(others, 'or')}"] if others else []
+        if undecided:
+            found.append(
+                f"is not distinguishable from {_listed(undecided, 'or')} by {len(self.episodes)} episodes"
+            )
+        found += [f"beats {_listed(beaten)}"] if beaten else []
+        lines = [f"This policy {'. It '.join(found)}."]
         for c in self.comparisons:
             interval = "" if c.low is None else f" (95 % interval {c.low:.2f} to {c.high:.2f})"
             lines.append(f"Its error is {c.ratio:.2f} times that of {c.baseline}{interval}.")
