@@ -163,7 +163,7 @@ def squares_are_used(inputs: Inputs) -> Iterator[Finding]:
 
 def pictures_show_something(inputs: Inputs) -> Iterator[Finding]:
     """No picture is black or of one colour."""
-    for key, images in _pictures(inputs).items():
+    for key, images in inputs.pictures_of(inputs.frames).items():
         mean, spread = images.mean((1, 2, 3)), images.std((2, 3)).amax(1)
         dark, flat = mean < DARK, spread < FLAT
         where = _where(inputs, dark | flat)
@@ -184,7 +184,7 @@ def pictures_change(inputs: Inputs) -> Iterator[Finding]:
     moves &= span > 0
     episodes = torch.stack([frame["episode_index"] for frame in inputs.frames]).numpy()
     pairs = np.flatnonzero(moves.any(1) & (np.diff(episodes) == 0))
-    pictures, frozen = _pictures(inputs), False
+    pictures, frozen = inputs.pictures_of(inputs.frames), False
     for key, images in pictures.items():
         still = [int(i) for i in pairs if (images[i + 1] - images[i]).abs().mean() < STILL]
         if still:
@@ -202,7 +202,7 @@ def pictures_change(inputs: Inputs) -> Iterator[Finding]:
 
 def pictures_differ(inputs: Inputs) -> Iterator[Finding]:
     """No two cameras show the same picture."""
-    pictures = _pictures(inputs)
+    pictures = inputs.pictures_of(inputs.frames)
     for (a, one), (b, other) in itertools.combinations(pictures.items(), 2):
         if one.shape == other.shape and (one - other).abs().mean() < STILL:
             yield error(
@@ -221,7 +221,7 @@ def contact_sheet(inputs: Inputs, file: Path) -> None:
 
     size, caption = inputs.config.vision.image_size, 16
     tile = max(size, 160)
-    pictures = _pictures(inputs)
+    pictures = inputs.pictures_of(inputs.frames)
     slots = {slot: key for slot, key in inputs.config.cameras.items() if key in pictures}
     slots |= {_short(key): key for key in pictures if key not in slots.values()}
     if not slots:
@@ -240,17 +240,6 @@ def contact_sheet(inputs: Inputs, file: Path) -> None:
             picture = Image.fromarray(square.permute(1, 2, 0).numpy())
             page.paste(picture.resize((tile, tile), Image.Resampling.NEAREST), (column * tile, top + caption))
     page.save(file)
-
-
-def _pictures(inputs: Inputs) -> dict[str, Tensor]:
-    """The decoded frames of each camera (n, 3, height, width) in [0, 1], by the policy's names."""
-    names = {inputs.rename_map.get(key, key): key for key in inputs.frames[0]}
-    stacks = {
-        key: torch.stack([frame[names[key]] for frame in inputs.frames])
-        for key in inputs.recorded_cameras
-        if key in names and inputs.frames[0][names[key]].shape[0] == 3
-    }
-    return {key: x.float() / 255 if x.dtype == torch.uint8 else x for key, x in stacks.items()}
 
 
 def _where(inputs: Inputs, wrong: Tensor) -> str:

@@ -44,8 +44,8 @@ def fine(what: str) -> Finding:
     return Finding(Severity.FINE, what)
 
 
-def listed(things: Iterable[object], most: int = 4) -> str:
+def listed(things: Iterable[object], most: int = 4, separator: str = ", ") -> str:
     """The first of them, and how many more there are."""
     words = [str(thing) for thing in things]
     more = len(words) - most
-    return ", ".join(words[:most]) + (f" and {more} more" if more > 0 else "")
+    return separator.join(words[:most]) + (f" and {more} more" if more > 0 else "")

@@ -3,6 +3,7 @@
 Columns of all frames are read from parquet; pictures are decoded for `EPISODES` × `MOMENTS` frames only.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -140,6 +141,33 @@ class Inputs:
             for moment in range(MOMENTS)
         ]
         return [cast(dict[str, Any], self.dataset[row]) for row in dict.fromkeys(rows)]
+
+    def pictures_at(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The pictures at these rows of `columns`, as `pictures_of` gives them."""
+        assert self.dataset_flags is not None
+        wanted = [(int(self.columns.episode[row]), int(self.columns.frame[row])) for row in rows]
+        dataset = open_dataset(self.dataset_flags, None, sorted({episode for episode, _ in wanted}))
+        columns = [np.asarray(dataset.hf_dataset[name]).tolist() for name in ("episode_index", "frame_index")]
+        place = {pair: i for i, pair in enumerate(zip(*columns, strict=True))}
+        return self.pictures_of([cast(dict[str, Any], dataset[place[pair]]) for pair in wanted])
+
+    def pictures_of(self, frames: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """The pictures of each RGB camera (frames, 3, height, width) in [0, 1], by the policy's names."""
+        names = {self.rename_map.get(key, key): key for key in frames[0]}
+        stacks = {
+            key: torch.stack([frame[names[key]] for frame in frames])
+            for key in self.recorded_cameras
+            if key in names and frames[0][names[key]].shape[0] == 3
+        }
+        return {key: x.float() / 255 if x.dtype == torch.uint8 else x for key, x in stacks.items()}
+
+    @cached_property
+    def tasks(self) -> dict[int, str]:
+        """The dataset's instructions by their number (task_index)."""
+        assert self.metadata is not None
+        table = self.metadata.tasks
+        assert table is not None
+        return {int(index): str(text) for text, index in table["task_index"].items()}
 
     @cached_property
     def rename_map(self) -> dict[str, str]:

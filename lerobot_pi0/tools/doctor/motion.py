@@ -68,7 +68,7 @@ def values_have_no_spikes(inputs: Inputs) -> Iterator[Finding]:
         far = (values < low - SPIKE * width) | (values > high + SPIKE * width)
         for joint in np.flatnonzero(far.any(0) & (far.mean(0) < SELDOM)):
             rows = np.flatnonzero(far[:, joint])
-            if max(length for _, length in _runs(far[:, joint])) > BRIEF:
+            if max(length for _, length in runs(far[:, joint])) > BRIEF:
                 continue  # a rare movement
             if rests[joint] and len(rows) > 1 and len(np.unique(values[rows, joint])) == 1:
                 continue  # a switch, such as an episode's last frame
@@ -89,8 +89,8 @@ def joints_move(inputs: Inputs) -> Iterator[Finding]:
         # Of all frames: those of the pairing are a sample.
         action, state = columns.action[:, pair.actions], columns.state[:, pair.states]
         still_action, still_state = _still(action), _still(state)
-        moving = (_moving(action) & still_state) | (_moving(state) & still_action)
-        for joint in np.flatnonzero(moving):
+        one_moves = (moving(action) & still_state) | (moving(state) & still_action)
+        for joint in np.flatnonzero(one_moves):
             moves, stays = ("state", "action") if still_action[joint] else ("action", "state")
             span = np.ptp((state if still_action[joint] else action)[:, joint])
             yield warning(
@@ -185,19 +185,19 @@ def episodes_are_no_waiting(inputs: Inputs) -> Iterator[Finding]:
     span = np.ptp(columns.state, axis=0)
     span = np.maximum(span, max(MOVES * np.median(span), NEARLY_CONSTANT))
     # Noise of a joint that rests hides no pause.
-    moves = _moving(columns.state) | ~_trembles(columns.state, columns.episode, window)
+    moves = moving(columns.state) | ~_trembles(columns.state, columns.episode, window)
     starts, ends, pauses, idle_frames = [], [], [], 0
     for episode in columns.episodes:
         state = (columns.state[episode] / span)[:, moves]
         if len(state) <= window:
             continue
         still = (np.abs(state[window:] - state[:-window]) < IDLE_RANGE).all(1)
-        runs = _runs(still)
-        idle_frames += sum(length + window for _, length in runs)
-        starts.append(runs[0][1] + window if runs and runs[0][0] == 0 else 0)
-        last = runs[-1] if runs else (0, 0)
-        ends.append(last[1] + window if runs and sum(last) == len(still) else 0)
-        inner = [length + window for start, length in runs if start and start + length < len(still)]
+        idle = runs(still)
+        idle_frames += sum(length + window for _, length in idle)
+        starts.append(idle[0][1] + window if idle and idle[0][0] == 0 else 0)
+        last = idle[-1] if idle else (0, 0)
+        ends.append(last[1] + window if idle and sum(last) == len(still) else 0)
+        inner = [length + window for start, length in idle if start and start + length < len(still)]
         pauses.append(max(inner, default=0))
     if not starts:
         return
@@ -239,7 +239,8 @@ def _still(values: np.ndarray) -> np.ndarray:
     return np.ptp(values, axis=0) < NEARLY_CONSTANT
 
 
-def _moving(values: np.ndarray) -> np.ndarray:
+def moving(values: np.ndarray) -> np.ndarray:
+    """Which dimensions (dims,) of the values (n, dims) move, beside the others."""
     span = np.ptp(values, axis=0)
     return span > np.maximum(MOVES * np.median(span), NEARLY_CONSTANT)
 
@@ -260,7 +261,7 @@ def _of(names: list[str], chosen: np.ndarray) -> list[str]:
     return [name for name, take in zip(names, chosen, strict=True) if take]
 
 
-def _runs(flags: np.ndarray) -> list[tuple[int, int]]:
+def runs(flags: np.ndarray) -> list[tuple[int, int]]:
     """(start, length) of each run of True."""
     edges = np.diff(np.concatenate(([0], flags.astype(np.int8), [0])))
     starts, stops = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)

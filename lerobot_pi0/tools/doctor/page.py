@@ -9,7 +9,7 @@ from lerobot_pi0.tools.doctor.finding import Severity
 from lerobot_pi0.tools.doctor.inputs import Inputs
 
 WIDTH = 100
-_LABEL = 14
+_LABEL = 16
 
 
 def page(inputs: Inputs, answers: list[Answer]) -> str:

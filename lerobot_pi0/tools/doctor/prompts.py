@@ -25,8 +25,7 @@ _quoted = partial(map, repr)
 
 def prompts_say_something(inputs: Inputs) -> Iterator[Finding]:
     """No instruction is empty, none is written in two ways, none is missing from the data."""
-    assert inputs.metadata is not None
-    tasks, frames = _tasks(inputs), inputs.columns.task
+    tasks, frames = inputs.tasks, inputs.columns.task
     counts = np.bincount(frames, minlength=max(tasks, default=0) + 1)
     if strangers := sorted({*np.unique(frames).tolist()} - tasks.keys()):
         yield error(
@@ -74,7 +73,7 @@ def prompts_say_something(inputs: Inputs) -> Iterator[Finding]:
 
 def prompts_are_whole(inputs: Inputs) -> Iterator[Finding]:
     """No instruction is cut by the tokenizer's length, and none becomes another one by that."""
-    step, tasks = _tokenizer(inputs), _tasks(inputs)
+    step, tasks = _tokenizer(inputs), inputs.tasks
     if step is None:
         return
     limit = step.max_length
@@ -130,20 +129,13 @@ def prompts_are_those_trained_on(inputs: Inputs) -> Iterator[Finding]:
             yield note(elsewhere)
         return
     seen = {clean_prompt(str(text)) for text in read_parquet(known, ["task"])["task"].to_pylist()}
-    new = [text for text in _tasks(inputs).values() if clean_prompt(text) not in seen]
+    new = [text for text in inputs.tasks.values() if clean_prompt(text) not in seen]
     if new:
         yield warning(
             f"the policy never saw {len(new)} of the instructions: {listed(_quoted(new), 2)}",
             f"{elsewhere}, whose instructions are {listed(_quoted(sorted(seen)), 3)}",
             "instruct it in the words that it was trained with, or train on this dataset",
         )
-
-
-def _tasks(inputs: Inputs) -> dict[int, str]:
-    assert inputs.metadata is not None
-    table = inputs.metadata.tasks
-    assert table is not None
-    return {int(index): str(text) for text, index in table["task_index"].items()}
 
 
 def _tokenizer(inputs: Inputs) -> Pi0TokenizerStep | None:

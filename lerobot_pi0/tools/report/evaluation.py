@@ -10,13 +10,13 @@ import numpy as np
 
 from lerobot_pi0.data.normalization import NEARLY_CONSTANT
 from lerobot_pi0.tools.bootstrap import ratio_interval
+from lerobot_pi0.tools.columns import named_grippers
 from lerobot_pi0.tools.open_loop import (
     HOLD,
     Recording,
     baselines,
 )
 
-GRIPPERS = ("gripper", "jaw", "finger", "claw")  # words in the names of joints that open and close
 PHASES = ("start", "middle", "end")  # thirds of an episode
 
 
@@ -191,11 +191,7 @@ def evaluate(recording: Recording, frames: np.ndarray, planned: np.ndarray, stri
         spread=float(spread[valid].mean()),
         spread_by_step=[_mean(spread, where) for where in steps],
         discontinuity=_discontinuity(recording, frames, planned, stride, boundary_steps),
-        grippers=[
-            _gripper(recording, frames, planned, stride, j)
-            for j, name in enumerate(recording.joints)
-            if any(word in name.lower() for word in GRIPPERS)
-        ],
+        grippers=[_gripper(recording, frames, planned, stride, j) for j in named_grippers(recording.joints)],
     )
 
 
