@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lerobot.policies.factory import make_pre_post_processors
 from lerobot.robots import Robot, RobotConfig
 from tiny_policy import statistics, tiny_policy
-
-from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 
 STATES = ["pan.pos", "lift.pos", "elbow.pos", "wrist.pos", "gripper.pos"]
 ACTIONS = STATES[:4]
@@ -69,13 +68,13 @@ class Arm(Robot):
         return action
 
 
-def save_checkpoint(folder: Path, **changes: Any) -> Path:
+def save_checkpoint(folder: Path, model: str = "pi0", /, **changes: Any) -> Path:
     names = {"state_feature_names": STATES, "action_feature_names": ACTIONS}
-    policy = tiny_policy(**names | changes)
+    policy = tiny_policy(model, **names | changes)
     policy.save_pretrained(folder)
     stats = statistics()
     if policy.config.action_feature_names != ACTIONS:  # of all joints
         stats["action"] = stats["observation.state"]
-    for pipeline in make_lerobot_pi0_pre_post_processors(policy.config, stats):
+    for pipeline in make_pre_post_processors(policy.config, dataset_stats=stats):
         pipeline.save_pretrained(folder)
     return folder

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_policy import MODELS
 from tiny_robot import save_checkpoint
 
 from lerobot_pi0.configuration_pi0 import TrainingData
@@ -16,10 +17,13 @@ from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return save_checkpoint(tmp_path_factory.mktemp("policy"), chunk_size=20, n_action_steps=8)
+def checkpoint(request, tmp_path_factory) -> Path:
+    """Of π0, or of the test's model."""
+    folder, model = tmp_path_factory.mktemp("policy"), getattr(request, "param", "pi0")
+    return save_checkpoint(folder, model, chunk_size=20, n_action_steps=8)
 
 
+@pytest.mark.parametrize("checkpoint", MODELS, indirect=True)
 def test_each_stage_is_measured_and_the_flags_can_be_pasted(checkpoint):
     config = LatencyConfig(ControlPolicyFlags(str(checkpoint), device="cpu"), repeats=3)
     text = main(config)

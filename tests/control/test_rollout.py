@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict
+from typing import Any
 
 import lerobot.rollout.context as context
 import lerobot.rollout.inference.rtc as engine
@@ -17,8 +18,9 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.configs.default import PeftConfig
+from lerobot.policies.factory import make_pre_post_processors
 from lerobot.rollout import RolloutConfig, create_strategy
-from tiny_policy import statistics
+from tiny_policy import statistics, tiny_config
 from tiny_robot import ACTIONS, STATES, Arm, save_checkpoint
 
 from lerobot_pi0 import cli, lerobot_compat
@@ -28,8 +30,8 @@ from lerobot_pi0.control.latency import Latencies
 from lerobot_pi0.control.trace import read_trace
 from lerobot_pi0.control.trace_report import make_report, read_run
 from lerobot_pi0.errors import UserError
+from lerobot_pi0.inputs.policy import policy_class
 from lerobot_pi0.modeling_pi0 import Pi0Policy
-from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 
 pytestmark = pytest.mark.slow
 
@@ -125,14 +127,17 @@ def test_a_run_leaves_each_action_with_its_chunk_and_step(sync, tmp_path, arms):
     assert first["actions"][0] == pytest.approx([*actions[0]["values"].values()], abs=1e-4)
 
 
-@pytest.mark.parametrize("engine", [[], RTC], ids=["sync", "rtc"])
-def test_adapters_drive_a_robot_as_a_checkpoint_does(flags, tmp_path, arms, engine):
-    base = save_checkpoint(tmp_path / "base", chunk_size=50, n_action_steps=8)
-    wrapped = Pi0Policy.from_pretrained(base).wrap_with_peft(peft_cli_overrides=asdict(PeftConfig()))
+@pytest.mark.parametrize(
+    ("model", "engine"), [("pi0", []), ("pi0", RTC), ("pi05", RTC)], ids=["sync", "rtc", "pi05-rtc"]
+)
+def test_adapters_drive_a_robot_as_a_checkpoint_does(flags, tmp_path, arms, model, engine):
+    base = save_checkpoint(tmp_path / "base", model, chunk_size=50, n_action_steps=8)
+    policy: Any = policy_class(tiny_config(model)).from_pretrained(base)
+    wrapped = policy.wrap_with_peft(peft_cli_overrides=asdict(PeftConfig()))
     adapters = tmp_path / "adapters"
     wrapped.save_pretrained(adapters)
     wrapped.config.save_pretrained(adapters)
-    for pipeline in make_lerobot_pi0_pre_post_processors(wrapped.config, statistics()):
+    for pipeline in make_pre_post_processors(wrapped.config, dataset_stats=statistics()):
         pipeline.save_pretrained(adapters)
     rollout.main([f"--policy.path={adapters}", *flags[1:], *engine])
     assert arms[0].sent

@@ -922,6 +922,18 @@ def test_the_state_of_pi05_is_looked_for_in_the_prompt(changes, severity, text):
     assert not list(checkpoint.state_is_in_the_prompt(inputs))
 
 
+@pytest.mark.parametrize("tiny", ["pi05"], indirect=True)
+def test_an_untrained_policy_of_pi05_is_diagnosed_like_any(tiny, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lerobot-pi0", "doctor", *tiny, "--json"])
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    found = {finding["check"]: finding["severity"] for finding in findings}
+    assert found["policy.loss_is_below_baseline"] == "error"
+    assert found["policy.actions_are_those_demonstrated"] == "warning"
+    assert found["checkpoint.state_is_in_the_prompt"] == "fine"
+
+
 def test_another_horizon_than_that_of_published_weights_is_noted():
     inputs: Any = SimpleNamespace(config=tiny_config("pi05", base_checkpoint="lerobot/pi05_droid"))
     (found,) = checkpoint.horizon_is_that_of_the_base(inputs)

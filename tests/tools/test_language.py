@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from tiny_dataset import recorded
+from tiny_policy import MODELS
 
 from lerobot_pi0 import cli
 from lerobot_pi0.tools.language import (
@@ -105,6 +106,7 @@ def test_one_task_alone_is_refused():
         LanguageConfig(num_samples=1)
 
 
+@pytest.mark.parametrize("tiny", MODELS, indirect=True)
 @pytest.mark.slow
 def test_untrained_policy_ignores_its_instruction(tiny, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["lerobot-pi0", "language", *tiny, "--json"])

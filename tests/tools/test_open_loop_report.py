@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from markupsafe import escape
 from tiny_dataset import EPISODES, FRAMES, JOINTS, LENGTH, TASKS, recorded
+from tiny_policy import MODELS
 
 from lerobot_pi0 import cli
 from lerobot_pi0.errors import CheckpointError, UserError
@@ -274,6 +275,7 @@ def page(tiny, tmp_path_factory) -> Path:
     return folder / "report.html"
 
 
+@pytest.mark.parametrize("tiny", MODELS, indirect=True)
 @pytest.mark.slow
 def test_page_of_an_untrained_policy_says_so_and_needs_no_other_file(page):
     text = page.read_text(encoding="utf-8")

@@ -23,6 +23,7 @@ from benchmarks import memory
 from benchmarks.training import peak_growth
 from lerobot_pi0 import Pi0Config, cli
 from lerobot_pi0.inputs.dataset import DatasetSource, read_dataset
+from lerobot_pi0.inputs.policy import policy_class
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.tools import plan as planning
@@ -48,14 +49,16 @@ def each_estimate_is_made_once() -> Iterator[None]:
         yield
 
 
-def planned(peft: PeftConfig | None = None, device: Any = "cpu", **changes: Any) -> MemoryEstimate:
-    config = tiny_config(pretrained_path="lerobot/pi0_base", **changes)
+def planned(
+    peft: PeftConfig | None = None, device: Any = "cpu", model: str = "pi0", **changes: Any
+) -> MemoryEstimate:
+    config = tiny_config(model, pretrained_path="lerobot/pi0_base", **changes)
     config.validate_features()
     return estimate_memory(config, peft, device)
 
 
 def real(config: Pi0Config, peft: PeftConfig | None = None) -> tuple[Pi0Policy, torch.optim.Optimizer]:
-    policy = Pi0Policy(config)
+    policy = policy_class(config)(config)
     if peft is not None:
         adapters: Any = policy.adapter_config(dataclasses.asdict(peft))
         policy.requires_grad_(False)
@@ -73,6 +76,7 @@ CASES = [
     pytest.param(LORA, {}, id="lora"),
     pytest.param(LORA, {"gradient_checkpointing": True}, id="lora-checkpointing"),
     pytest.param(None, {"ema_decay": 0.0}, id="without-average"),
+    pytest.param(None, {"model": "pi05"}, id="pi05"),
 ]
 
 
@@ -80,11 +84,12 @@ CASES = [
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_peak_of_real_steps_is_what_was_computed_without_values(peft, changes, dtype):
     """Weights, moments, average, gradients and activations of two whole steps of LeRobot's loop."""
-    samples = batch(3)
-    length = samples["observation.language.tokens"].shape[1]
-    changes = {"dtype": dtype, "tokenizer_max_length": length, "augmentation": False, **changes}
-    config = tiny_config(pretrained_path="lerobot/pi0_base", **changes)
-    on_gpu, on_cpu = planned(peft, "gpu", **changes), planned(peft, **changes)
+    changes: dict[str, Any] = {"dtype": dtype, "augmentation": False, **changes}
+    model = changes.pop("model", "pi0")
+    samples = batch(3, model=model)
+    changes["tokenizer_max_length"] = samples["observation.language.tokens"].shape[1]
+    config = tiny_config(model, pretrained_path="lerobot/pi0_base", **changes)
+    on_gpu, on_cpu = planned(peft, "gpu", model, **changes), planned(peft, "cpu", model, **changes)
     # In a batch of one some copies are views, which the plan does not use.
     for size, given, tolerance in ((1, first(samples), 0.03), (3, samples, 0.01)):
         ledger = AllocationTracker(())
