@@ -156,7 +156,11 @@ def put_in(network: nn.Module, folder: Path, settings: Any) -> None:
         raise CheckpointError(f"{file} has {bad[0]} in {kinds[bad[0]]}, which is no float: {COPY_AGAIN}")
     try:
         wrapped = PeftModel.from_pretrained(network, str(folder), config=settings)
-    except (RuntimeError, ValueError) as error:
+    except (
+        KeyError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # KeyError: a module that trained in full is missing
         raise CheckpointError(f"{file} does not fit {ADAPTER_CONFIG} or its base ({error})") from error
     if differing := sorted(found ^ get_peft_model_state_dict(wrapped).keys()):
         # PEFT leaves out what has no place, and initializes what is missing.

@@ -111,8 +111,10 @@ def _check_prompts(file: Path, steps: list[dict[str, Any]], config: Pi0Config) -
     names = [step["registry_name"] for step in steps]
     place = names.index(tokenizer_step(config))
     sizes = [steps[place]["config"].get(name) for name in ("max_length", "vocab_size")]
+    # Of the state: in π0 the tokenizer step has it; checkpoints of earlier versions do not.
+    sizes += [step["config"]["state_size"] for step in steps if step["config"].get("state_size") is not None]
     if not all(type(size) is int and size > 0 for size in sizes):
-        raise CheckpointError(f"{file} has the sizes {sizes} of prompts and vocabulary: {COPY_AGAIN}")
+        raise CheckpointError(f"{file} has the sizes {sizes} of prompts, vocabulary and state: {COPY_AGAIN}")
     wanted = getattr(config, "state_in_prompt", None)  # π0 has no such setting
     found = steps[place]["config"].get("state_in_prompt")
     if found != wanted:

@@ -359,6 +359,10 @@ def change_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable
             r"model\.safetensors is dam",
         ),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"model\.safetensors is missing"),
+        (
+            change_weights(lambda of: of.pop("base_model.model.model.state_proj.weight")),
+            r"model\.safetensors does not fit adapter_config\.json or its base .*state_proj\.weight",
+        ),
         (change_weights(lambda tensors: tensors.popitem()), r"model\.safetensors does not hold.*1 tensors"),
         (
             change_weights(lambda tensors: tensors.update({"base_model.model.more": torch.zeros(1)})),

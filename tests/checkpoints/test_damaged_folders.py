@@ -12,16 +12,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lerobot.configs.default import PeftConfig
+from lerobot.policies.factory import make_pre_post_processors
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_policy import FRONT, noise, raw_batch, statistics, tiny_policy
 from torch import Tensor
 
-from lerobot_pi0 import Pi0Config, Pi0Policy
+from lerobot_pi0 import Pi0Config
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.flags import PolicyFlags
-from lerobot_pi0.inputs.policy import load_policy
-from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
+from lerobot_pi0.inputs.policy import load_policy, policy_class
 
 Damage = Callable[[Path, random.Random], object]
 ANYTHING: tuple[Any, ...] = (None, True, 3, -1, 1.5, 1e308, "", "x", [], [1, "a"], {}, {"a": {}})
@@ -31,14 +31,14 @@ WEIGHTS = "model.safetensors"
 SETTINGS = ("num_inference_steps", "max_length", r"expert\..*")
 
 
-def in_one_file(folder: Path) -> Pi0Config:
-    policy = tiny_policy()
+def in_one_file(folder: Path, model: str) -> Pi0Config:
+    policy = tiny_policy(model)
     policy.save_pretrained(folder)
     return policy.config
 
 
-def in_shards(folder: Path) -> Pi0Config:
-    config = in_one_file(folder)
+def in_shards(folder: Path, model: str) -> Pi0Config:
+    config = in_one_file(folder, model)
     tensors = load_file(folder / WEIGHTS)
     (folder / WEIGHTS).unlink()
     shards = {f"model-0000{i + 1}-of-00003.safetensors": dict([*tensors.items()][i::3]) for i in range(3)}
@@ -49,11 +49,11 @@ def in_shards(folder: Path) -> Pi0Config:
     return config
 
 
-def as_adapters(folder: Path) -> Pi0Config:
+def as_adapters(folder: Path, model: str) -> Pi0Config:
     """Over a base in another folder, which stays undamaged."""
     base = folder.with_name("base")
-    in_one_file(base)
-    wrapped: Any = Pi0Policy.from_pretrained(base).wrap_with_peft(peft_cli_overrides=vars(PeftConfig(r=2)))
+    policy: Any = policy_class(in_one_file(base, model)).from_pretrained(base)
+    wrapped = policy.wrap_with_peft(peft_cli_overrides=vars(PeftConfig(r=2)))
     generator = torch.Generator().manual_seed(3)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
@@ -63,11 +63,15 @@ def as_adapters(folder: Path) -> Pi0Config:
     return wrapped.config
 
 
-@pytest.fixture(scope="module", params=(in_one_file, in_shards, as_adapters), ids=lambda kind: kind.__name__)
+KINDS = [(in_one_file, "pi0"), (in_one_file, "pi05"), (in_shards, "pi05"), (as_adapters, "pi0")]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0].__name__}-{kind[1]}")
 def undamaged(request, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undamaged") / "saved"
-    config = request.param(folder)
-    for pipeline in make_lerobot_pi0_pre_post_processors(config, statistics()):
+    make, model = request.param
+    config = make(folder, model)
+    for pipeline in make_pre_post_processors(config, dataset_stats=statistics()):
         pipeline.save_pretrained(folder)
     return folder
 
@@ -243,7 +247,7 @@ DAMAGES: tuple[Damage, ...] = (
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @settings(
-    max_examples=4,
+    max_examples=3,
     deadline=None,
     derandomize=True,
     database=None,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import ProcessorStepRegistry
-from tiny_policy import statistics, tiny_config, tiny_policy
+from tiny_policy import MODELS, statistics, tiny_config, tiny_policy
 
 from lerobot_pi0 import Pi0Policy
 from lerobot_pi0.checkpoints.golden_actions import GOLDEN_ACTIONS_FILE
@@ -91,6 +91,19 @@ def test_a_damaged_file_is_named(saved, text):
     (saved / "policy_preprocessor.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"policy_preprocessor\.json"):
         check_processors(saved, tiny_config())
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("size", [{"a": {}}, True, 0, 1.5])
+def test_a_size_of_the_state_that_is_none_is_refused(tmp_path, model, size):
+    config = save(tmp_path, model)
+    file = tmp_path / "policy_preprocessor.json"
+    described = json.loads(file.read_text())
+    step = next(step for step in described["steps"] if "state_size" in step["config"])
+    step["config"]["state_size"] = size
+    file.write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=r"policy_preprocessor\.json has the sizes"):
+        check_processors(tmp_path, config)
 
 
 @pytest.mark.parametrize(
