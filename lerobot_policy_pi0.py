@@ -16,10 +16,12 @@ from lerobot_pi0.lerobot_compat import (
     check_command_line,
     check_version,
     print_user_errors,
+    quiet_video_encoder,
     shorten_torchcodec_notice,
 )
 
 check_version()
 shorten_torchcodec_notice()
+quiet_video_encoder()
 print_user_errors(sys.argv)
 check_command_line(sys.argv)

@@ -153,6 +153,15 @@ class _OneLine(logging.Filter):
 _TORCHCODEC_NOTICE = _OneLine()
 
 
+def quiet_video_encoder() -> None:
+    """Let SVT-AV1, with which LeRobot encodes videos, log errors alone: it writes 17 lines for each video.
+
+    The library reads this variable when it encodes. LeRobot sets the level of libav's messages alone
+    (datasets/video_utils.py, `encode_video_frames`).
+    """
+    os.environ.setdefault("SVT_LOG", "1")
+
+
 def parse_flags[T](program: str, arguments: Sequence[str], config_class: type[T]) -> T:
     """Parse flags as a command of LeRobot does, `--policy.path` and its overrides included.
 

@@ -4,6 +4,7 @@ import gc
 import inspect
 import json
 import logging
+import os
 import re
 import sys
 import textwrap
@@ -382,6 +383,15 @@ def test_torchcodec_that_cannot_be_loaded_is_one_line_once(caplog):
     assert len(caplog.messages) == 2
     assert caplog.messages[0].startswith("videos are decoded with PyAV: torchcodec cannot be loaded")
     assert "\n" not in caplog.messages[0]
+
+
+@pytest.mark.parametrize("given", [None, "3"])
+def test_the_video_encoder_logs_errors_alone_unless_it_is_set_otherwise(monkeypatch, given):
+    monkeypatch.delenv("SVT_LOG", raising=False)
+    if given is not None:
+        monkeypatch.setenv("SVT_LOG", given)
+    lerobot_compat.quiet_video_encoder()
+    assert os.environ["SVT_LOG"] == (given or "1")
 
 
 def test_lerobots_notices_of_slow_rounds_are_hidden():

@@ -142,7 +142,8 @@ class ChunkGuard:
         if not self.num_clamped:
             return ""
         (worst, _), *_ = ranked = self.num_held.most_common()
-        joints = ", ".join(f"{name} in {count:,}" for name, count in ranked)
+        joints = ", ".join(f"{name} in {count:,}" for name, count in ranked[:3])
+        joints += f" and {len(ranked) - 3} more" if len(ranked) > 3 else ""
         if self.num_clamped >= MANY and self.num_clamped > self.num_chunks / 2:
             meaning = (
                 "Most chunks are clamped: the policy is not trained enough, or sees what its data does not "
@@ -175,7 +176,7 @@ class ChunkGuard:
         new = clamped - self._clamped
         due = 10 ** len(str(self.num_clamped)) if self.num_clamped else 1
         self.num_clamped += len({row for row, _ in clamped} - {row for row, _ in self._clamped})
-        self.num_held.update(self.names[joint] for _, joint in new)
+        self.num_held.update(self.names[joint] for _, joint in sorted(new))
         self._clamped |= clamped
         raw, kept = (((x.float().cpu() - self._offset) / self._gain).flatten(0, 1) for x in (chunk, held))
         for i in {joint for _, joint in clamped}:

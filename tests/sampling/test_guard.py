@@ -116,6 +116,12 @@ def test_clamped_chunks_are_summed_up_ever_less_often(caplog):
     )
 
 
+def test_a_summary_names_three_joints(caplog):
+    guard = ChunkGuard(LIMITS, NAMES)
+    guard.hold(normalised([[[900.0, 900.0, 900.0, 900.0]]]))
+    assert "pan.pos in 1, lift.pos in 1, wrist.pos in 1 and 1 more. The last of pan.pos" in guard.summary
+
+
 def test_a_policy_whose_chunks_are_mostly_clamped_is_said_to_lack_training():
     guard = ChunkGuard(LIMITS, NAMES)
     wild(guard, 9)
