@@ -610,6 +610,15 @@ def hardly_trained(case):
     weights(case, lambda tensors: [t.add_(1e-3) for name, t in tensors.items() if "norm.weight" in name])
 
 
+def test_on_the_dataset_that_it_was_trained_on_the_cure_is_more_training(case):
+    hardly_trained(case)
+    content = {"dataset": {"repo_id": "local/data", "root": str(case.dataset)}}
+    (case.checkpoint / "train_config.json").write_text(json.dumps(content))
+    _, answers = case.examine()
+    cures = {answer.check.name: answer.finding.cure for answer in answers}
+    assert "train for more steps" in cures["policy.loss_is_below_baseline"]
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_named_first(case, name):
     check, damage = FAULTS[name]

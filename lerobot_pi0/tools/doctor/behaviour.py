@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lerobot_pi0.data.normalization import NEARLY_CONSTANT
-from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
+from lerobot_pi0.tools.doctor.finding import TRAIN_LONGER, Finding, error, fine, listed, warning
 from lerobot_pi0.tools.doctor.inputs import Inputs, Trial
 
 MARGIN = 0.25  # of a joint's range, beyond the data
@@ -41,7 +41,9 @@ def actions_stay_in_range(inputs: Inputs) -> Iterator[Finding]:
             + listed([name for name, share in zip(names, shares, strict=True) if share > SOME]),
             f"{shares[worst]:.0%} of {names[worst]}: {predicted[..., worst].min():.3g} to "
             f"{predicted[..., worst].max():.3g}, in the data {low[worst]:.3g} to {high[worst]:.3g}",
-            "other units or statistics than in training, or a policy of another robot: see the findings "
+            f"{TRAIN_LONGER}; do not let it drive the robot before"
+            if inputs.is_trained_dataset
+            else "other units or statistics than in training, or a policy of another robot: see the findings "
             "above; do not let it drive the robot",
         )
 
@@ -75,7 +77,9 @@ def actions_move(inputs: Inputs) -> Iterator[Finding]:
         yield error(
             "the policy does nearly the same wherever it is: the arm goes to one place and stays",
             numbers,
-            "it does not see what it was trained on, or was trained too little: look at the pictures "
+            TRAIN_LONGER
+            if inputs.is_trained_dataset
+            else "it does not see what it was trained on, or was trained too little: look at the pictures "
             "(--output=FOLDER), and at the loss",
         )
     else:
@@ -101,8 +105,10 @@ def actions_are_those_demonstrated(inputs: Inputs) -> Iterator[Finding]:
         yield warning(
             "at the dataset's own frames the average action would be nearer to the demonstration",
             numbers,
-            "is it the dataset that the policy was trained on? `lerobot-pi0 report` shows each joint along "
-            "the chunk",
+            TRAIN_LONGER
+            if inputs.is_trained_dataset
+            else "is it the dataset that the policy was trained on? `lerobot-pi0 report` shows each joint "
+            "along the chunk",
         )
     else:
         yield fine(numbers)

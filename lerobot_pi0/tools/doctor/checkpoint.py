@@ -15,7 +15,7 @@ from lerobot_pi0.checkpoints.reading import read_steps, read_tensors
 from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.data.normalization import NEEDED
 from lerobot_pi0.data.statistics import read_statistics, unnormalizer_differences
-from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
+from lerobot_pi0.tools.doctor.finding import TRAIN_LONGER, Finding, error, fine, listed, note, warning
 from lerobot_pi0.tools.doctor.inputs import Inputs
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -208,8 +208,10 @@ def loss_is_below_baseline(inputs: Inputs) -> Iterator[Finding]:
             if not share < NO_BETTER
             else "on this dataset the policy is hardly better than one that ignores the observation",
             numbers,
-            "it was trained on other data, for too few steps, or with other cameras: run the doctor on its "
-            "own dataset to find out",
+            TRAIN_LONGER
+            if inputs.is_trained_dataset
+            else "it was trained on other data, for too few steps, or with other cameras: run the doctor on "
+            "its own dataset to find out",
         )
     else:
         yield fine(numbers)

@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
+# The cure of a symptom on the data that the policy was trained on.
+TRAIN_LONGER = "the policy was trained on this dataset and has not learned it yet: train for more steps"
+
 
 class Severity(StrEnum):
     """Worst first: it cannot work; it reduces quality; for information; in order."""

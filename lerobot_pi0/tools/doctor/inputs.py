@@ -16,10 +16,10 @@ from lerobot.configs import FeatureType
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.processor import RenameObservationsProcessorStep
 from lerobot.robots import Robot
-from lerobot.utils.constants import ACTION, OBS_STATE
+from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, OBS_STATE
 from torch.utils.data import default_collate
 
-from lerobot_pi0.checkpoints.reading import read_steps
+from lerobot_pi0.checkpoints.reading import read_json, read_steps
 from lerobot_pi0.configuration_pi0 import Pi0Config, image_height_width, num_channels
 from lerobot_pi0.data.frames import read_columns
 from lerobot_pi0.data.statistics import PREPROCESSOR
@@ -83,6 +83,25 @@ class Inputs:
     def metadata(self) -> LeRobotDatasetMetadata | None:
         """The dataset's metadata."""
         return dataset_metadata(self.dataset_flags) if self.dataset_flags else None
+
+    @cached_property
+    def trained_dataset(self) -> tuple[str, Path] | None:
+        """Name and folder of the dataset that the policy was trained on; None if its checkpoint has none."""
+        file = self.folder / "train_config.json"
+        trained = (read_json(file).get("dataset") or {}) if file.is_file() else {}
+        if not (name := trained.get("repo_id")):
+            return None
+        return name, Path(trained.get("root") or HF_LEROBOT_HOME / name)
+
+    @property
+    def is_trained_dataset(self) -> bool:
+        """Whether the dataset is the one that the policy was trained on, as far as the checkpoint says it."""
+        trained = self.trained_dataset
+        return (
+            trained is not None
+            and self.metadata is not None
+            and trained[1].resolve() == Path(self.metadata.root).resolve()
+        )
 
     @cached_property
     def recorded(self) -> Pi0Config:

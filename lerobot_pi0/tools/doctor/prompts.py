@@ -3,15 +3,12 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from lerobot.processor import PolicyProcessorPipeline
-from lerobot.utils.constants import HF_LEROBOT_HOME
 
-from lerobot_pi0.checkpoints.reading import read_json
 from lerobot_pi0.data.frames import read_parquet
 from lerobot_pi0.processor_pi0 import Pi0TokenizerStep, clean_prompt
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
@@ -112,15 +109,11 @@ def prompts_are_whole(inputs: Inputs) -> Iterator[Finding]:
 def prompts_are_those_trained_on(inputs: Inputs) -> Iterator[Finding]:
     """The policy has seen each instruction, where the dataset that it was trained on is still there."""
     assert inputs.metadata is not None
-    file = inputs.folder / "train_config.json"
-    if not file.is_file():
+    if inputs.trained_dataset is None:
         return
-    trained = read_json(file).get("dataset") or {}
-    name, root = trained.get("repo_id"), trained.get("root")
-    if not name:
-        return
-    known = Path(root or HF_LEROBOT_HOME / name) / "meta" / "tasks.parquet"
-    if known.parent.parent.resolve() == Path(inputs.metadata.root).resolve():
+    name, root = inputs.trained_dataset
+    known = root / "meta" / "tasks.parquet"
+    if inputs.is_trained_dataset:
         yield fine(f"'{name}' is what the policy was trained on")
         return
     elsewhere = f"the policy was trained on '{name}', this is '{inputs.metadata.repo_id}'"
