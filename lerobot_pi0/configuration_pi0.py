@@ -44,6 +44,7 @@ FirstAction = Literal["clamp", "refuse", "free"]
 RETIRED = {"int8", "compile", "cache_prefix", "anchor"}
 SMALL_TOKENIZER = "small"  # ships with the package
 ABSOLUTE_JOINTS = ("gripper",)  # openpi's π0 learns all others relative to the state
+NUM_ALOHA_JOINTS = 14
 CAMERA_SLOTS = ("base", "left_wrist", "right_wrist")  # the order in which openpi's π0 sees its cameras
 
 
@@ -63,7 +64,8 @@ class ReferenceState:
 
 @dataclass(frozen=True)
 class ActionLimits:
-    """What actions the training data has, dimension by dimension, in the robot's units.
+    """What actions the training data has, dimension by dimension, in the robot's units (in openpi's, with
+    `adapt_to_pi`).
 
     A normalised action is action · `gain` + `offset`. `pose` gives the normalised action at which the robot
     stays where it is; None where actions are no positions, or it is not known.
@@ -146,6 +148,10 @@ class Pi0Config(PreTrainedConfig):
     relative_actions: bool = False
     # Joints that stay absolute all the same: those with one of these words in their name.
     absolute_joints: list[str] = field(default_factory=lambda: list(ABSOLUTE_JOINTS))
+
+    # ALOHA alone: learn the joints that openpi's base models were trained with, of which some turn the other
+    # way and grippers are angles of their motors (data/aloha.py). What enters and leaves is ALOHA's.
+    adapt_to_pi: bool = False
 
     # What the network computes in. Trained parameters are held in float32 all the same; frozen ones and those
     # of a deployed policy in this.
@@ -320,6 +326,11 @@ class Pi0Config(PreTrainedConfig):
                 )
             if len(feature.shape) != 1:
                 raise UserError(f"'{kind}' has shape {feature.shape}; the model takes vectors")
+            if self.adapt_to_pi and feature.shape != (NUM_ALOHA_JOINTS,):
+                raise UserError(
+                    f"--policy.adapt_to_pi=true is for ALOHA's {NUM_ALOHA_JOINTS} joints, six and a gripper "
+                    f"of each arm, and '{kind}' has shape {feature.shape}: leave it out for other robots"
+                )
             limit = self.padded_state_dim if kind == OBS_STATE else self.max_action_dim
             if feature.shape[0] > limit:
                 raise UserError(

@@ -30,6 +30,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lerobot_pi0.configuration_pi0 import SMALL_TOKENIZER, Pi0Config, Statistics, TrainingData
+from lerobot_pi0.data.aloha import AdaptFromPiStep, AdaptToPiStep
 from lerobot_pi0.errors import CheckpointError, UnavailableError, UserError
 
 logger = logging.getLogger(__name__)
@@ -360,10 +361,11 @@ def make_lerobot_pi0_pre_post_processors(
             steps.rename_observations,
             steps.add_batch_dim,
             tokenize,
+            *[AdaptToPiStep()] * config.adapt_to_pi,
             steps.to_device,
             steps.normalize,
         ],
-        output_steps=[steps.unnormalize, steps.to_cpu],
+        output_steps=[steps.unnormalize, *[AdaptFromPiStep()] * config.adapt_to_pi, steps.to_cpu],
     )
 
 
@@ -374,9 +376,10 @@ def standard_steps(config: Pi0Config, dataset_stats: Statistics | None) -> Defau
 
     prepared = NormalizationStatistics.known(dataset_stats)
     if prepared is None and (dataset_stats or config.base_checkpoint):
-        if config.relative_actions:
+        if config.relative_actions or (config.adapt_to_pi and dataset_stats):
+            setting = "relative_actions" if config.relative_actions else "adapt_to_pi"
             raise UserError(
-                "with --policy.relative_actions=true the statistics are computed when the policy is made: "
+                f"with --policy.{setting}=true the statistics are computed when the policy is made: "
                 f"make it first, {type(config).__name__.removesuffix('Config')}Policy(config, "
                 "dataset.meta.stats, dataset.meta), then these pipelines with dataset.meta.stats"
             )

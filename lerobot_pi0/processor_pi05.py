@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lerobot_pi0.configuration_pi0 import Statistics
 from lerobot_pi0.configuration_pi05 import Pi05Config
+from lerobot_pi0.data.aloha import AdaptFromPiStep, AdaptToPiStep
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.processor_pi0 import (
     LANGUAGE,
@@ -122,9 +123,10 @@ def make_lerobot_pi05_pre_post_processors(
             steps.rename_observations,
             steps.add_batch_dim,
             Pi05FloatVectorsStep(config.state_size),
+            *[AdaptToPiStep()] * config.adapt_to_pi,
             steps.normalize,
             tokenize,
             steps.to_device,
         ],
-        output_steps=[steps.unnormalize, steps.to_cpu],
+        output_steps=[steps.unnormalize, *[AdaptFromPiStep()] * config.adapt_to_pi, steps.to_cpu],
     )

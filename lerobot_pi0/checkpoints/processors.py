@@ -24,6 +24,8 @@ PIPELINES = ("policy_preprocessor.json", "policy_postprocessor.json")
 STEPS = frozenset(
     (
         "device_processor",
+        "lerobot_pi0_adapt_from_pi",
+        "lerobot_pi0_adapt_to_pi",
         "lerobot_pi05_float_vectors",
         "lerobot_pi05_tokenizer",
         "lerobot_pi0_tokenizer",
@@ -40,6 +42,8 @@ ENDS = {"max": "min", "q99": "q01", "q90": "q10"}
 NEEDED = dict(
     zip(PIPELINES, (("normalizer_processor", "device_processor"), ("unnormalizer_processor",)), strict=True)
 )
+# What each has with the config's `adapt_to_pi`, and not without.
+ADAPTING = dict(zip(PIPELINES, ("lerobot_pi0_adapt_to_pi", "lerobot_pi0_adapt_from_pi"), strict=True))
 VECTORS = (OBS_STATE, ACTION)
 # No statistic in a robot's units is larger. With normalized actions within `action_space.LARGEST`,
 # unnormalized ones are finite in float32 (up to 3.4e38).
@@ -82,6 +86,7 @@ def check_processors(folder: Path, config: Pi0Config) -> None:
                 )
         if prompts:
             _check_prompts(file, steps, config)
+        _check_joints(file, names, config)
         normalizing = steps[names.index(NEEDED[file.name][0])]
         given, state = normalizing["config"], normalizing.get("state_file")
         settings[file.name] = given.get("eps"), given.get("norm_map"), state is not None
@@ -126,6 +131,26 @@ def _check_prompts(file: Path, steps: list[dict[str, Any]], config: Pi0Config) -
     if wanted and place < names.index("normalizer_processor"):
         raise CheckpointError(
             f"{file} writes the state into the prompt before it is normalized: {COPY_AGAIN}"
+        )
+
+
+def _check_joints(file: Path, names: list[str], config: Pi0Config) -> None:
+    """Raises CheckpointError for other joints than the config says, or ones in the wrong place."""
+    step, found = ADAPTING[file.name], names.count(ADAPTING[file.name])
+    if found != config.adapt_to_pi:
+        raise CheckpointError(
+            f"--policy.adapt_to_pi={str(config.adapt_to_pi).lower()}, but {file} has {found} steps '{step}', "
+            "and a checkpoint keeps its processors: leave the flag out. To train these weights with other "
+            "joints, start from them with new processors (--policy.pretrained_path of openpi's or LeRobot's "
+            "own weights)"
+        )
+    before, after = NEEDED[file.name][0], step
+    if file.name == PIPELINES[0]:
+        before, after = after, before
+    if found and names.index(before) > names.index(after):
+        raise CheckpointError(
+            f"{file} has '{step}' on the wrong side of the normalizer, whose statistics are of openpi's "
+            f"joints: {COPY_AGAIN}"
         )
 
 

@@ -1,10 +1,12 @@
-"""How published π0.5 checkpoints were trained: horizon, state in the prompt, relative actions.
+"""How published checkpoints were trained: horizon, state in the prompt, relative actions, ALOHA's joints.
 
 Their files do not say it, and a policy that is run otherwise fails without an error. So nothing is taken from
-here in silence: messages list it, and the user gives it as flags.
+here in silence: messages list it, and the user gives it as flags. What ALOHA's alone have is taken by name,
+and reported.
 """
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +21,7 @@ class Training:
     state_in_prompt: bool
     delta_mask: tuple[int, ...] | None  # openpi's make_bool_mask; None: each of its robots has its own
     asset_id: str | None = None  # of its statistics
+    adapt_to_pi: bool = False
 
 
 # By the name of openpi's train config, and LeRobot's name of the same weights (src/openpi/training/config.py
@@ -31,20 +34,38 @@ TRAININGS = {
     "pi05_droid_finetune": Training(16, True, (), "droid"),
     "pi05_full_droid_finetune": Training(16, True, (7, -1), "droid"),
     "pi05_droid_jointpos_polaris": Training(15, True, (7, -1), "droid"),
-    "pi05_aloha": Training(50, True, (6, -1, 6, -1), "trossen"),
-    "pi05_aloha_pen_uncap": Training(50, True, (6, -1, 6, -1), "trossen"),
+    "pi05_aloha": Training(50, True, (6, -1, 6, -1), "trossen", adapt_to_pi=True),
+    "pi05_aloha_pen_uncap": Training(50, True, (6, -1, 6, -1), "trossen", adapt_to_pi=True),
 }
+
+
+# The mask of relative actions of openpi's π0 for ALOHA, all of which adapt the joints.
+PI0_ALOHA = dict.fromkeys(
+    ("pi0_aloha", "pi0_aloha_towel", "pi0_aloha_tupperware", "pi0_aloha_pen_uncap"), (6, -1, 6, -1)
+) | {"pi0_aloha_sim": ()}
 
 
 def training_of(checkpoint: str | Path) -> tuple[str, Training] | None:
     """The published checkpoint that a repository or a path is named after, and how it was trained."""
+    name = _name(checkpoint, TRAININGS)
+    return None if name is None else (name, TRAININGS[name])
+
+
+def aloha_mask(checkpoint: str | Path) -> tuple[int, ...] | None:
+    """The mask of relative actions of the π0 for ALOHA that a path is named after; None for other names."""
+    name = _name(checkpoint, PI0_ALOHA)
+    return None if name is None else PI0_ALOHA[name]
+
+
+def _name(checkpoint: str | Path, known: Container[str]) -> str | None:
     parts = re.split(r"[/\\]|--", str(checkpoint))  # "--": in the cache of the hub
-    return next(((part, TRAININGS[part]) for part in reversed(parts) if part in TRAININGS), None)
+    return next((part for part in reversed(parts) if part in known), None)
 
 
 def as_flags(training: Training) -> str:
     """How a checkpoint was trained, as flags of `lerobot-pi0 convert`."""
     flags = f"--chunk_size={training.chunk_size} --state_in_prompt={str(training.state_in_prompt).lower()}"
+    flags += " --adapt_to_pi=true" * training.adapt_to_pi
     mask = training.delta_mask
     return f"{flags} --statistics=false" if mask is None else f"{flags} --delta_mask='{list(mask)}'"
 

@@ -34,6 +34,7 @@ from lerobot_pi0.control.instrumentation import Instrumentation, timing
 from lerobot_pi0.control.latency import Latencies, beside_the_loop, measure, quantile, suggestion_for
 from lerobot_pi0.control.loop_timing import loop_timing
 from lerobot_pi0.control.trace import Trace, new_policy_trace
+from lerobot_pi0.data.aloha import policy_columns
 from lerobot_pi0.errors import CommandError, UnavailableError, UserError
 from lerobot_pi0.inputs.joints import check_joints
 from lerobot_pi0.inputs.policy import LoadedPolicy
@@ -248,10 +249,12 @@ def check_pose(observation: Mapping[str, Any], preprocessor: Any, config: Pi0Con
         return
     low, high = (np.asarray(statistics[name], dtype=float).ravel() for name in ("min", "max"))
     margin = np.maximum(MARGIN * (high - low), LEAST)
+    here = np.array([[observation.get(name, np.nan) for name in config.state_feature_names]], dtype=float)
+    here = policy_columns(config, {OBS_STATE: here})[OBS_STATE][0]
     far = [
-        f"{name} at {observation[name]:.4g} (in the data {low[i]:.4g} to {high[i]:.4g})"
+        f"{name} at {here[i]:.4g} (in the data {low[i]:.4g} to {high[i]:.4g})"
         for i, name in enumerate(config.state_feature_names)
-        if name in observation and not low[i] - margin[i] <= observation[name] <= high[i] + margin[i]
+        if name in observation and not low[i] - margin[i] <= here[i] <= high[i] + margin[i]
     ]
     if far:
         how = {

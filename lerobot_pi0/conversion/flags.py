@@ -46,8 +46,11 @@ class ConvertConfig:
     # π0.5 alone: whether it was trained with the state in the prompt (openpi's discrete_state_input).
     state_in_prompt: bool | None = None
     # openpi's mask of actions that are relative to the state, as given to make_bool_mask: '[6, -1]'. Default:
-    # none are; no default for π0.5.
+    # that of openpi's ALOHA checkpoint of this name, or none are; no default for π0.5.
     delta_mask: list[int] | None = None
+    # Whether it learned ALOHA's joints as openpi's (adapt_to_pi of openpi's LeRobotAlohaDataConfig). Default:
+    # yes for sources with the name of one of openpi's ALOHA checkpoints, no for others.
+    adapt_to_pi: bool | None = None
     # alpha of openpi's LoRA. Default: the rank.
     lora_alpha: float | None = None
     # Attention heads of a vision tower that is not SigLIP So400m, where the source does not say.

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import Checkpoint, check_fit, find_checkpoint
 from lerobot_pi0.checkpoints.layouts import FAMILIES, PI0, PI05, Family
-from lerobot_pi0.checkpoints.published import TRAININGS, as_flags, training_of
+from lerobot_pi0.checkpoints.published import TRAININGS, aloha_mask, as_flags, training_of
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json, read_steps
-from lerobot_pi0.configuration_pi0 import CAMERA_SLOTS, Pi0Config, Statistics
+from lerobot_pi0.configuration_pi0 import CAMERA_SLOTS, NUM_ALOHA_JOINTS, Pi0Config, Statistics
 from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.conversion.flags import ConvertConfig
 from lerobot_pi0.conversion.orbax import PARAMS, OrbaxCheckpoint, find_params
@@ -121,7 +121,7 @@ def read_policy(flags: ConvertConfig, scratch: Path) -> Policy:
 
 def _refuse_flags(flags: ConvertConfig) -> None:
     """Raises ValueError for a flag about what a LeRobot policy says itself."""
-    vectors = "state_dim", "action_dim", "delta_mask", "norm_stats", "state_in_prompt"
+    vectors = "state_dim", "action_dim", "delta_mask", "norm_stats", "state_in_prompt", "adapt_to_pi"
     names = "cameras", "chunk_size", "lora_alpha", *vectors
     given = [name for name in names if getattr(flags, name) not in (None, {})]
     if given:
@@ -162,7 +162,8 @@ def _read_in_tree(source: _Source, flags: ConvertConfig) -> Policy:
     if saved.get("adapt_to_pi_aloha"):
         raise UserError(
             f"{folder} was trained with adapt_to_pi_aloha, which turned the joints of ALOHA into those of "
-            "openpi's: LeRobot itself no longer does, and neither does this policy"
+            "openpi's, but grippers otherwise than openpi (and adapt_to_pi) does. LeRobot itself no longer "
+            "has it, and neither does this policy: train openpi's weights with --policy.adapt_to_pi=true"
         )
     needed = ("chunk_size", "n_action_steps", "tokenizer_max_length", "normalization_mapping")
     if missing := [name for name in needed if name not in saved]:
@@ -262,9 +263,12 @@ def _read_openpi(
 ) -> Policy:
     """A checkpoint that knows nothing of a robot but its statistics. `chunk_size`: what it says, or None."""
     folder, sizes = source.folder, _sizes(source.meta, flags, heads)
+    flags = _of_aloha(source.family, flags)
     settings = _unsaid(source, flags, chunk_size)
     raw = _openpi_statistics(folder, flags)
     dims = {key: len(np.ravel(next(iter(of.values())))) for key, of in raw.items() if of}
+    if flags.adapt_to_pi:
+        dims = dict.fromkeys((OBS_STATE, ACTION), NUM_ALOHA_JOINTS)
     cameras = {
         slot: name if name.startswith("observation.") else f"{OBS_IMAGES}.{name}"
         for slot, name in (flags.cameras or {slot: slot for slot in CAMERA_SLOTS}).items()
@@ -280,6 +284,7 @@ def _read_openpi(
         action_dim=flags.action_dim or dims.get(ACTION, sizes["max_action_dim"]),
         n_action_steps=settings["chunk_size"],
         dtype=dtype,
+        adapt_to_pi=bool(flags.adapt_to_pi),
         **settings,
     )
     statistics = _fitting(config, raw, EPSILON, str(flags.norm_stats or folder)) if raw else None
@@ -287,6 +292,17 @@ def _read_openpi(
         mask = [on for n in flags.delta_mask for on in [n > 0] * abs(n)]
         _make_relative(config, statistics, [i for i, on in enumerate(mask) if on])
     return _policy(layout, source, config, statistics)
+
+
+def _of_aloha(family: Family, flags: ConvertConfig) -> ConvertConfig:
+    """The flags; where they leave it out, openpi's ALOHA checkpoint of the source's name says it."""
+    named, mask = training_of(flags.source), aloha_mask(flags.source) if family is PI0 else None
+    if flags.adapt_to_pi is None:
+        of_aloha = mask is not None or (family is PI05 and named is not None and named[1].adapt_to_pi)
+        flags = replace(flags, adapt_to_pi=of_aloha)
+    if mask is not None and flags.delta_mask is None and flags.statistics:
+        flags = replace(flags, delta_mask=list(mask))
+    return flags
 
 
 def _unsaid(source: _Source, flags: ConvertConfig, chunk_size: int | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0.checkpoints.layouts import PI05
-from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.configuration_pi0 import NUM_ALOHA_JOINTS, Pi0Config
 from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.conversion.flags import ConvertConfig
 from lerobot_pi0.conversion.output import copy_processors
@@ -69,6 +69,11 @@ def write_in_tree(policy: Policy, folder: Path, flags: ConvertConfig) -> list[st
     )
 
     config, family = policy.config, policy.family
+    if config.adapt_to_pi:
+        raise UserError(
+            "LeRobot's own policies have no step that adapts ALOHA's joints to openpi's, as this policy "
+            "learned them (adapt_to_pi=true): only this package and openpi run it"
+        )
     if isinstance(config, Pi05Config) and not config.state_in_prompt:
         raise UserError(
             "LeRobot's own π0.5 always writes the state into the prompt, and this policy was trained without "
@@ -148,6 +153,8 @@ def write_openpi(policy: Policy, folder: Path, flags: ConvertConfig) -> list[str
             "openpi's train config must say what the files do not: Pi0Config(pi05=True, "
             f"action_horizon={config.chunk_size}, discrete_state_input={config.state_in_prompt})."
         )
+    if config.adapt_to_pi:
+        summary.append("openpi's data config must be LeRobotAlohaDataConfig(adapt_to_pi=True).")
     if policy.statistics is not None:
         asset_id = flags.asset_id or "lerobot"
         if (path := PurePath(asset_id)).is_absolute() or ".." in path.parts:
@@ -253,6 +260,17 @@ def _summary(policy: Policy) -> list[str]:
     ]
     if isinstance(config, Pi05Config):
         lines.append(f"The state is {'' if config.state_in_prompt else 'not '}in the prompt.")
+    if config.adapt_to_pi:
+        relative = config.reference_state.actions if config.reference_state else "none"
+        lines.append(
+            "The joints are ALOHA's, adapted to openpi's (--adapt_to_pi); actions relative to the state: "
+            f"{relative} (--delta_mask)."
+        )
+    elif state == action == NUM_ALOHA_JOINTS and policy.layout not in (*OURS, *IN_TREE):
+        lines.append(
+            "If these 14 joints are ALOHA's: openpi adapts them unless told otherwise, which the files do "
+            "not say. Convert it with --adapt_to_pi=true then."
+        )
     if policy.statistics is None:
         lines.append("Without statistics: fine-tune it before it drives a robot.")
     elif policy.family is PI05 and policy.layout in IN_TREE:

@@ -9,6 +9,7 @@ import numpy as np
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0.configuration_pi0 import ABSOLUTE_JOINTS, Pi0Config, ReferenceState
+from lerobot_pi0.data.aloha import policy_columns
 from lerobot_pi0.data.frames import episode_borders, read_columns
 from lerobot_pi0.data.normalization import QUANTILES, NormalizationStatistics, affine, dimension_name
 from lerobot_pi0.errors import UserError
@@ -131,6 +132,7 @@ def relative_action_statistics(
     """
     joints, columns = relative_joints(config), [ACTION, OBS_STATE, "episode_index"]
     frames = {} if dataset is None else read_columns(dataset, columns, episodes=episodes)
+    frames = policy_columns(config, frames)
     if not frames:
         raise UserError(
             "--policy.relative_actions=true needs the statistics of relative actions, which are computed "

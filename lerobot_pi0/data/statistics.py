@@ -21,6 +21,7 @@ from lerobot_pi0.configuration_pi0 import (
     Pi0Config,
     Statistics,
 )
+from lerobot_pi0.data.aloha import policy_columns
 from lerobot_pi0.data.frames import read_columns
 from lerobot_pi0.data.normalization import (
     EPSILON,
@@ -71,11 +72,16 @@ def prepare_statistics(
             )
         chosen, source = read_statistics(checkpoint, revision), f"the checkpoint '{checkpoint}'"
         _check_kind(config, checkpoint, revision)
-        if config.relative_actions:
+        if config.relative_actions or config.adapt_to_pi:
             data.pop(ACTION, None)  # the dataset's are absolute
+        if config.adapt_to_pi:
+            data.pop(OBS_STATE, None)  # and those of other joints
     else:
-        for key in modes.keys() & {OBS_STATE, ACTION}:
-            data[key] = _with_quantiles(config, key, raw.get(key, {}), dataset, episodes)
+        if config.adapt_to_pi:
+            data |= _adapted_statistics(config, dataset, episodes)
+        else:
+            for key in modes.keys() & {OBS_STATE, ACTION}:
+                data[key] = _with_quantiles(config, key, raw.get(key, {}), dataset, episodes)
         if config.relative_actions and modes.get(ACTION) is not NormalizationMode.IDENTITY:
             data[ACTION] = relative_action_statistics(config, data.get(ACTION, {}), dataset, episodes)
         chosen, source = data, "the dataset"
@@ -253,6 +259,37 @@ def _with_quantiles(
     return {**of, **dict(zip(QUANTILES, values, strict=True))}
 
 
+def vector_statistics(values: np.ndarray) -> dict[str, np.ndarray]:
+    """LeRobot's statistics (dims,) of the values (frames, dims) of a feature."""
+    values = values.astype(np.float64)
+    quantiles = np.quantile(values, list(QUANTILES.values()), axis=0)
+    ends = {"min": values.min(0), "max": values.max(0)}
+    return {
+        "mean": values.mean(0),
+        "std": values.std(0),
+        **ends,
+        **dict(zip(QUANTILES, quantiles, strict=True)),
+    }
+
+
+# Other joints than the dataset's.
+
+
+def _adapted_statistics(config: Pi0Config, dataset: Any, episodes: Sequence[int] | None) -> Statistics:
+    """Those of state and actions in openpi's joints, from the dataset's frames."""
+    frames = {} if dataset is None else read_columns(dataset, [OBS_STATE, ACTION], episodes=episodes)
+    if not frames:
+        raise UserError(
+            "--policy.adapt_to_pi=true needs the statistics of openpi's joints, which are computed from the "
+            "dataset's frames, and there are none on this disk: train without --dataset.streaming, or take "
+            "the statistics of a checkpoint (--policy.statistics=checkpoint)"
+        )
+    logger.info(
+        "the statistics of openpi's joints (adapt_to_pi) are computed from %d frames", len(frames["index"])
+    )
+    return {key: vector_statistics(policy_columns(config, frames)[key]) for key in (OBS_STATE, ACTION)}
+
+
 # Relative actions.
 
 
@@ -261,6 +298,12 @@ def _check_kind(config: Pi0Config, checkpoint: str | Path, revision: str | None)
     file = find_checkpoint(checkpoint, revision=revision) / "config.json"
     saved = read_json(file) if file.is_file() else {}
     wanted = [action for action, _ in relative_joints(config)] if config.relative_actions else []
+    if saved.get("type") and bool(saved.get("adapt_to_pi")) != config.adapt_to_pi:
+        raise UserError(
+            f"the statistics of '{checkpoint}' are those of other joints: this run has "
+            f"--policy.adapt_to_pi={str(config.adapt_to_pi).lower()}. Set it as that checkpoint was trained, "
+            "or take the dataset's statistics (--policy.statistics=dataset)"
+        )
     if saved.get("type") == config.type:
         same = wanted == (saved.get("reference_state") or saved.get("anchor") or {"actions": []})["actions"]
     elif saved:

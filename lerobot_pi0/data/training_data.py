@@ -11,6 +11,7 @@ from lerobot.configs import NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0.configuration_pi0 import ActionLimits, Pi0Config, Statistics, TrainingData
+from lerobot_pi0.data.aloha import policy_columns
 from lerobot_pi0.data.frames import data_files, episode_borders, read_columns
 from lerobot_pi0.data.normalization import NormalizationStatistics, affine, dimension_name
 from lerobot_pi0.data.relative_actions import make_reference_state, reference_state_of
@@ -36,7 +37,7 @@ def check_first_batch(
         return
     indices = batch["index"].flatten().cpu().numpy()
     keys = [key for key in (OBS_STATE, ACTION) if dataset_key(key, dataset.features) in dataset.features]
-    frames = read_columns(dataset, keys, indices)
+    frames = policy_columns(config, read_columns(dataset, keys, indices))
     if not frames:
         return
     rows = np.searchsorted(frames["index"], indices).clip(max=len(frames["index"]) - 1)
@@ -141,6 +142,7 @@ def make_limits(
     """
     columns = [ACTION, "episode_index", *([OBS_STATE] if _called_alike(config) else [])]
     frames = {} if dataset is None else read_columns(dataset, columns, episodes=episodes)
+    frames = policy_columns(config, frames)
     step = pose = None
     if frames:
         actions, successive = frames[ACTION].astype(np.float64), ~episode_borders(frames)[1:]
@@ -163,7 +165,9 @@ def make_limits(
             offset = affine(config, statistics, ACTION)[1][relative.actions] + relative.offset
             pose = replace(relative, offset=offset.tolist())
     elif {"min", "max"} <= statistics.raw.get(ACTION, {}).keys():
-        low, high = (np.asarray(statistics.raw[ACTION][name], np.float64).ravel() for name in ("min", "max"))
+        ends = np.stack([np.ravel(statistics.raw[ACTION][name]) for name in ("min", "max")])
+        ends = policy_columns(config, {ACTION: ends.astype(np.float64)})[ACTION]
+        low, high = ends.min(0), ends.max(0)  # some joints turn the other way
     else:
         return None
     gain, offset = affine(config, statistics, ACTION)

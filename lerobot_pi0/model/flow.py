@@ -12,9 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-# How a step follows the velocity: as it is (Euler, as π0 was published), or extrapolated from the step before
-# (second-order Adams–Bashforth).
-Solver = Literal["euler", "ab2"]
+Solver = Literal["euler", "ab2"]  # as π0 was published; Adams–Bashforth of second order
 # velocity(actions (b, a, e), time (b,)) -> (b, a, e)
 type Velocity = Callable[[Float[Tensor, "b a e"], Float[Tensor, " b"]], Float[Tensor, "b a e"]]
 
@@ -61,17 +59,13 @@ def integrate(
     prepared: Iterable[Any] | None = None,
     solver: Solver = "euler",
 ) -> Float[Tensor, "b a e"]:
-    """Actions at time 0, by equal steps along `velocity(actions, time)` from noise at time 1. `velocity` may
-    take what was `prepared` of each step instead of its time; either solver calls it once for each step.
-
-    The error falls with the number of steps, "euler", or with its square, "ab2", whose first step is Euler's.
-    """
+    """Actions at time 0 from noise at time 1, by steps along `velocity(actions, time)`: Euler's, or those of
+    second order. `velocity` may take what was `prepared` of each step instead of its time."""
     if prepared is None:
         prepared = (noise.new_full((len(noise),), time) for time in step_times(num_steps))
     x, before = noise, None
     for step in prepared:
         v = velocity(x, step)
-        along = v if before is None else torch.lerp(before, v, 1.5)  # extrapolated to the middle of the step
-        x = torch.sub(x, along, alpha=1 / num_steps)
+        x = torch.sub(x, v if before is None else torch.lerp(before, v, 1.5), alpha=1 / num_steps)
         before = v if solver == "ab2" else None
     return x

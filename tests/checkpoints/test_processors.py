@@ -18,7 +18,8 @@ from lerobot_pi0.errors import CheckpointError
 
 def save(folder: Path, model: str, **changes: Any) -> Pi0Config:
     config = tiny_config(model, **changes)
-    for pipeline in make_pre_post_processors(config, dataset_stats=statistics()):
+    given = None if config.adapt_to_pi else statistics()  # of these joints there are no others
+    for pipeline in make_pre_post_processors(config, dataset_stats=given):
         pipeline.save_pretrained(folder)
     return config
 
@@ -31,8 +32,8 @@ def saved(tmp_path) -> Path:
 
 def test_the_steps_of_our_own_checkpoints_pass_and_are_the_list(tmp_path):
     steps = set()
-    for model in ("pi0", "pi05"):
-        config = save(tmp_path / model, model)
+    for model, adapts in (("pi0", False), ("pi05", True)):
+        config = save(tmp_path / model, model, adapt_to_pi=adapts)
         check_processors(tmp_path / model, config)
         for file in (tmp_path / model).glob("policy_p*processor.json"):
             steps |= {step["registry_name"] for step in json.loads(file.read_text())["steps"]}
@@ -50,6 +51,22 @@ def test_prompts_without_the_state_where_the_config_has_it_there_are_refused(tmp
     save(tmp_path, "pi05", state_in_prompt=False)
     with pytest.raises(CheckpointError, match=r"--policy.state_in_prompt=true, but .* has false"):
         check_processors(tmp_path, tiny_config("pi05"))
+
+
+def test_other_joints_than_the_configs_are_refused(tmp_path):
+    config = save(tmp_path, "pi0", adapt_to_pi=True)
+    with pytest.raises(CheckpointError, match=r"--policy.adapt_to_pi=false, but .* has 1 steps"):
+        check_processors(tmp_path, tiny_config())
+    file = tmp_path / "policy_postprocessor.json"
+    described = json.loads(file.read_text())
+    described["steps"][:2] = reversed(described["steps"][:2])
+    file.write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=r"'lerobot_pi0_adapt_from_pi' on the wrong side"):
+        check_processors(tmp_path, config)
+    described["steps"].pop(0)
+    file.write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match=r"--policy.adapt_to_pi=true, but .* has 0 steps"):
+        check_processors(tmp_path, config)
 
 
 def test_a_state_that_is_written_before_it_is_normalized_is_refused(tmp_path):

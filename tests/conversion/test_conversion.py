@@ -509,6 +509,37 @@ def test_the_state_in_the_prompt_is_no_setting_of_pi0(openpi, tmp_path):
         run(openpi, tmp_path / "ours", **BACK, state_in_prompt=True)
 
 
+@of_both
+def test_openpis_aloha_checkpoints_adapt_their_joints(family, tmp_path):
+    """By their names, which say the relative actions of π0 as well; or by the flag."""
+    ours = save(tmp_path / "ours", family)
+    source = tmp_path / ("pi05_aloha" if family is PI05 else "pi0_aloha_towel")
+    run(ours, source, to="openpi-pytorch")
+    of = {"mean": [0.0] * 16, "std": [1.0] * 16, "q01": [-1.0] * 16, "q99": [1.0] * 16}
+    (norm_stats,) = source.glob("assets/*/norm_stats.json")
+    norm_stats.write_text(json.dumps({"norm_stats": {"state": of, "actions": of}}))
+    unsaid = UNSAID[family] | ({"delta_mask": [6, -1, 6, -1]} if family is PI05 else {})
+    text = run(source, tmp_path / "aloha", **BACK, **unsaid)
+    assert "The joints are ALOHA's, adapted to openpi's" in text
+    config: Any = PreTrainedConfig.from_pretrained(tmp_path / "aloha")
+    assert config.adapt_to_pi
+    assert config.robot_state_feature.shape == config.action_feature.shape == (14,)
+    assert config.reference_state.actions == [*range(6), *range(7, 13)]
+    assert run(tmp_path / "aloha", tmp_path / "back", to="openpi-pytorch").count("adapt_to_pi=True") == 1
+    with pytest.raises(UserError, match="no step that adapts ALOHA's joints"):
+        run(tmp_path / "aloha", tmp_path / "in_tree", to="lerobot")
+    other = copy(source, tmp_path / "other")
+    flags = BACK | unsaid | {"state_dim": 14, "action_dim": 14}
+    assert "Convert it with --adapt_to_pi=true" in run(other, tmp_path / "plain", **flags)
+    assert settings(tmp_path / "plain", ("adapt_to_pi",)) == {"adapt_to_pi": False}
+    sim = copy(source, tmp_path / ("pi0_aloha_sim" if family is PI0 else "sim"))
+    run(sim, tmp_path / "ours_sim", **BACK | UNSAID[family] | {"adapt_to_pi": True})
+    assert settings(tmp_path / "ours_sim", ("adapt_to_pi", "relative_actions")) == {
+        "adapt_to_pi": True,
+        "relative_actions": False,
+    }
+
+
 @of_pi05
 def test_weights_of_one_model_with_a_config_of_the_other(in_tree, tmp_path):
     source = copy(in_tree, tmp_path / "source")

@@ -29,6 +29,7 @@ GOLDEN = Path(__file__).parent.parent / "golden_pi05"
 PROMPTS = json.loads((GOLDEN / "golden_prompts.json").read_text())
 TEXTS = json.loads((GOLDEN / "golden_transforms_text.json").read_text())
 HORIZONS = {"pi05_libero": 10, "pi05_droid": 15, "pi05_full_droid_finetune": 16, "pi05_aloha": 50}
+RELATIVE = {"pi05_full_droid_finetune": range(7), "pi05_aloha": [*range(6), *range(7, 13)]}
 
 
 @pytest.fixture(scope="module")
@@ -91,21 +92,21 @@ def test_prompt_of_each_config_is_openpis(name, stand_in, transforms):
     assert tokenize.prompt(TEXTS[name]["prompt"], state).text == TEXTS[name]["text"]
 
 
-@pytest.mark.parametrize("name", ["pi05_libero", "pi05_droid", "pi05_full_droid_finetune"])
+@pytest.mark.parametrize("name", HORIZONS)
 def test_whole_chain_of_a_config_is_openpis(name, stand_in, transforms):
-    """Normalize, write the prompt, relative actions; and back to the robot. (ALOHA's has other zero positions
-    in between, which are no part of this package.)
-    """
+    """ALOHA's joints, normalize, write the prompt, relative actions; and back to the robot."""
     of = golden_of(name, transforms)
     statistics = {
         feature: {statistic: of[f"stats_{theirs}_{statistic}"] for statistic in ("mean", "std", "q01", "q99")}
         for feature, theirs in (("observation.state", "state"), ("action", "actions"))
     }
-    raw_state = np.concatenate([value for key, value in of.items() if key.startswith("raw_observation")])
+    raw = [value for key, value in of.items() if key.startswith(("raw_observation", "raw_state"))]
+    raw_state = np.concatenate(raw)
     actions = of["raw_actions"].shape[1]
     config = tiny_config(
         "pi05",
         state_in_prompt=name != "pi05_libero",
+        adapt_to_pi=name == "pi05_aloha",
         chunk_size=HORIZONS[name],
         max_action_dim=32,
         vlm=replace(VLM, vocab_size=2000),
@@ -116,10 +117,10 @@ def test_whole_chain_of_a_config_is_openpis(name, stand_in, transforms):
         },
         output_features={"action": PolicyFeature(FeatureType.ACTION, (actions,))},
     )
-    prepared = prepare_statistics(config, statistics)
+    prepared = prepare_statistics(replace(config, adapt_to_pi=False), statistics)  # openpi's joints' already
     preprocess, postprocess = make_pre_post_processors(config, dataset_stats=prepared)
-    if name == "pi05_full_droid_finetune":
-        config.reference_state = reference_state_of(config, prepared, [(i, i) for i in range(7)])
+    if relative := RELATIVE.get(name):
+        config.reference_state = reference_state_of(config, prepared, [(i, i) for i in relative])
     space = ActionSpace(config)
     batch = preprocess(
         {

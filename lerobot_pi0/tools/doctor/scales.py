@@ -9,9 +9,10 @@ from lerobot.configs import NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 
 from lerobot_pi0.configuration_pi0 import Pi0Config, Statistics
+from lerobot_pi0.data.aloha import policy_columns
 from lerobot_pi0.data.normalization import NEARLY_CONSTANT, NEEDED, QUANTILES
 from lerobot_pi0.data.relative_actions import relative_statistics
-from lerobot_pi0.data.statistics import read_statistics
+from lerobot_pi0.data.statistics import read_statistics, vector_statistics
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
 from lerobot_pi0.tools.doctor.inputs import Inputs
 
@@ -88,7 +89,7 @@ def recorded_statistics_are_the_datas(inputs: Inputs) -> Iterator[Finding]:
                 f"the dataset has no statistics of '{key}'", "meta/stats.json does not mention it", recompute
             )
             continue
-        names, found = _names(inputs.recorded, key, values.shape[1]), _statistics(values)
+        names, found = _names(inputs.recorded, key, values.shape[1]), vector_statistics(values)
         spread = np.maximum(found["std"], NEARLY_CONSTANT)
         # LeRobot 0.6 averages quantiles over episodes: they count where they are used.
         used = {"mean", "std", "min", "max"}
@@ -133,11 +134,11 @@ def policy_has_the_datas_statistics(inputs: Inputs) -> Iterator[Finding]:
     """What the policy normalises by fits this data: same unit, same range, joint by joint."""
     config, carried = inputs.config, read_statistics(inputs.folder)
     apart: list[Apart] = []
-    for key, values in ((OBS_STATE, inputs.columns.state), (ACTION, inputs.columns.action)):
+    for key, values in _learned_columns(inputs).items():
         mode = _mode(config, key)
         if mode is NormalizationMode.IDENTITY or key not in carried:
             continue
-        data = _statistics(values)
+        data = vector_statistics(values)
         if key == ACTION and config.relative_actions:
             for joint, statistics in _relative(inputs).items():
                 for name, value in statistics.items():
@@ -221,28 +222,21 @@ def _units(apart: list[Apart]) -> Iterator[Finding]:
             )
 
 
-def _statistics(values: np.ndarray) -> dict[str, np.ndarray]:
-    values = values.astype(np.float64)
-    quantiles = np.quantile(values, list(QUANTILES.values()), axis=0)
-    ends = {"min": values.min(0), "max": values.max(0)}
-    return {
-        "mean": values.mean(0),
-        "std": values.std(0),
-        **ends,
-        **dict(zip(QUANTILES, quantiles, strict=True)),
-    }
+def _learned_columns(inputs: Inputs) -> dict[str, np.ndarray]:
+    """State and actions (frames, dims) of the dataset as the policy's normalizer is given them."""
+    return policy_columns(inputs.config, {OBS_STATE: inputs.columns.state, ACTION: inputs.columns.action})
 
 
 def _relative(inputs: Inputs) -> dict[int, dict[str, float]]:
     """Statistics of each relative joint: dimension of the action → its values."""
-    columns, config = inputs.columns, inputs.config
+    columns, config = _learned_columns(inputs), inputs.config
     reference = config.reference_state
     assert reference is not None  # of every checkpoint with relative actions; names are not
     joints = list(zip(reference.actions, reference.states, strict=True))
     found = relative_statistics(
-        np.ascontiguousarray(columns.action[:, [a for a, _ in joints]].T),
-        np.ascontiguousarray(columns.state[:, [s for _, s in joints]].T),
-        np.array([episode.start for episode in columns.episodes]),
+        np.ascontiguousarray(columns[ACTION][:, [a for a, _ in joints]].T),
+        np.ascontiguousarray(columns[OBS_STATE][:, [s for _, s in joints]].T),
+        np.array([episode.start for episode in inputs.columns.episodes]),
         config.chunk_size,
     )
     return {action: {name: value[i] for name, value in found.items()} for i, (action, _) in enumerate(joints)}
