@@ -62,7 +62,7 @@ SUBCOMMANDS = {
         "conversion", "convert", "ConvertConfig", "openpi's, LeRobot's and transformers' π0 ↔ this one"
     ),
     "demo": _in("demo", "demo", "DemoConfig", "record, train and evaluate a small π0 or π0.5 in Meta-World"),
-    "doctor": _tool("doctor.command", "DoctorFlags", "what is wrong with a policy, its data, its robot"),
+    "doctor": _tool("doctor.command", "DoctorFlags", "what is wrong with a policy, data, robot or simulator"),
     "language": _tool("language", "LanguageConfig", "does a policy follow its instruction? Swap it and see"),
     "latency": _in(
         "control", "latency", "LatencyConfig", "how long a chunk takes, and how to drive with that"

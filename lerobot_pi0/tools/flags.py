@@ -102,20 +102,21 @@ class PlanFlags:
 
 @dataclass
 class DoctorFlags:
-    """Check a policy, a dataset and a robot: what is wrong, worst first, and how to fix it.
+    """Check a policy, a dataset, a robot or a simulator: what is wrong, worst first, and how to fix it.
 
     The robot that the policy is to drive is described by --robot.type=... and its options, as lerobot-rollout
-    takes them; it is not connected to. --help-all lists them. Exit code 1 if there are errors; warnings and
-    notes do not change it.
+    takes them; it is not connected to. The environment that it is to be evaluated in is described by
+    --env.type=... and its options, as lerobot-eval takes them. --help-all lists both. Exit code 1 if there
+    are errors; warnings and notes do not change it.
     """
 
-    of_lerobot: ClassVar[tuple[str, ...]] = ("robot",)  # flags that are a config of LeRobot
+    of_lerobot: ClassVar[tuple[str, ...]] = ("robot", "env")  # flags that are configs of LeRobot
 
     # The checkpoint; left out, the dataset is examined as one for a new policy.
     policy: PolicyFlags = field(default_factory=PolicyFlags)
     # The dataset that it was trained on, or is to be.
     dataset: DatasetFlags = field(default_factory=DatasetFlags)
-    # Camera of dataset or robot → camera of the policy, as lerobot-rollout takes it.
+    # Camera of dataset, robot or environment → camera of the policy, as LeRobot's commands take it.
     rename_map: dict[str, str] = field(default_factory=dict)
     # Folder for cameras.png, which shows what the policy sees, and page.txt.
     output: Path | None = None

@@ -858,7 +858,7 @@ def test_every_check_has_a_fault():
         "time.chunks_fit_episodes",
         "cameras.squares_are_used",
     }
-    elsewhere = ("demonstrations",)  # areas with a module of tests each
+    elsewhere = ("demonstrations", "environment")  # areas with a module of tests each
     assert {check.name for check in CHECKS if check.area not in elsewhere} - shown == {
         "checkpoint.horizon_is_that_of_the_base",  # of π0.5, as the next
         "checkpoint.state_is_in_the_prompt",

@@ -10,7 +10,7 @@ import torch
 from lerobot.utils.constants import OBS_IMAGES
 from torch import Tensor
 
-from lerobot_pi0.configuration_pi0 import Pi0Config, assign_cameras, num_channels
+from lerobot_pi0.configuration_pi0 import Pi0Config, assign_cameras, image_height_width, num_channels
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.dataset import fit_to
 from lerobot_pi0.model.observation import letterbox
@@ -24,6 +24,9 @@ STILL = 0.5 / 255  # mean difference of two pictures: less than what compression
 USED = 0.5  # of the square: wider than 2 : 1 leaves less
 SHAPE = 0.05  # difference of height : width
 MOVED = 0.05  # of a joint's range
+# Settings of LeRobot's environments, and of ours.
+NAMING = ("camera_name_mapping", "camera_name")
+SIZING = ("observation_width", "observation_height", "image_size")
 
 
 def slots_are_filled(inputs: Inputs) -> Iterator[Finding]:
@@ -36,24 +39,40 @@ def robot_fills_slots(inputs: Inputs) -> Iterator[Finding]:
     yield from _same_cameras(inputs, "robot", inputs.robot_cameras)
 
 
+def environment_fills_slots(inputs: Inputs) -> Iterator[Finding]:
+    """The policy's cameras and the environment's have the same names."""
+    yield from _same_cameras(inputs, "environment", _of_environment(inputs))
+
+
+def environment_shapes(inputs: Inputs) -> Iterator[Finding]:
+    """The environment's pictures have the height : width that the policy was trained on."""
+    yield from _shapes(inputs, "environment", _of_environment(inputs))
+
+
+def _of_environment(inputs: Inputs) -> dict[str, tuple[int, int]]:
+    return {key: image_height_width(images.shape[1:]) for key, images in inputs.opened_env.cameras.items()}
+
+
 def _same_cameras(inputs: Inputs, whose: str, there: dict[str, tuple[int, int]]) -> Iterator[Finding]:
     wanted = inputs.config.cameras
     missing = {slot: key for slot, key in wanted.items() if key not in there}
     spare = [key for key in there if key not in wanted.values()]
     if missing:
-        # In order, which is a guess: people have to look at it.
-        guess = json.dumps(dict(zip(spare, missing.values(), strict=False)))
+        # As in training, which lerobot-eval does not go by; or in order, a guess: people have to look at it.
+        trained = {key: inputs.rename_map.get(key) for key in spare}
+        known = {key: name for key, name in trained.items() if name in missing.values()}
+        guess = json.dumps(known or dict(zip(spare, missing.values(), strict=False)))
         rename = f"--rename_map='{guess}' if these are the same views"
+        first = _short(next(iter(missing.values())))
+        others = {
+            "robot": f"name the robot's cameras as they were recorded: --robot.cameras='{{{first}: …}}'",
+            "environment": f"name them as they were recorded, by {_flags(inputs, NAMING)}",
+            "dataset": "train on this dataset's cameras (a new run with --policy.cameras)",
+        }
         yield error(
             f"the {whose} has no picture for {listed(f'slot {slot}' for slot in missing)}",
             f"the policy looks at {listed(wanted.values())}; the {whose} has {listed(there) or 'no camera'}",
-            (f"{rename}, or " if spare else "")
-            + (
-                "name the robot's cameras as they were recorded: "
-                f"--robot.cameras='{{{_short(next(iter(missing.values())))}: …}}'"
-                if whose == "robot"
-                else "train on this dataset's cameras (a new run with --policy.cameras)"
-            ),
+            (f"{rename}, or " if spare else "") + others[whose],
         )
     elif spare:
         yield note(
@@ -136,12 +155,11 @@ def _shapes(inputs: Inputs, whose: str, there: dict[str, tuple[int, int]]) -> It
                 f"the {whose}'s '{key}' has another shape than in training",
                 f"{w}×{h} (width × height), trained on {tw}×{th}: letterboxed, things have another size "
                 "and place",
-                f"record with {tw}×{th}"
-                + (
-                    " (width and height in --robot.cameras)"
-                    if whose == "robot"
-                    else ", or train on this data"
-                ),
+                {
+                    "robot": f"record with {tw}×{th} (width and height in --robot.cameras)",
+                    "environment": f"give it {tw}×{th}, by {_flags(inputs, SIZING)}",
+                    "dataset": f"record with {tw}×{th}, or train on this data",
+                }[whose],
             )
         else:
             yield note(f"the {whose}'s '{key}' is {w}×{h}, in training {tw}×{th}: the same shape")
@@ -250,6 +268,12 @@ def _where(inputs: Inputs, wrong: Tensor) -> str:
 def _place(inputs: Inputs, i: int) -> str:
     frame = inputs.frames[i]
     return f"episode {int(frame['episode_index'])}, frame {int(frame['frame_index'])}"
+
+
+def _flags(inputs: Inputs, names: tuple[str, ...]) -> str:
+    """Those of the flags that the environment has."""
+    there = [f"--env.{name}" for name in names if hasattr(inputs.env, name)]
+    return " and ".join(there) or "another --env.type"
 
 
 def _slots(cameras: dict[str, str]) -> str:

@@ -14,7 +14,7 @@ from lerobot_pi0.checkpoints.processors import PIPELINES, tokenizer_step
 from lerobot_pi0.checkpoints.reading import read_steps, read_tensors
 from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.data.normalization import NEEDED
-from lerobot_pi0.data.statistics import read_statistics, unnormalizer_differences
+from lerobot_pi0.data.statistics import unnormalizer_differences
 from lerobot_pi0.tools.doctor.finding import TRAIN_LONGER, Finding, error, fine, listed, note, warning
 from lerobot_pi0.tools.doctor.inputs import Inputs
 
@@ -60,7 +60,7 @@ def files_are_there(inputs: Inputs) -> Iterator[Finding]:
 def statistics_are_whole(inputs: Inputs) -> Iterator[Finding]:
     """Statistics are finite and of this policy's size, and what normalises is undone by what comes after."""
     folder, config = inputs.folder, inputs.config
-    carried = read_statistics(folder)
+    carried = inputs.statistics
     for kind, key, feature in (
         ("STATE", OBS_STATE, config.robot_state_feature),
         ("ACTION", ACTION, config.action_feature),

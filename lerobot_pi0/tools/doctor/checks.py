@@ -1,6 +1,6 @@
 """The table of all checks, causes before symptoms, and the order of their findings."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from lerobot_pi0.errors import UserError
@@ -8,11 +8,15 @@ from lerobot_pi0.tools.doctor import (
     behaviour,
     cameras,
     checkpoint,
+    conventions,
     demonstrations,
+    environment,
     joints,
     machine,
     motion,
+    orientation,
     prompts,
+    responses,
     scales,
     timing,
 )
@@ -38,11 +42,12 @@ class Check:
 
 
 SYMPTOMS = "policy"  # an area: what the policy does at the dataset's frames
-P, D, R = ("policy",), ("dataset",), ("robot",)
-PD, PR, DR = P + D, P + R, D + R
+P, D, R, E = ("policy",), ("dataset",), ("robot",), ("environment",)
+PD, PR, DR, PE = P + D, P + R, D + R, P + E
 
 _files, _loads = checkpoint.files_are_there, checkpoint.policy_loads
 _whole = checkpoint.statistics_are_whole
+_opens = environment.environment_opens
 _here, _finite = motion.frames_are_here, motion.values_are_finite
 # These have to pass before the policy can be run on the dataset.
 _runs = (_files, _whole, _loads, _here, _finite, cameras.slots_are_filled, joints.dataset_has_the_policys)
@@ -87,6 +92,28 @@ CHECKS = (
     Check("demonstrations", demonstrations.pauses_show_when_they_end, D, (_here, _finite)),
     Check("demonstrations", demonstrations.same_states_get_the_same_actions, D, (_here, _finite)),
     Check("demonstrations", demonstrations.episodes_differ, D, (_here, _finite)),
+    Check("environment", _opens, E),
+    Check("environment", cameras.environment_fills_slots, PE, (_opens,)),
+    Check("environment", cameras.environment_shapes, PE, (_opens, cameras.environment_fills_slots)),
+    Check("environment", orientation.pictures_are_upright, PE, (_opens,)),
+    Check("environment", conventions.state_is_the_policys, PE, (_opens, _files, _whole)),
+    Check("environment", conventions.actions_are_the_policys, PE, (_opens, _files, _whole)),
+    Check("environment", environment.environment_has_the_datas_rate, PE, (_opens,)),
+    Check("environment", responses.gripper_has_the_datas_sign, PE, (_opens,)),
+    Check(
+        "environment",
+        responses.environment_moves_as_recorded,
+        PE,
+        (
+            _opens,
+            conventions.state_is_the_policys,
+            conventions.actions_are_the_policys,
+            environment.environment_has_the_datas_rate,
+            responses.gripper_has_the_datas_sign,
+        ),
+    ),
+    Check("environment", environment.episodes_are_long_enough, PE, (_opens,)),
+    Check("environment", environment.instructions_are_those_trained_on, PE, (_opens,)),
     Check("time", timing.frames_are_evenly_spaced, D, (_here,)),
     Check("time", timing.chunks_fit_episodes, D, (_here,)),
     Check("time", timing.cameras_keep_up, DR),
@@ -115,14 +142,19 @@ class Answer:
     finding: Finding
 
 
-def examine(inputs: Inputs) -> list[Answer]:
+def examine(inputs: Inputs, checks: Iterable[Check] = CHECKS) -> list[Answer]:
     """Run the checks whose inputs are given. The worst findings first, then in the order of the table.
 
     Symptoms follow causes of the same severity. A check that fails on damaged files is a finding too.
     """
-    parts = {"policy": inputs.checkpoint, "dataset": inputs.metadata, "robot": inputs.robot}
+    parts = {
+        "policy": inputs.checkpoint,
+        "dataset": inputs.metadata,
+        "robot": inputs.robot,
+        "environment": inputs.env,
+    }
     answers, failed = [], set()
-    for check in CHECKS:
+    for check in checks:
         if any(parts[part] is None for part in check.needs) or not failed.isdisjoint(check.after):
             continue
         try:

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 
+from lerobot.envs import EnvConfig
 from lerobot.robots import Robot, RobotConfig, make_robot_from_config
 
 # Registers the robots and cameras that LeRobot has.
@@ -27,6 +28,9 @@ class DoctorConfig(DoctorFlags):
 
     # The robot that it is to drive, as lerobot-rollout takes it (--robot.type=…); it is not connected to.
     robot: RobotConfig | None = None
+    # The environment that it is to be evaluated in, as lerobot-eval takes it (--env.type=…): it is made,
+    # reset twice, and moved for a second.
+    env: EnvConfig | None = None
 
 
 def main(config: DoctorConfig) -> tuple[str, int]:
@@ -39,7 +43,7 @@ def main(config: DoctorConfig) -> tuple[str, int]:
             "which policy or dataset? Name one or both: --policy.path=outputs/…/pretrained_model, "
             "--dataset.repo_id=user/name"
         )
-    inputs = Inputs(policy, dataset, _robot(config.robot), config.rename_map)
+    inputs = Inputs(policy, dataset, _robot(config.robot), config.rename_map, config.env)
     if inputs.metadata and config.dataset.episodes is not None:
         check_episodes(config.dataset.episodes, inputs.metadata)
     answers = examine(inputs)

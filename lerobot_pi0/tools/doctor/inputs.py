@@ -10,24 +10,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import gymnasium as gym
 import numpy as np
 import torch
 from lerobot.configs import FeatureType
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
+from lerobot.envs import EnvConfig
 from lerobot.processor import RenameObservationsProcessorStep
 from lerobot.robots import Robot
 from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, OBS_STATE
 from torch.utils.data import default_collate
 
 from lerobot_pi0.checkpoints.reading import read_json, read_steps
-from lerobot_pi0.configuration_pi0 import Pi0Config, image_height_width, num_channels
+from lerobot_pi0.configuration_pi0 import Pi0Config, Statistics, image_height_width, num_channels
 from lerobot_pi0.data.frames import read_columns
-from lerobot_pi0.data.statistics import PREPROCESSOR
+from lerobot_pi0.data.statistics import PREPROCESSOR, read_statistics
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.dataset import DatasetFlags, dataset_metadata, fit_to, open_dataset
 from lerobot_pi0.inputs.policy import LoadedPolicy, PolicyFlags, load_policy, read_config
 from lerobot_pi0.model.flow import sample_time
+from lerobot_pi0.processor_pi0 import clean_prompt
 from lerobot_pi0.tools.columns import Columns
+from lerobot_pi0.tools.doctor.opened_env import OpenedEnv, open_env
+from lerobot_pi0.tools.doctor.tries import Tries
 from lerobot_pi0.tools.pairing import Pairing
 
 EPISODES, MOMENTS = 4, 4
@@ -56,6 +61,7 @@ class Inputs:
     dataset_flags: DatasetFlags | None
     robot: Robot | None
     given_rename_map: dict[str, str] = field(default_factory=dict)
+    env: EnvConfig | None = None
 
     @cached_property
     def checkpoint(self) -> tuple[Pi0Config, Path] | None:
@@ -67,6 +73,11 @@ class Inputs:
         """The checkpoint's."""
         assert self.checkpoint is not None
         return self.checkpoint[1]
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """The checkpoint's normalization statistics."""
+        return read_statistics(self.folder)
 
     @cached_property
     def config(self) -> Pi0Config:
@@ -219,6 +230,52 @@ class Inputs:
             if isinstance(shape, tuple)
         }
         return {self.rename_map.get(key, key): shape for key, shape in cameras.items()}
+
+    @cached_property
+    def reference(self) -> "Inputs | None":
+        """The policy with the data that its environment is compared with: the dataset that is given or, where
+        it is on this disk, the one that the policy was trained on."""
+        if self.dataset_flags:
+            return self
+        trained = self.trained_dataset if self.checkpoint else None
+        if trained is None or not (trained[1] / "meta" / "info.json").is_file():
+            return None
+        return Inputs(self.policy_flags, DatasetFlags(*trained), None)
+
+    def first_pictures(self, instruction: str) -> dict[str, torch.Tensor]:
+        """The pictures with which episodes begin, of this instruction if the dataset has it."""
+        starts = [episode.start for episode in self.columns.episodes]
+        numbers = [i for i, text in self.tasks.items() if clean_prompt(text) == clean_prompt(instruction)]
+        rows = [row for row in starts if self.columns.task[row] in numbers] or starts
+        chosen = np.linspace(0, len(rows) - 1, min(EPISODES, len(rows))).astype(int)
+        return self.pictures_at([rows[i] for i in chosen])
+
+    @cached_property
+    def tries(self) -> Tries | None:
+        """What is tried in the environment; None without data."""
+        of = self.reference
+        if of is None:
+            return None
+        assert of.metadata is not None
+        return Tries.of(of.columns, of.recorded.action_feature_names, of.pairing.kind, of.metadata.fps)
+
+    @cached_property
+    def opened_env(self) -> OpenedEnv:
+        """The environment, reset. Raises what making it raises.
+
+        lerobot-eval has the rename map from its command line alone, never from the checkpoint.
+        """
+        assert self.env is not None
+        return open_env(self.env, self.given_rename_map, self.tries.actions if self.tries else [])
+
+    @cached_property
+    def env_error(self) -> str:
+        """Why the environment does not open; empty if it does."""
+        try:
+            _ = self.opened_env
+        except (*UNREADABLE, ImportError, AssertionError, gym.error.Error) as error:
+            return str(error) or type(error).__name__
+        return ""
 
     @cached_property
     def policy_cameras(self) -> dict[str, tuple[int, int]]:

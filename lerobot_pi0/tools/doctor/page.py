@@ -67,6 +67,8 @@ def about(inputs: Inputs) -> dict[str, str]:
     if inputs.robot:
         cameras = ", ".join(inputs.robot_cameras) or "no cameras"
         lines["robot"] = f"{inputs.robot.name}: {len(inputs.robot.action_features)} actions, {cameras}"
+    if inputs.env:
+        lines["environment"] = f"{inputs.env.type}, {inputs.env.task}, {inputs.env.fps} actions per second"
     return lines
 
 
@@ -87,6 +89,7 @@ def _left_out(inputs: Inputs) -> str:
         "policy": (inputs.policy_flags, "--policy.path=CHECKPOINT"),
         "dataset": (inputs.dataset_flags, "--dataset.repo_id=NAME"),
         "robot": (inputs.robot, "--robot.type=TYPE"),
+        "environment": (inputs.env, "--env.type=TYPE"),
     }
     missing = [f"{part} ({flag})" for part, (given, flag) in parts.items() if given is None]
     return f"Not given, not examined: {', '.join(missing)}." if missing else ""

@@ -12,7 +12,7 @@ from lerobot_pi0.configuration_pi0 import Pi0Config, Statistics
 from lerobot_pi0.data.aloha import policy_columns
 from lerobot_pi0.data.normalization import NEARLY_CONSTANT, NEEDED, QUANTILES
 from lerobot_pi0.data.relative_actions import relative_statistics
-from lerobot_pi0.data.statistics import read_statistics, vector_statistics
+from lerobot_pi0.data.statistics import vector_statistics
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, warning
 from lerobot_pi0.tools.doctor.inputs import Inputs
 
@@ -39,7 +39,7 @@ def actions_are_of_the_policys_kind(inputs: Inputs) -> Iterator[Finding]:
         )
     if config.relative_actions or not inputs.checkpoint or not pair.by_name:
         return
-    of = read_statistics(inputs.folder)
+    of = inputs.statistics
     state, action = of.get(OBS_STATE, {}), of.get(ACTION, {})
     names = config.state_feature_names or []
     pairs = [
@@ -132,7 +132,7 @@ def recorded_statistics_are_the_datas(inputs: Inputs) -> Iterator[Finding]:
 
 def policy_has_the_datas_statistics(inputs: Inputs) -> Iterator[Finding]:
     """What the policy normalises by fits this data: same unit, same range, joint by joint."""
-    config, carried = inputs.config, read_statistics(inputs.folder)
+    config, carried = inputs.config, inputs.statistics
     apart: list[Apart] = []
     for key, values in _learned_columns(inputs).items():
         mode = _mode(config, key)
