@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from lerobot_pi0.errors import UserError
-from lerobot_pi0.inputs.flags import check_checkpoint_name, check_dataset_root
+from lerobot_pi0.inputs.flags import check_dataset_root
 from lerobot_pi0.lerobot_compat import (
+    check_checkpoint_name,
     check_version,
     parsing_failure,
     shorten_torchcodec_notice,

@@ -22,6 +22,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -39,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 from weakref import ref
 
-from lerobot_pi0.errors import CommandError, UserError
+from lerobot_pi0.errors import CommandError, MissingFileError, UserError
 
 if TYPE_CHECKING:
     from lerobot.policies.rtc import ActionQueue
@@ -206,6 +207,15 @@ def parsing_failure_line(error: BaseException) -> str:
     return str(parsing_failure(error)).strip().partition("\n")[0]
 
 
+def check_checkpoint_name(name: str) -> None:
+    """Raises MissingFileError for what is neither a path nor like a name on the hub (user/name).
+
+    LeRobot asks the hub for each path that is not there (configs/policies.py, `from_pretrained`).
+    """
+    if not Path(name).expanduser().exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise MissingFileError(f"there is no folder {name}, and it is no name of a repository on the hub")
+
+
 def policy_path(arguments: Sequence[str]) -> tuple[str, str | None] | None:
     """`--policy.path` and `--policy.pretrained_revision` among the arguments of a command of LeRobot.
 
@@ -248,18 +258,32 @@ def check_command_line(arguments: Sequence[str]) -> None:
 
     Plugins are imported before the flags are parsed (configs/parser.py, `wrap`; utils/import_utils.py,
     `register_third_party_plugins`, which catches every Exception). Looks at `sys.argv` of a command of
-    LeRobot: settings that this package's policies do not have, and, to train, a dataset that is neither here
-    nor on the hub. Raises SystemExit with code 2, as argparse does.
+    LeRobot: files that are not there, settings that this package's policies do not have, and, to train, a
+    dataset that is neither here nor on the hub. Raises SystemExit with code 2, as argparse does.
     """
     program = command_of_lerobot(arguments)
     if program is None:
         return
-    problem = _unknown_setting(arguments[1:])
+    problem = _missing_file(arguments[1:]) or _unknown_setting(arguments[1:])
     if problem is None and program == "lerobot-train":
         problem = _missing_dataset(arguments[1:])
     if problem is not None:
         sys.stderr.write(f"{program}: error: {problem}\n")
         raise SystemExit(2)
+
+
+def _missing_file(arguments: Sequence[str]) -> str | None:
+    """What to say of a --config_path or --policy.path that is not there."""
+    from lerobot.configs import parser
+
+    path, config = (parser.parse_arg(name, arguments) for name in ("policy.path", "config_path"))
+    if config is not None and config.endswith((".yaml", ".yml", ".json")) and not Path(config).is_file():
+        return f"--config_path={config} does not exist"
+    try:
+        check_checkpoint_name(path or ".")
+    except MissingFileError as error:
+        return f"--policy.path: {error}"
+    return None
 
 
 def _unknown_setting(arguments: Sequence[str]) -> str | None:

@@ -286,6 +286,14 @@ TYPE, DATA = "--policy.type=lerobot_pi0", "--dataset.repo_id=me/data"
         (["lerobot-train", "--dataset.repo_id=local/x", "--dataset.root={}/no"], "local/ are .* here"),
         (["lerobot-train", DATA], "'me/data' is not in .*--dataset.root=FOLDER"),
         (["lerobot-train", "--resume=true", "--config_path={}/run.yaml"], "/gone does not exist"),
+        (
+            ["lerobot-train", "--config_path=configs/smal.yaml"],
+            "=configs/smal.yaml does not exist",
+        ),
+        (
+            ["lerobot-eval", "--policy.path={}/last/model"],
+            "there is no folder .*/last/model, and",
+        ),
     ],
 )
 def test_what_lerobot_would_refuse_is_refused_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """The flags that several commands share: which policy, which dataset. Imports neither LeRobot nor torch."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,12 +64,6 @@ class DatasetFlags:
     revision: str | None = None
     # Which episodes, for example '[0, 7]'. Default: the tool's choice.
     episodes: list[int] | None = None
-
-
-def check_checkpoint_name(name: str) -> None:
-    """Raises MissingFileError for what is neither a path nor like a name on the hub (user/name)."""
-    if not Path(name).expanduser().exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise MissingFileError(f"there is no folder {name}, and it is no name of a repository on the hub")
 
 
 def check_dataset_root(root: str | Path) -> None:
