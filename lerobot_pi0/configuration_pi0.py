@@ -117,8 +117,8 @@ class Pi0Config(PreTrainedConfig):
     n_action_steps: int = 50
     # Steps from noise to actions, each of which evaluates the velocity once.
     num_inference_steps: int = 10
-    # How: euler, as published, or ab2 (second-order Adams–Bashforth), which comes as close to exact
-    # integration in about half the steps.
+    # How: euler, as published, or ab2 (second-order Adams–Bashforth), of which six steps are about as
+    # accurate as ten of Euler (docs/robots.md).
     solver: Solver = "euler"
 
     # Actions outside the range of the training data by more than a tenth of it, or in larger steps than any

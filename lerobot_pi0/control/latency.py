@@ -203,8 +203,8 @@ def _as_text(
     lines.append(f"The highest rate without stalls on this machine is {suggestion.highest_fps:.3g} fps.")
     if suggestion.timing.stall:
         lines.append(
-            "What makes a chunk faster: --policy.solver=ab2 --policy.num_inference_steps=5 (as accurate as "
-            "10 steps of Euler), --policy.backend=int8 (CPU), --policy.backend=compile (GPU). Or lower "
+            "What makes a chunk faster: --policy.solver=ab2 --policy.num_inference_steps=6 (about as "
+            "accurate as 10 of Euler), --policy.backend=int8 (CPU), --policy.backend=compile (GPU). Or lower "
             "--fps: the robot then does the same more slowly."
         )
     return "\n".join(lines)

@@ -29,7 +29,7 @@ class ControlPolicyFlags(PolicyFlags):
 
     # Steps from noise to actions. Default: as in the checkpoint.
     num_inference_steps: int | None = None
-    # How: euler, or ab2 (half the steps for the same accuracy). Default: as in the checkpoint.
+    # How: euler, or ab2 (six steps are about as accurate as ten). Default: as in the checkpoint.
     solver: Solver | None = None
     # How chunks are computed: auto, int8 (CPU: a third faster) or compile (GPU: one graph, compiled at the
     # start). Default: as in the checkpoint.
