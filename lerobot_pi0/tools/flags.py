@@ -94,6 +94,8 @@ class PlanFlags:
     model: Model = "pi0"
     # Plan for this one; without it, for the first of full, lora and expert that fits with a good batch size.
     recipe: Recipe | None = None
+    # Take training steps on this machine, for at most a minute, and say how long the run will take here.
+    measure: bool = False
 
     def __post_init__(self) -> None:
         if self.gpu_memory <= 0:

@@ -4,7 +4,7 @@ A step runs forward and backward on torch's meta device, and each tensor that is
 counted. Nothing is tabulated: another size, number of cameras or adapter counts
 by itself. What a step needs is linear in the batch at each moment, so two batch sizes give all others.
 
-Two things a meta device does not know: which attention the real one runs, which `_attention_of` states,
+Two things a meta device does not know: which attention the real one runs, which `attention_of` states,
 and what libraries allocate outside of torch, for which `plan` adds an allowance.
 """
 
@@ -91,7 +91,9 @@ def estimate_memory(
     those that no operation reads, rows of the vocabulary above all, are not in memory.
     Raises ImportError when there is no PEFT to make adapters with.
     """
-    policy = _skeleton(config, peft)
+    policy = without_values(config, peft)
+    policy.get_optim_params()
+    policy.train()
     parameters = list(policy.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     # In a batch of one some copies are views, so the line goes through two and three.
@@ -153,7 +155,7 @@ class AllocationTracker(TorchDispatchMode):
 
 
 @contextmanager
-def _attention_of(device: Device) -> Iterator[None]:
+def attention_of(device: Device) -> Iterator[None]:
     """Attention as a device runs it: what it keeps for its backward pass differs by the square of the tokens.
 
     A GPU keeps the output and a number per row (memory-efficient kernel, the one that takes a mask; flash
@@ -183,8 +185,8 @@ def _attention_of(device: Device) -> Iterator[None]:
         F.scaled_dot_product_attention = torchs
 
 
-def _skeleton(config: Pi0Config, peft: PeftConfig | None) -> Pi0Policy:
-    """The policy as LeRobot's loop trains it, without values."""
+def without_values(config: Pi0Config, peft: PeftConfig | None = None) -> Pi0Policy:
+    """The policy as LeRobot's training makes it, on the meta device, with adapters if there are any."""
     with torch.device("meta"):
         policy = policy_class(config)(config)
         if peft is not None:
@@ -192,8 +194,6 @@ def _skeleton(config: Pi0Config, peft: PeftConfig | None) -> Pi0Policy:
             adapters = policy.adapter_config(dataclasses.asdict(peft))
             policy.requires_grad_(False)
             import_module("peft").get_peft_model(policy, adapters)
-        policy.get_optim_params()
-    policy.train()
     return policy
 
 
@@ -205,13 +205,13 @@ def _run_step(policy: Pi0Policy, batch_size: int, device: Device) -> AllocationT
     gc.collect()
     gc.disable()
     try:
-        with _attention_of(device), tracker:
+        with attention_of(device), tracker:
             # Which LeRobot's loop keeps during the step.
             batch = {
                 key: _empty(batch_size, *x.shape[1:]).to(torch.float32 if x.dtype == torch.uint8 else x.dtype)
                 for key, x in example.items()
             }
-            _loss(policy, batch).backward()
+            loss_without_values(policy, batch).backward()
     finally:
         gc.enable()
     for parameter in policy.parameters():
@@ -219,7 +219,7 @@ def _run_step(policy: Pi0Policy, batch_size: int, device: Device) -> AllocationT
     return tracker
 
 
-def _loss(policy: Pi0Policy, batch: dict[str, Tensor]) -> Tensor:
+def loss_without_values(policy: Pi0Policy, batch: dict[str, Tensor]) -> Tensor:
     """`Pi0Policy.forward` without what takes little and waits for values."""
     config, observation = policy.config, policy.observation(batch)
     prefix = None

@@ -22,6 +22,7 @@ from lerobot_pi0.inputs.shipped_configs import shipped_config
 from lerobot_pi0.tables import format_table
 from lerobot_pi0.tools.flags import Model, PlanFlags, Recipe
 from lerobot_pi0.tools.memory import MemoryEstimate, estimate_memory
+from lerobot_pi0.tools.step_time import TrainingRun, free_bytes, measure_rate, name_of, this_device
 
 GIGABYTE = 10**9  # cards sold as 24 GB have from 23.6e9 (with error correction) to 25.8e9 bytes
 
@@ -135,7 +136,11 @@ def main(config: PlanConfig) -> str:
     if find_spec("peft") is None:
         parts.append("LoRA is left out: it needs PEFT, `pip install 'lerobot[peft]'`.")
     row = choose([row for row in rows if config.recipe in (None, row.recipe)], memory)
-    parts.append(_advice(row, dataset, memory) if row else _nothing_fits(rows, config))
+    if row is None:
+        return "\n\n".join([*parts, _nothing_fits(rows, config)])
+    schedule = Schedule.of(dataset.total_frames, min(row.largest_batch(memory), BATCH_SIZE))
+    here = duration_here(row, schedule) if config.measure else None
+    parts.append(_advice(row, dataset, schedule, here))
     return "\n\n".join(parts)
 
 
@@ -191,6 +196,30 @@ def choose(rows: list[Row], memory: float) -> Row | None:
     return max(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
 
 
+def duration_here(row: Row, schedule: Schedule) -> str:
+    """How long the run takes on this machine, measured with made-up weights and frames, or why it cannot."""
+    policy, device = cast(Pi0Config, row.train.policy), this_device()
+    on_this = estimate_memory(policy, row.train.peft, "cpu") if device == "cpu" else row.memory
+
+    def needs(batch_size: int) -> float:
+        return on_cpu(on_this, batch_size) if device == "cpu" else row.needs(batch_size)
+
+    free = free_bytes(device)
+    if needs(1) > free:
+        return (
+            f"not measured: a batch of 1 needs {_gigabytes(needs(1))} GB, and {name_of(device)} has "
+            f"{_gigabytes(free)} GB free"
+        )
+    run = TrainingRun(policy, row.train.peft, device)
+    rate = measure_rate(run, schedule.batch_size, lambda size: needs(size) < free)
+    sizes = " and ".join(str(times.batch_size) for times in rate.measured)
+    how = f"continued from batches of {sizes}" if rate.is_extended else "measured"
+    return (
+        f"{_duration(schedule.steps * rate.seconds)} on {name_of(device)}: {rate.seconds:.3g} s per step of "
+        f"{schedule.batch_size}, {how}, if loading frames keeps up"
+    )
+
+
 def _about(dataset: LeRobotDatasetMetadata, train: TrainPipelineConfig) -> str:
     policy = cast(Pi0Config, train.policy)
     minutes = dataset.total_frames / dataset.fps / 60
@@ -228,9 +257,8 @@ def _table(rows: list[Row], gpu_memory: float) -> str:
     )
 
 
-def _advice(row: Row, dataset: LeRobotDatasetMetadata, memory: float) -> str:
+def _advice(row: Row, dataset: LeRobotDatasetMetadata, plan: Schedule, here: str | None) -> str:
     policy, needs = cast(Pi0Config, row.train.policy), row.memory
-    plan = Schedule.of(dataset.total_frames, min(row.largest_batch(memory), BATCH_SIZE))
     takes = row.needs(plan.batch_size)
     warmup = round(policy.scheduler_warmup_steps * plan.steps / policy.scheduler_decay_steps)
     without_gpu = on_cpu(estimate_memory(policy, row.train.peft, "cpu"), 1)
@@ -249,6 +277,7 @@ def _advice(row: Row, dataset: LeRobotDatasetMetadata, memory: float) -> str:
         "time": f"{', '.join(times) or 'no GPU in our list is large enough'}",
         "": f"an estimate: {needs.flops / 1e12:.2g} TFLOP per sample at {UTILISATION:.0%} of the data "
         "sheet's peak, if loading frames keeps up",
+        **({"time here": here} if here else {}),
         "disk": f"{_gigabytes(needs.checkpoint)} GB per checkpoint, {NUM_CHECKPOINTS} of them",
     }
     name = f"{row.recipe}_{dataset.repo_id.rpartition('/')[2]}"
@@ -306,7 +335,10 @@ def _gigabytes(num_bytes: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.0f} h" if seconds >= 3 * 3600 else f"{seconds / 60:.0f} min"
+    for unit, size in (("days", 86400), ("h", 3600)):
+        if seconds >= 3 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 60:.0f} min"
 
 
 def _labelled(lines: dict[str, str]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.tools import plan as planning
 from lerobot_pi0.tools.memory import AllocationTracker, MemoryEstimate, estimate_memory
 from lerobot_pi0.tools.plan import GIGABYTE, PlanConfig, Row, Schedule, choose
+from lerobot_pi0.tools.step_time import StepTimes, measure_rate
 
 LORA = PeftConfig()
 
@@ -377,6 +379,45 @@ def test_without_peft_the_plan_says_so(monkeypatch, dataset):
     text = planning.main(PlanConfig(DatasetSource("me/pick", dataset), 24, policy=tiny_config(cameras={})))
     assert "pip install 'lerobot[peft]'" in text
     assert "LoRA, checkpointing" not in text
+
+
+def test_the_plan_measures_steps_here_on_request(monkeypatch, capsys, dataset):
+    code, text = plan(monkeypatch, capsys, *tiny(dataset), "--gpu_memory=24", "--measure")
+    assert code == 0
+    assert re.search(r"time here +\d+ (min|h|days) on .*: [\d.e-]+ s per step of 32, ", text)
+    monkeypatch.setattr(planning, "free_bytes", lambda _: 1e6)
+    code, text = plan(monkeypatch, capsys, *tiny(dataset), "--gpu_memory=24", "--measure")
+    assert code == 0
+    assert re.search(r"time here +not measured: a batch of 1 needs [\d.]+ GB, and .* has 0.0 GB free", text)
+
+
+class StandIn:
+    """A training run whose steps take 2 s and 3 s more per sample."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def times(self, batch_size: int, steps: int = 5, seconds: float = 0) -> StepTimes:
+        self.sizes.append(batch_size)
+        return StepTimes(batch_size, {"forward_backward": 1.0 + 3 * batch_size, "optimizer": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("seconds", "room", "sizes"),
+    [
+        (1000, 32, [1, 32]),  # the batch itself
+        (1000, 8, [1, 8]),  # for want of memory
+        (45, 32, [1, 4]),  # for want of time
+        (0, 32, [1]),
+    ],
+)
+def test_a_batch_that_is_too_large_to_measure_is_continued_from_smaller_ones(seconds, room, sizes):
+    run = StandIn()
+    rate = measure_rate(cast(Any, run), 32, lambda size: size <= room, seconds)
+    assert run.sizes == sizes
+    assert rate.is_extended == (sizes[-1] != 32)
+    # From one batch alone: no more than as many times that.
+    assert rate.seconds == pytest.approx(2 + 3 * 32 if len(sizes) > 1 else 32 * 5)
 
 
 @pytest.mark.parametrize("recipe", ["expert", "lora"])
