@@ -225,6 +225,12 @@ def main(config: BenchConfig) -> str:
 
     Raises ValueError for a row that does not exist, RuntimeError when the two sides do not agree.
     """
+    if config.device is not None or config.sections:
+        from . import gpu  # which runs both sides in this process, and imports LeRobot's policies
+
+        return gpu.main(config)
+    if config.budget is not None or config.size == "small":
+        raise UserError("--budget and --size=small are for sections: give --device or --sections too")
     rows = select(config.rows, config.model)
     bench = Bench(config)
     report = {

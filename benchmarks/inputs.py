@@ -16,6 +16,7 @@ from lerobot_pi0.checkpoints.files import WEIGHTS_FILE
 from lerobot_pi0.checkpoints.layouts import to_openpi
 from lerobot_pi0.conversion.streaming import write_safetensors
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, Network, Pi0, Pi05, SiglipConfig
+from lerobot_pi0.tools.made_up_weights import MadeUpWeights
 
 from .flags import Model
 from .worker import Setup
@@ -37,6 +38,12 @@ def sizes(setup: Setup) -> tuple[SiglipConfig, GemmaConfig, ExpertConfig]:
             GemmaConfig(width=1024, mlp_dim=4096) if small else GemmaConfig(),
             ExpertConfig(),
         )
+    if setup.size == "small":
+        return (
+            SiglipConfig(image_size=112, patch_size=14, width=256, depth=6, mlp_dim=1024, num_heads=4),
+            GemmaConfig(width=512, depth=6, mlp_dim=3072, head_dim=64, vocab_size=1024),
+            ExpertConfig(width=256, mlp_dim=1024),
+        )
     vision_depth, depth = (27, 18) if setup.size == "narrow" else (2, 3)
     expert = ExpertConfig(width=32, mlp_dim=48)
     width, mlp_dim = (expert.width, expert.mlp_dim) if setup.language_model == "gemma_300m" else (64, 96)
@@ -49,7 +56,12 @@ def sizes(setup: Setup) -> tuple[SiglipConfig, GemmaConfig, ExpertConfig]:
 
 def chunk_size(setup: Setup) -> int:
     """Actions in a chunk."""
-    return 50 if setup.size == "full" else 10
+    return setup.horizon or (50 if setup.size in ("full", "small") else 10)
+
+
+def prompt_tokens(setup: Setup) -> int:
+    """Tokens of the prompt that are no padding."""
+    return setup.prompt or PROMPT_TOKENS[setup.model]
 
 
 def camera(number: int) -> str:
@@ -71,34 +83,40 @@ def features(setup: Setup) -> dict[str, Any]:
 
 
 def batch(setup: Setup, max_length: int | None = None) -> dict[str, Any]:
-    """A processed batch of one, images in [0, 1]: as LeRobot's pipelines hand it to a policy.
+    """A processed batch, images in [0, 1]: as LeRobot's pipelines hand it to a policy.
 
     The prompt is padded to `max_length` tokens, as in-tree's processor does it, or as ours, to a multiple
     of 8.
     """
     vision, vlm, _ = sizes(setup)
-    prompt = PROMPT_TOKENS[setup.model]
+    prompt, size = prompt_tokens(setup), setup.batch_size
     generator = torch.Generator().manual_seed(1)
-    images = torch.rand(setup.cameras, 1, 3, vision.image_size, vision.image_size, generator=generator)
+    images = torch.rand(setup.cameras, size, 3, vision.image_size, vision.image_size, generator=generator)
     length = max_length or 8 * ceil(prompt / 8)
-    tokens = torch.zeros(1, length, dtype=torch.long)
-    tokens[:, :prompt] = torch.randint(1, vlm.vocab_size, (1, prompt), generator=generator)
-    return {
+    tokens = torch.zeros(size, length, dtype=torch.long)
+    tokens[:, :prompt] = torch.randint(1, vlm.vocab_size, (size, prompt), generator=generator)
+    made = {
         **{camera(number): image for number, image in enumerate(images)},
-        OBS_STATE: torch.randn(1, PADDED_DIM, generator=generator),
+        OBS_STATE: torch.randn(size, PADDED_DIM, generator=generator),
         OBS_LANGUAGE_TOKENS: tokens,
-        OBS_LANGUAGE_ATTENTION_MASK: torch.arange(length)[None] < prompt,
+        OBS_LANGUAGE_ATTENTION_MASK: (torch.arange(length) < prompt).expand(size, length),
     }
+    return {key: value.to(setup.device) for key, value in made.items()}
 
 
 def noise(setup: Setup) -> Tensor:
-    """Where sampling starts, (1, chunk, padded size)."""
-    return torch.randn(1, chunk_size(setup), PADDED_DIM, generator=torch.Generator().manual_seed(2))
+    """Where sampling starts, (batch, chunk, padded size)."""
+    return _normal(setup, 2)
 
 
 def actions(setup: Setup) -> Tensor:
-    """What training aims at, (1, chunk, padded size)."""
-    return torch.randn(1, chunk_size(setup), PADDED_DIM, generator=torch.Generator().manual_seed(3))
+    """What training aims at, (batch, chunk, padded size)."""
+    return _normal(setup, 3)
+
+
+def _normal(setup: Setup, seed: int) -> Tensor:
+    shape = setup.batch_size, chunk_size(setup), PADDED_DIM
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(setup.device)
 
 
 def network(model: Model, vision: SiglipConfig, vlm: GemmaConfig, expert: ExpertConfig) -> Network:
@@ -108,35 +126,33 @@ def network(model: Model, vision: SiglipConfig, vlm: GemmaConfig, expert: Expert
     return Pi0(vision, vlm, expert, PADDED_DIM, PADDED_DIM, torch.bfloat16)
 
 
-def write_checkpoint(setup: Setup) -> None:
-    """`setup.checkpoint` with bfloat16 values under openpi's names, which both sides read; once.
+def weight_shapes(setup: Setup) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by openpi's names, bfloat16, on the meta device.
 
-    Matrices have the spread fan_in^-0.5, vectors 0.1. The values are one random block over and over, of a
-    length that is odd: no two rows are alike. The expert's unused text head is there because the in-tree
-    loader is strict.
+    The expert's unused text head is there because the in-tree loader is strict.
     """
-    file = setup.checkpoint / WEIGHTS_FILE
-    if file.is_file():
-        return
     vision, vlm, expert = sizes(setup)
     with torch.device("meta"):
         model = network(setup.model, vision, vlm, expert)
         head = torch.empty(vlm.vocab_size, expert.width, dtype=torch.bfloat16)
-    tensors = to_openpi(model.bfloat16().state_dict()) | {_EXPERT_HEAD: head}
-    block = torch.randn((1 << 22) + 15, generator=torch.Generator().manual_seed(0))
-    start = 0
+    return to_openpi(model.bfloat16().state_dict()) | {_EXPERT_HEAD: head}
 
-    def read(name: str) -> Tensor:
-        nonlocal start
-        like = tensors[name]
-        spread = (like.numel() / len(like)) ** -0.5 if like.ndim > 1 else 0.1
-        values = (block.roll(-start) * spread).bfloat16()
-        start = (start + like.numel()) % len(block)
-        return values.repeat(ceil(like.numel() / len(block)))[: like.numel()].view(like.shape)
 
+def weights(setup: Setup) -> dict[str, Tensor]:
+    """A checkpoint's tensors, made on the setup's device: 6.5 GB at full size."""
+    values = MadeUpWeights(setup.device)
+    return {name: values.like(tensor) for name, tensor in weight_shapes(setup).items()}
+
+
+def write_checkpoint(setup: Setup) -> None:
+    """`setup.checkpoint` with made-up bfloat16 values under openpi's names, which both sides read; once."""
+    file = setup.checkpoint / WEIGHTS_FILE
+    if file.is_file():
+        return
+    tensors, values = weight_shapes(setup), MadeUpWeights()
     setup.checkpoint.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")
-    write_safetensors(unfinished, tensors, read)
+    write_safetensors(unfinished, tensors, lambda name: values.like(tensors[name]))
     unfinished.replace(file)
 
 

@@ -4,8 +4,8 @@ What it computes is its own code throughout. Only sizes that this code has writt
 the vocabulary, the width to which images are projected) are changed where a row is not about the published.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 from unittest.mock import patch
@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 from lerobot.policies.pi0 import modeling_pi0
 from lerobot.policies.pi05 import modeling_pi05
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from lerobot_pi0.checkpoints.files import WEIGHTS_FILE
 
@@ -32,23 +32,35 @@ _HEADS = (
 _EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
 
 
-def build(setup: Setup, complete: bool = False, **settings: Any) -> Policy:
-    """The policy with the checkpoint's weights, each in the dtype that its own code gives it.
+def build(
+    setup: Setup, complete: bool = False, weights: Mapping[str, Tensor] | None = None, **settings: Any
+) -> Policy:
+    """The policy with the checkpoint's weights, or with given ones under openpi's names, each in the dtype
+    that its own code gives it.
 
     Its two text heads, which nothing reads, stay unmaterialised unless it is to be `complete`.
     """
     policy = skeleton(setup, **settings)
-    with safe_open(setup.checkpoint / WEIGHTS_FILE, framework="pt") as file:
+    with ExitStack() as stack:
+        if weights is None:
+            file = stack.enter_context(safe_open(setup.checkpoint / WEIGHTS_FILE, framework="pt"))
+            read = file.get_tensor
+        else:
+            read = weights.__getitem__
         for name, parameter in list(policy.named_parameters()):
             if name in _HEADS and not complete:
-                # Untouched memory is not resident.
-                values = torch.empty(parameter.shape, dtype=parameter.dtype)
+                # Untouched memory is not resident. A GPU's would be.
+                size = parameter.shape if setup.device == "cpu" else (1, 1)
+                values = torch.empty(size, dtype=parameter.dtype, device=setup.device)
             else:
-                stored = file.get_tensor((_HEADS[0] if name == _EMBEDDING else name).removeprefix("model."))
+                stored = read((_HEADS[0] if name == _EMBEDDING else name).removeprefix("model."))
                 # A copy, as its own loading makes one: mapped pages of a file may be slower to compute with.
                 values = stored.to(parameter.dtype, copy=True)
             owner, _, leaf = name.rpartition(".")
             setattr(policy.get_submodule(owner), leaf, nn.Parameter(values, parameter.requires_grad))
+    for module in policy.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(setup.device))
     return policy.eval()
 
 
@@ -112,7 +124,7 @@ def config(setup: Setup, **settings: Any) -> Any:
     return CODE[setup.model].config(
         paligemma_variant=setup.language_model,
         dtype=setup.dtype,
-        device="cpu",
+        device=setup.device,
         chunk_size=chunk_size(setup),
         n_action_steps=chunk_size(setup),
         num_inference_steps=NUM_STEPS,

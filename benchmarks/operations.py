@@ -20,7 +20,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor.exc import InductorError
 from torch._inductor.graph import GraphLowering
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from lerobot_pi0.model import Observation
 from lerobot_pi0.sampling.sampler import Sampler
@@ -46,11 +47,45 @@ class OperationCounter(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        aliases = [value.alias_info for value in func._schema.returns]
-        is_view = any(alias is not None and not alias.is_write for alias in aliases)
-        if not is_view and not _NO_KERNEL.match(func._schema.name):
+        if _is_kernel(func):
             self.counts[func._schema.name] += 1
         return func(*args, **(kwargs or {}))
+
+
+class CostCounter(TorchDispatchMode):
+    """Adds up, while it is active, the least seconds that operations take: each for its floating-point
+    operations or for the bytes that it reads and writes, whichever takes longer."""
+
+    def __init__(self, flops_per_second: float, bytes_per_second: float):
+        super().__init__()
+        self._rates, self.seconds = (flops_per_second, bytes_per_second), 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if not _is_kernel(func):
+            return out
+        flops = 0
+        if func.overloadpacket in flop_registry:
+            flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        # Of a table only the rows that are looked up are read.
+        read = args if "embedding" not in func._schema.name else out
+        num_bytes = sum(_nbytes(leaf) for leaf in tree_leaves((read, out)))
+        self.seconds += max(flops / self._rates[0], num_bytes / self._rates[1])
+        return out
+
+
+def _nbytes(of: Any) -> int:
+    """What is in memory of a tensor: an expanded one stands there once."""
+    if not isinstance(of, Tensor):
+        return 0
+    return min(of.numel() * of.element_size(), of.untyped_storage().nbytes())
+
+
+def _is_kernel(func: Any) -> bool:
+    """Whether an operator reads or writes elements."""
+    aliases = [value.alias_info for value in func._schema.returns]
+    is_view = any(alias is not None and not alias.is_write for alias in aliases)
+    return not is_view and not _NO_KERNEL.match(func._schema.name)
 
 
 def count(function: Callable[[], object]) -> int:

@@ -1,6 +1,7 @@
 """This package's π0 and π0.5: the tasks that measure them."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lerobot.configs import PreTrainedConfig
+from torch import Tensor
 
 from lerobot_pi0 import Pi0Config, Pi0Policy
+from lerobot_pi0.checkpoints.files import load_weights
+from lerobot_pi0.checkpoints.layouts import from_published
 from lerobot_pi0.configuration_pi0 import Dtype
 from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.errors import MissingFileError
@@ -21,16 +25,22 @@ from .worker import Measure, Measurement, Setup, time_pops, timed
 DEMO_FRAMES = 32
 
 
-def build(setup: Setup, **settings: Any) -> Pi0Policy:
-    """The policy with the checkpoint's weights; `settings` go to its config."""
+def build(setup: Setup, weights: Mapping[str, Tensor] | None = None, **settings: Any) -> Pi0Policy:
+    """The policy with the checkpoint's weights, or with given ones under openpi's names, of which it takes
+    over those that have its dtype; `settings` go to its config."""
     given = config(setup, **settings)
-    return policy_class(given).from_pretrained(setup.checkpoint, config=given)
+    if weights is None:
+        return policy_class(given).from_pretrained(setup.checkpoint, config=given)
+    policy = skeleton(setup, **settings)
+    tensors = from_published(weights)
+    load_weights(policy.model, tensors, dict.fromkeys(tensors, policy.model.dtype), setup.device)
+    return policy
 
 
-def skeleton(setup: Setup) -> Pi0Policy:
+def skeleton(setup: Setup, **settings: Any) -> Pi0Policy:
     """The policy with its parameters on the meta device."""
     with torch.device("meta"):
-        return policy_class(given := config(setup))(given).eval()
+        return policy_class(given := config(setup, **settings))(given).eval()
 
 
 def chunk(setup: Setup) -> Measure:
@@ -110,17 +120,19 @@ def int8_on_demo(setup: Setup) -> Measure:
 def config(setup: Setup, **settings: Any) -> Pi0Config:
     """The config for the sizes, dtype and cameras of a row. A camera that is absent has no slot."""
     vision, vlm, expert = sizes(setup)
+    settings: dict[str, Any] = {
+        "backend": "int8" if setup.int8 else "auto",
+        "num_inference_steps": NUM_STEPS,
+    } | settings
     return {"pi0": Pi0Config, "pi05": Pi05Config}[setup.model](
         vision=vision,
         vlm=vlm,
         expert=expert,
         tokenizer="small",  # the batches are tokenized already
         dtype=setup.dtype,
-        backend="int8" if setup.int8 else "auto",
-        device="cpu",
+        device=setup.device,
         chunk_size=chunk_size(setup),
         n_action_steps=chunk_size(setup),
-        num_inference_steps=NUM_STEPS,
         **features(replace(setup, absent_cameras=0)),
         **settings,
     )

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .inputs import NUM_STEPS, PROMPT_TOKENS, chunk_size, sizes
+from .inputs import NUM_STEPS, chunk_size, prompt_tokens, sizes
 from .worker import Measure, Measurement, Setup
 
 logger = logging.getLogger("lerobot_pi0.bench")
@@ -33,7 +33,13 @@ class Stage:
     layer: tuple[tuple[int, int], ...]
     layers: int
     flops: float  # all of it, once
+    numbers: int  # weights, keys and values that it reads, once
     repeats: int = 1
+
+    def seconds(self, flops_per_second: float, bytes_per_second: float, itemsize: int) -> float:
+        """The least that it takes, all repeats: for its operations, or for what it has to read."""
+        reading = self.numbers * itemsize / bytes_per_second
+        return self.repeats * max(self.flops / flops_per_second, reading)
 
 
 def stages(setup: Setup) -> dict[str, Stage]:
@@ -43,39 +49,46 @@ def stages(setup: Setup) -> dict[str, Stage]:
     token's part of a denoising step. Two operations per multiply-add; only products of matrices count.
     """
     vision, vlm, expert = sizes(setup)
-    prompt, steps_rows = PROMPT_TOKENS[setup.model], chunk_size(setup)
+    size, steps_rows = setup.batch_size, setup.batch_size * chunk_size(setup)
     patches, heads = vision.num_tokens, vlm.num_heads * vlm.head_dim
-    images, prefix = setup.cameras * patches, setup.cameras * patches + prompt
+    images, tokens = setup.cameras * patches, setup.cameras * patches + prompt_tokens(setup)
     keys_values = 2 * vlm.num_kv_heads * vlm.head_dim
 
     def products(layer: tuple[tuple[int, int], ...], rows: int) -> int:
         return sum(2 * rows * ins * outs for ins, outs in layer)
 
+    def weights(layer: tuple[tuple[int, int], ...]) -> int:
+        return sum(ins * outs for ins, outs in layer)
+
     width, mlp = vision.width, vision.mlp_dim
     tower = ((width, 3 * width), (width, width), (width, mlp), (mlp, width))
     ends = ((3 * vision.patch_size**2, width), (width, vlm.width))
-    scores = vision.depth * 4 * images * patches * width
-    of_vision = vision.depth * products(tower, images) + products(ends, images) + scores
+    scores = vision.depth * 4 * size * images * patches * width
+    of_vision = vision.depth * products(tower, size * images) + products(ends, size * images) + scores
+    in_vision = vision.depth * weights(tower) + weights(ends)
 
     def decoder(width: int, mlp: int) -> tuple[tuple[int, int], ...]:
         return ((width, heads + keys_values), (heads, width), (width, 2 * mlp), (mlp, width))
 
     language = decoder(vlm.width, vlm.mlp_dim)
-    of_prefill = (vlm.depth - 1) * (products(language, prefix) + 4 * prefix * prefix * heads)
-    of_prefill += products(((vlm.width, keys_values),), prefix)
+    last = ((vlm.width, keys_values),)
+    of_prefill = (vlm.depth - 1) * (products(language, size * tokens) + 4 * size * tokens**2 * heads)
+    of_prefill += products(last, size * tokens)
+    in_prefill = (vlm.depth - 1) * weights(language) + weights(last)
 
     acting = decoder(expert.width, expert.mlp_dim)
     # The embedding of actions (folded into one product) and the way out; of π0 also the time MLP's second
     # layer, and the state's keys. What depends on the time alone is computed before.
-    ends, keys = ((32, expert.width), (expert.width, 32)), prefix + steps_rows
+    ends, keys = ((32, expert.width), (expert.width, 32)), tokens + chunk_size(setup)
     if setup.model == "pi0":
         ends, keys = (*ends, (expert.width, expert.width)), keys + 1
     of_step = vlm.depth * (products(acting, steps_rows) + 4 * steps_rows * keys * heads)
     of_step += products(ends, steps_rows)
+    in_step = vlm.depth * (weights(acting) + size * keys * keys_values) + weights(ends)
     return {
-        "vision": Stage(images, tower, vision.depth, of_vision),
-        "prefill": Stage(prefix, language, vlm.depth, of_prefill),
-        "denoising": Stage(steps_rows, acting, vlm.depth, of_step, NUM_STEPS),
+        "vision": Stage(size * images, tower, vision.depth, of_vision, in_vision),
+        "prefill": Stage(size * tokens, language, vlm.depth, of_prefill, in_prefill),
+        "denoising": Stage(steps_rows, acting, vlm.depth, of_step, in_step, NUM_STEPS),
     }
 
 
@@ -86,7 +99,7 @@ def bound(setup: Setup) -> Measure:
     if torch.ops.mkldnn._is_mkldnn_bf16_supported() or dtype == torch.float32:
         candidates["packed"] = _packed
     prepared = {
-        name: {kind: _layer_runs(stage, dtype, make) for kind, make in candidates.items()}
+        name: {kind: layer_runs(stage, dtype, make) for kind, make in candidates.items()}
         for name, stage in stages(setup).items()
     }
 
@@ -117,15 +130,19 @@ def _packed(weight: Tensor, rows: int) -> _Product:
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
-def _layer_runs(
-    stage: Stage, dtype: torch.dtype, make: Callable[[Tensor, int], _Product]
+def layer_runs(
+    stage: Stage, dtype: torch.dtype, make: Callable[[Tensor, int], _Product], device: str = "cpu"
 ) -> tuple[list[list[_Product]], list[Tensor]]:
     """Products of as many layers as do not fit a cache, and the inputs of each product."""
     layer_bytes = sum(ins * outs for ins, outs in stage.layer) * dtype.itemsize
     copies = min(stage.layers, 1 + _STREAMED_BYTES // layer_bytes)
-    inputs = [torch.randn(stage.rows, ins).to(dtype) for ins, _ in stage.layer]
+
+    def random(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, device=device)
+
+    inputs = [random(stage.rows, ins).to(dtype) for ins, _ in stage.layer]
     layers = [
-        [make((torch.randn(outs, ins) * ins**-0.5).to(dtype), stage.rows) for ins, outs in stage.layer]
+        [make((random(outs, ins) * ins**-0.5).to(dtype), stage.rows) for ins, outs in stage.layer]
         for _ in range(copies)
     ]
     return layers, inputs

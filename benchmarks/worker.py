@@ -27,8 +27,9 @@ from .flags import Model
 # A new interpreter for each worker: its memory and its threads are its own.
 CONTEXT = multiprocessing.get_context("spawn")
 
-# "tiny" is for tests; "narrow" has the published depths at a small width, for counting operations.
-Size = Literal["full", "narrow", "tiny"]
+# "tiny" is for tests; "narrow" has the published depths at a small width, for counting operations; "small" is
+# large enough for arithmetic to take the time, and small enough for one core.
+Size = Literal["full", "small", "narrow", "tiny"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Setup:
     cameras: int = 2  # in the batch
     absent_cameras: int = 0  # configured, but not in the batch
     language_model: Literal["gemma_2b", "gemma_300m"] = "gemma_2b"
+    device: str = "cpu"
+    batch_size: int = 1
+    prompt: int | None = None  # tokens; None: the model's own number
+    horizon: int | None = None  # actions of a chunk; None: the size's own number
 
 
 @dataclass(frozen=True)
