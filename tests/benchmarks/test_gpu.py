@@ -196,7 +196,9 @@ def test_cost_grows_with_each_axis_by_the_count(monkeypatch):
             row = scaling.along(of, setup, axis, rates, kind)
             assert row["values"] == list(axis.values)
             assert row["counted_ms"][1] > row["counted_ms"][0] > 0, axis
-            assert row["ms_per_unit"] == pytest.approx(float(kind == "chunk" and axis.name == "cameras"), abs=1e-6)
+            assert row["ms_per_unit"] == pytest.approx(
+                float(kind == "chunk" and axis.name == "cameras"), abs=1e-6
+            )
 
 
 @pytest.mark.slow
