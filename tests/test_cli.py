@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib import import_module
 from importlib.metadata import version
+from typing import get_type_hints
 
 import pytest
 from lerobot.utils.import_utils import require_package
@@ -106,6 +107,18 @@ def test_what_is_wrong_is_said_before_lerobot_and_torch_are_imported(tmp_path):
 def test_usage_shows_what_may_be_given_by_position(monkeypatch, capsys, name, positional):
     assert call(monkeypatch, name, "--help") == 0
     assert capsys.readouterr().out.startswith(f"usage: lerobot-pi0 {name} {positional} ")
+
+
+@pytest.mark.parametrize("name", ["doctor", "plan"])
+def test_flags_that_are_configs_of_lerobot_are_named(name):
+    """What is parsed before LeRobot is imported leaves them out."""
+    command = cli.SUBCOMMANDS[name]
+    module, attribute = command.flags.split(":")
+    own = getattr(import_module(module), attribute)
+    module, attribute = command.function.split(":")
+    config_class = get_type_hints(getattr(import_module(module), attribute))["config"]
+    of_class = [field.name for field in dataclasses.fields(config_class)]
+    assert [flag for flag in of_class if flag not in own.__dataclass_fields__] == list(own.of_lerobot)
 
 
 def test_help_explains_each_flag_once(monkeypatch, capsys):
