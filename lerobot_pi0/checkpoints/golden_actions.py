@@ -10,10 +10,10 @@ import contextlib
 import hashlib
 import logging
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from lerobot.utils.constants import HF_LEROBOT_HOME
@@ -56,7 +56,24 @@ def golden_actions(
     layout of the weights, so it fits where the policy does, in the middle of training too.
     """
     steps = inference_steps or config.num_inference_steps
-    return predict(*fixed_input(config), steps, solver or config.solver)[0].float().cpu().contiguous()
+    with without_tf32():
+        return predict(*fixed_input(config), steps, solver or config.solver)[0].float().cpu().contiguous()
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Float32 products and convolutions in float32 on a GPU too, whatever is set: torch's default for
+    convolutions and `lerobot-train` round their factors to 10 bits (TF32), an error as large as the
+    tolerance."""
+    parts: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [part.fp32_precision for part in parts]
+    try:
+        for part in parts:
+            part.fp32_precision = "ieee"
+        yield
+    finally:
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
 
 
 def write_golden_actions(folder: Path, config: Pi0Config, predict: Predict, device: torch.device) -> None:
