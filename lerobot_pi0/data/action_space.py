@@ -58,13 +58,15 @@ class ActionSpace:
         """
         actions = actions[..., : self.size]
         actions = actions if reference is None else actions + reference[:, None]
-        if bad := not_finite(actions, self.names, LARGEST):
+        on_host = actions.cpu()  # a GPU is waited for once, here
+        if bad := not_finite(on_host, self.names, LARGEST):
             raise UserError(
                 f"the policy returned NaN or Inf for {bad} from a finite observation (beyond {LARGEST:g} is "
                 "Inf); no action was sent. Its weights are damaged, or overflow: `lerobot-pi0 doctor "
                 f"--policy.path={self.config.pretrained_path or '...'}` checks them"
             )
-        return self.held(actions)
+        held = self.held(on_host)
+        return actions if held is on_host else held.to(actions.device)
 
     def first(self, actions: Tensor, state: Tensor) -> Tensor:
         """A first chunk (B, steps, size), which begins near where the robot is by its normalised state.

@@ -43,6 +43,10 @@ def check_observation(batch: Mapping[str, Tensor], features: Mapping[str, Sequen
 
     Raises UserError for NaN or Inf, and for float images (b, 3, h, w) that are not in [0, 1].
     """
+    # A GPU is waited for once, for all of them.
+    checked = [_is_fine(batch[key]) for key in features if batch[key].is_floating_point()]
+    if not checked or torch.stack(checked).all():
+        return
     for key, names in features.items():
         if bad := not_finite(batch[key], names):
             raise UserError(
@@ -54,6 +58,14 @@ def check_observation(batch: Mapping[str, Tensor], features: Mapping[str, Sequen
                 f"'{key}' has values up to {float(batch[key].max()):g}, but float images are in [0, 1]; no "
                 "action was sent. Divide by 255, or give uint8"
             )
+
+
+def _is_fine(values: Tensor) -> Tensor:
+    """Whether they are finite, and an image's in [0, 1]."""
+    if values.ndim != 4:
+        return values.isfinite().all()
+    low, high = values.aminmax()  # NaN if there is one
+    return (low > -torch.inf) & (high <= MAX_LEVEL)
 
 
 CURE = "Copy or download the checkpoint again"
@@ -105,24 +117,26 @@ class ChunkGuard:
     def hold(self, chunk: Tensor, before: Tensor | None = None) -> Tensor:
         """The chunk (b, a, d), normalised, where it keeps to the limits; at the limit where it does not.
 
-        `before` (b, d) is the action that it follows, if it follows one; NaN where it does not.
+        `before` (b, d) is the action that it follows, if it follows one; NaN where it does not. Computed on
+        the CPU, whatever the device of the chunk: there it takes less time than a GPU's kernels take to
+        start.
         """
-        gain, offset = self._gain.to(chunk.device), self._offset.to(chunk.device)
-        low, high = (limit.to(chunk.device) * gain + offset for limit in (self._low, self._high))
-        held = chunk.clamp(low, high)
+        on_host = chunk.cpu()
+        held = on_host.clamp(*(limit * self._gain + self._offset for limit in (self._low, self._high)))
         if self._step is not None:
-            step = self._step.to(chunk.device) * gain
             first = held[:, 0]
             if before is not None:
+                before = before.cpu()
                 first = torch.where(before.isnan(), first, before)
-            held = _slowed(torch.cat((first[:, None], held), 1), step)[:, 1:]
+            held = _slowed(torch.cat((first[:, None], held), 1), self._step * self._gain)[:, 1:]
+        changed = not torch.equal(held, on_host)
         if self._counts:
             if before is None:
                 self.num_chunks += len(chunk)
                 self._clamped = set()
-            if not torch.equal(held, chunk):
-                self._count(chunk, held)
-        return held
+            if changed:
+                self._count(on_host, held)
+        return held.to(chunk.device) if changed else chunk
 
     @contextmanager
     def not_counting(self) -> Iterator[None]:
@@ -162,9 +176,8 @@ class ChunkGuard:
         """
         if self._step is None:
             return ""
-        gain = self._gain.to(actions.device)
-        distance = ((actions - pose).abs() / gain.abs()).amax(0)
-        far = distance > self._step.to(actions.device)  # NaN is not
+        distance = ((actions - pose).cpu().abs() / self._gain.abs()).amax(0)
+        far = distance > self._step  # NaN is not
         return ", ".join(
             f"{self.names[i]} by {distance[i]:.4g} (a step is at most {self._step[i]:.4g})"
             for i in far.nonzero()[:, 0].tolist()
@@ -178,7 +191,7 @@ class ChunkGuard:
         self.num_clamped += len({row for row, _ in clamped} - {row for row, _ in self._clamped})
         self.num_held.update(self.names[joint] for _, joint in sorted(new))
         self._clamped |= clamped
-        raw, kept = (((x.float().cpu() - self._offset) / self._gain).flatten(0, 1) for x in (chunk, held))
+        raw, kept = (((x.float() - self._offset) / self._gain).flatten(0, 1) for x in (chunk, held))
         for i in {joint for _, joint in clamped}:
             at = (raw[:, i] - kept[:, i]).abs().argmax()
             step = "" if self._step is None else f", in steps of at most {self._step[i]:.4g}"

@@ -11,13 +11,14 @@ import pyarrow.parquet
 import pytest
 import torch
 from tiny_policy import ACTION, CHUNK, FRONT, STATE, batch, first, noise, statistics, tiny_config, tiny_policy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lerobot_pi0.configuration_pi0 import ActionLimits, ReferenceState
 from lerobot_pi0.data.normalization import NormalizationStatistics
 from lerobot_pi0.data.training_data import make_limits
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.modeling_pi0 import Pi0Policy
-from lerobot_pi0.sampling.guard import ChunkGuard
+from lerobot_pi0.sampling.guard import ChunkGuard, check_observation
 
 NAMES = ["pan.pos", "lift.pos", "wrist.pos", "gripper.pos"]
 LIMITS = ActionLimits(
@@ -267,7 +268,7 @@ def test_only_joints_whose_actions_are_positions_of_the_state_have_a_pose(tmp_pa
 # Numbers.
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("key", "named"), [("observation.state", r"\['2'\]"), (FRONT, "")])
 def test_an_observation_that_is_no_number_is_refused_by_name(key, named, bad):
     observation = first(batch())
@@ -278,6 +279,28 @@ def test_an_observation_that_is_no_number_is_refused_by_name(key, named, bad):
         with pytest.raises(ValueError, match=f"'{key}' of the observation is NaN or infinite in .*{named}"):
             act(observation)
     assert not policy.action_queue
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the numbers that the host asks for: on a GPU it would wait for each."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._schema.name in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_asks_once_whether_an_observation_is_finite():
+    cameras = {f"observation.images.{i}": torch.rand(1, 3, 8, 8) for i in range(3)}
+    given = cameras | {"observation.state": torch.zeros(1, 3)}
+    with HostReads() as reads:
+        check_observation(given, dict.fromkeys(given))
+    assert reads.count == 1
+    pictures = {key: torch.zeros(1, 3, 8, 8, dtype=torch.uint8) for key in cameras}
+    with HostReads() as reads:
+        check_observation(pictures, dict.fromkeys(pictures))
+    assert reads.count == 0
 
 
 def test_actions_that_are_no_numbers_are_not_sent(monkeypatch):
