@@ -38,7 +38,7 @@ Statistics = dict[str, dict[str, Any]]
 StatisticsSource = Literal["dataset", "checkpoint"]
 Dtype = Literal["bfloat16", "float32"]
 Frozen = Literal["nothing", "vision", "vlm"]
-Backend = Literal["auto", "int8", "compile"]
+Backend = Literal["auto", "eager", "compile", "int8", "fp8"]
 FirstAction = Literal["clamp", "refuse", "free"]
 
 RETIRED = {"int8", "compile", "cache_prefix", "anchor"}
@@ -156,9 +156,12 @@ class Pi0Config(PreTrainedConfig):
     # What the network computes in. Trained parameters are held in float32 all the same; frozen ones and those
     # of a deployed policy in this.
     dtype: Dtype = "bfloat16"
-    # How a policy is run; not stored in the checkpoint. auto: the fastest exact linear layers of the device.
-    # int8: dynamic int8 linear layers, a third faster (CPU only). compile: the whole of sampling as one
-    # graph, and each guided step (GPU); the first chunk compiles it, for prompts of `tokenizer_max_length`.
+    # How a policy is run; not stored in the checkpoint. auto: the fastest exact linear layers of the device,
+    # on CUDA as a CUDA graph, which the first chunk records. eager: without one. compile: in the graph, the
+    # prefix, a step and a guided step are compiled (GPU), which takes the first chunk longer, for prompts of
+    # `tokenizer_max_length`; a training compiles its layers (not with FSDP). int8: dynamic int8 linear
+    # layers, a third faster (CPU only). fp8: 8-bit floats in vision and language model (GPU of compute
+    # capability 8.9).
     backend: Backend = "auto"
 
     # What stays as it is in training. With "vlm" no gradient runs through the prefix: half the work, the same

@@ -27,7 +27,6 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -549,6 +548,36 @@ def _is_no_slow_loop_notice(record: logging.LogRecord) -> bool:
     return not (is_one and record.getMessage().startswith("Record loop is running slower"))
 
 
+@contextmanager
+def pictures_as_they_are() -> Iterator[None]:
+    """Let LeRobot's engines give the policy uint8 pictures, which it scales on its device.
+
+    LeRobot makes them float32 on the CPU, in every tick (policies/utils.py,
+    `prepare_observation_for_inference`): that takes milliseconds, and a GPU is sent four times the bytes.
+    """
+    from lerobot.rollout.inference import rtc, sync
+
+    name = "prepare_observation_for_inference"
+    lerobots = vars(sync)[name]
+
+    def prepare(observation: dict[str, Any], device: Any, *rest: Any) -> dict[str, Any]:
+        import torch
+
+        pictures = {key: x for key, x in observation.items() if "image" in key and x.dtype == "uint8"}
+        others = {key: value for key, value in observation.items() if key not in pictures}
+        return lerobots(others, device, *rest) | {
+            # A copy: the camera may write into its own.
+            key: torch.tensor(picture).to(device).permute(2, 0, 1)[None]
+            for key, picture in pictures.items()
+        }
+
+    vars(sync)[name] = vars(rtc)[name] = prepare
+    try:
+        yield
+    finally:
+        vars(sync)[name] = vars(rtc)[name] = lerobots
+
+
 def fed_state_names(ctx: "RolloutContext") -> list[str]:
     """What the dimensions of the state are called, in the order in which the engine hands them to the policy.
 
@@ -713,22 +742,3 @@ def let_idle_threads_sleep() -> None:
         return
     threading.Thread(target=hold_a_team, name="second OpenMP team", daemon=True).start()
     is_there.wait()
-
-
-def in_any_thread[**P, T](graph: Callable[P, T]) -> Callable[P, T]:
-    """A compiled function that any thread may call, one after the other.
-
-    torch keeps its CUDA graphs in thread-local storage of the one thread that has imported them
-    (torch/_inductor/cudagraph_trees.py, `local`), and fails in others (pytorch#123177): real-time chunking
-    and servers run the policy in threads of their own.
-    """
-    from torch._inductor.cudagraph_trees import local
-
-    own = {"tree_manager_containers": {}, "tree_manager_locks": defaultdict(threading.Lock), **vars(local)}
-
-    def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        for name, value in own.items():
-            vars(local).setdefault(name, value)
-        return graph(*args, **kwargs)
-
-    return call

@@ -31,6 +31,7 @@ from lerobot_pi0.sampling.buffer import Context
 from lerobot_pi0.sampling.guard import check_observation
 from lerobot_pi0.sampling.policy_sampler import PolicySampler
 from lerobot_pi0.training.augmentation import augment_observation
+from lerobot_pi0.training.compilation import compile_layers
 from lerobot_pi0.training.ema import ParameterGroups, TrainedWeights, save_ema
 from lerobot_pi0.training.fsdp import is_sharded, whole_state
 from lerobot_pi0.training.lora import compute_as_given
@@ -181,12 +182,12 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
                 "Give the robot or environment these names with --rename_map, or train with --policy.cameras"
             )
         images = [self._image(batch[key], key) for key in self.config.cameras.values()]
-        images = torch.stack(images, dim=1)
+        real = batch.get(OBS_LANGUAGE_ATTENTION_MASK)  # none: no prompt is padded
         return Observation(
-            images=images,
-            image_mask=torch.ones(images.shape[:2], dtype=torch.bool, device=images.device),
+            images=torch.stack(images, dim=1),
+            image_mask=None,  # a camera that is absent has no slot
             tokens=batch[OBS_LANGUAGE_TOKENS],
-            token_mask=batch[OBS_LANGUAGE_ATTENTION_MASK].bool(),
+            token_mask=None if real is None else real.bool(),
             state=pad(batch, OBS_STATE, self.config.robot_state_feature, self.config.padded_state_dim),
         )
 
@@ -349,13 +350,14 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
     def train(self, mode: bool = True) -> Self:
         """To train, the weights; to evaluate, their EMA, if there is one. Frozen parts stay in eval mode.
 
-        What sampling keeps of the weights is given back for training.
+        What sampling keeps of the weights is given back for training, for which layers may be compiled.
         """
         super().train(mode)
         if mode:
             self.sampler.release()
             if self._dataset_meta is not None:
                 self.trained.check(self)
+        compile_layers(self.model, mode and self.config.backend == "compile")
         self.trained.show(ema=not mode)
         for frozen in self._frozen():
             frozen.eval()

@@ -69,10 +69,10 @@ class Pi0TokenizerStep(ProcessorStep):
     """The instruction as token ids: cleaned as openpi cleans it, beginning of sequence, text, newline.
 
     The tokenizer itself is the step's saved state, so a checkpoint needs neither a network nor a gated
-    repository. Prompts are padded on the right (id 0) to the batch's longest, rounded up to a multiple of 8
-    so that shapes are few.
-    Integer states and actions become float32: LeRobot's normalizer, which comes after this step, would round
-    its statistics to their type.
+    repository. Prompts of one length are not padded, and have no mask: attention is faster without one.
+    Others are padded on the right (id 0) to the batch's longest, rounded up to a multiple of 8 so that shapes
+    are few. Integer states and actions become float32: LeRobot's normalizer, which comes after this step,
+    would round its statistics to their type.
     """
 
     tokenizer: str
@@ -85,15 +85,26 @@ class Pi0TokenizerStep(ProcessorStep):
     def __call__(self, transition: EnvTransition) -> EnvTransition:
         transition = with_float_vectors(transition, self.state_size)
         prompts = self.encode_batch(_instructions(transition), transition)
-        longest = max(len(row) for rows in prompts.values() for row in rows)
-        length = min(self.max_length, 8 * math.ceil(longest / 8))
+        lengths = {len(row) for rows in prompts.values() for row in rows}
+        length = min(self.max_length, 8 * math.ceil(max(lengths) / 8))
         observation: Any = transition[TransitionKey.OBSERVATION]  # pyrefly: ignore[bad-typed-dict-key]
+        if len(lengths) == 1 and self.has_few_lengths:
+            for (tokens, mask), rows in prompts.items():
+                observation[tokens] = torch.tensor(rows)
+                observation.pop(mask, None)  # of the tokens that an observation came with
+            return transition
         for (tokens, mask), rows in prompts.items():
             observation[tokens] = torch.tensor([row + [0] * (length - len(row)) for row in rows])
             observation[mask] = torch.tensor(
                 [[True] * len(row) + [False] * (length - len(row)) for row in rows]
             )
         return transition
+
+    @property
+    def has_few_lengths(self) -> bool:
+        """Whether prompts have few lengths, those of the instructions, so that each may have shapes of its
+        own."""
+        return True
 
     def encode_batch(
         self, tasks: Sequence[str], transition: EnvTransition

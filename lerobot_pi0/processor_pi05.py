@@ -64,6 +64,10 @@ class Pi05TokenizerStep(Pi0TokenizerStep):
 
     state_in_prompt: bool = True
 
+    @property
+    def has_few_lengths(self) -> bool:
+        return not self.state_in_prompt
+
     def encode_batch(
         self, tasks: Sequence[str], transition: EnvTransition
     ) -> dict[tuple[str, str], list[list[int]]]:

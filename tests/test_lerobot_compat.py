@@ -59,6 +59,12 @@ NAMES: dict[str, str | tuple[str, ...] | None] = {
     "lerobot.rollout.inference:InferenceEngine.failed": None,
     "lerobot.rollout.inference:RTCInferenceEngine.action_queue": None,
     "lerobot.rollout.inference:RTCInferenceEngine._rtc_loop": "self",
+    "lerobot.rollout.inference.sync:prepare_observation_for_inference": (
+        "observation, device, task, robot_type"
+    ),
+    "lerobot.rollout.inference.rtc:prepare_observation_for_inference": (
+        "observation, device, task, robot_type"
+    ),
     "lerobot.rollout.robot_wrapper:ThreadSafeRobot.get_observation": "self",
     "lerobot.rollout.robot_wrapper:ThreadSafeRobot.send_action": "self, action",
     "lerobot.rollout.robot_wrapper:ThreadSafeRobot.inner": None,
@@ -71,7 +77,6 @@ NAMES: dict[str, str | tuple[str, ...] | None] = {
     ),
     "lerobot.policies:PreTrainedPolicy.wrap_with_peft": "self, peft_config, peft_cli_overrides",
     "lerobot.utils.import_utils:get_safe_default_video_backend": "",
-    "torch._inductor.cudagraph_trees:local": None,
 }
 
 # Those that LeRobot has since 0.6.1.
@@ -436,3 +441,33 @@ def test_idle_threads_sleep_where_a_cpu_trains(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     tiny_policy().get_optim_params()
     assert threads() == held + 1
+
+
+def test_pictures_reach_the_policy_as_the_cameras_give_them():
+    import numpy as np
+    import torch
+    from lerobot.rollout.inference import rtc, sync
+
+    def frame() -> dict[str, Any]:
+        picture = np.random.default_rng(0).integers(0, 255, (4, 6, 3), dtype=np.uint8)
+        depth = np.ones((4, 6, 3), dtype=np.float32)
+        return {
+            "observation.images.front": picture,
+            "observation.images.scaled": depth,
+            "observation.state": np.arange(3.0, dtype=np.float32),
+        }
+
+    wanted = sync.prepare_observation_for_inference(frame(), torch.device("cpu"), "push", "so101")
+    with lerobot_compat.pictures_as_they_are():
+        for engine in (sync, rtc):
+            given = frame()
+            found = engine.prepare_observation_for_inference(given, torch.device("cpu"), "push", "so101")
+            given["observation.images.front"][:] = 0  # the camera's next one
+            front = found.pop("observation.images.front")
+            assert front.dtype == torch.uint8
+            assert torch.equal(front.float() / 255, wanted["observation.images.front"])
+            assert found.keys() == wanted.keys() - {"observation.images.front"}
+            assert torch.equal(found["observation.images.scaled"], wanted["observation.images.scaled"])
+            assert found["task"] == "push"
+    assert sync.prepare_observation_for_inference is rtc.prepare_observation_for_inference
+    assert sync.prepare_observation_for_inference.__module__ == "lerobot.policies.utils"

@@ -263,7 +263,7 @@ def test_a_network_stays_short_enough_to_read_in_an_evening(network):
         for module in new:
             lines[module] = len(files[module].read_text(encoding="utf-8").splitlines())
             needed |= arrows(files[module])
-    assert sum(lines.values()) < 780, lines
+    assert sum(lines.values()) < 850, lines
 
 
 def test_everything_that_the_package_imports_is_declared():

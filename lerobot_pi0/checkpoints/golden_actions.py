@@ -65,7 +65,8 @@ def without_tf32() -> Iterator[None]:
     """Float32 products and convolutions in float32 on a GPU too, whatever is set: torch's default for
     convolutions and `lerobot-train` round their factors to 10 bits (TF32), an error as large as the
     tolerance."""
-    parts: tuple[Any, ...] = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    backends: Any = torch.backends
+    parts = backends.cuda.matmul, backends.cudnn.conv
     before = [part.fp32_precision for part in parts]
     try:
         for part in parts:

@@ -184,7 +184,7 @@ def _as_text(
     plain: Suggestion,
     fps: float,
 ) -> str:
-    kind = {"auto": "", "int8": ", int8", "compile": ", compiled"}[config.backend]
+    kind = {"auto": "", "compile": ", compiled"}.get(config.backend, f", {config.backend}")
     lines = [
         f"{path}: chunks of {config.chunk_size} actions, {len(config.cameras)} camera"
         f"{'s'[: len(config.cameras) != 1]}, {config.dtype} on {config.device}{kind}",

@@ -50,6 +50,7 @@ from lerobot_pi0.lerobot_compat import (
     log_versions,
     parse_flags,
     parsing_failure,
+    pictures_as_they_are,
     policy_path,
     robots_state_order,
 )
@@ -138,6 +139,7 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
             )
         with (
             inference_errors() as errors,
+            pictures_as_they_are(),
             beside_the_loop(config) if cfg.inference.type == "rtc" else nullcontext(),
         ):
             try:

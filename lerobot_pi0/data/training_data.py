@@ -93,8 +93,8 @@ def describe_training(
                 "trained so: leave the flag out to run a checkpoint, or give a dataset to train"
             )
         return None
-    if config.backend == "int8":
-        raise UserError("--policy.backend=int8 is for running a policy: train without it")
+    if config.backend in ("int8", "fp8"):
+        raise UserError(f"--policy.backend={config.backend} is for running a policy: train without it")
     if config.normalization_mapping["VISUAL"] is not NormalizationMode.IDENTITY:
         raise UserError(
             "--policy.normalization_mapping normalizes images (VISUAL), but the vision tower takes them in "

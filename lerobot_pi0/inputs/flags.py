@@ -7,7 +7,7 @@ from typing import Literal
 from lerobot_pi0.errors import MissingFileError
 
 # As `configuration_pi0` has them, which imports LeRobot.
-Backend = Literal["auto", "int8", "compile"]
+Backend = Literal["auto", "eager", "compile", "int8", "fp8"]
 Solver = Literal["euler", "ab2"]
 
 
@@ -31,8 +31,8 @@ class ControlPolicyFlags(PolicyFlags):
     num_inference_steps: int | None = None
     # How: euler, or ab2 (six steps are about as accurate as ten). Default: as in the checkpoint.
     solver: Solver | None = None
-    # How chunks are computed: auto, int8 (CPU: a third faster) or compile (GPU: one graph, compiled at the
-    # start). Default: as in the checkpoint.
+    # How chunks are computed: auto, eager (GPU: without a CUDA graph), compile (GPU: compiled at the start),
+    # int8 (CPU: a third faster) or fp8 (GPU: 8-bit floats). Default: as in the checkpoint.
     backend: Backend | None = None
     # Retired, set --policy.backend to int8.
     int8: bool = False

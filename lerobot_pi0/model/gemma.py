@@ -39,6 +39,8 @@ class ExpertConfig:
 
 # "_" and not "t": keys are given to a layer before its own are appended, fewer than its mask has places.
 type KeysValues = tuple[Float[Tensor, "b k _ d"], Float[Tensor, "b k _ d"]]
+# (keys, values) of new tokens -> all of them, in the dtype of the values.
+type Append = Callable[[Tensor, Tensor], KeysValues]
 type Rotation = tuple[Float[Tensor, "b 1 s d"], Float[Tensor, "b 1 s d"]]
 
 
@@ -47,37 +49,47 @@ class Cache:
     """What later tokens attend to: keys (rotated) and values of each layer, and which of them are real."""
 
     layers: list[KeysValues]  # empty before the first tokens
-    mask: Bool[Tensor, "b t"]
+    mask: Bool[Tensor, "b t"] | None  # None: all are
 
     def place(
         self, x: Float[Tensor, "b s w"], own: Bool[Tensor, "b s"] | None, head_dim: int
     ) -> tuple[Rotation, Bool[Tensor, "b t"] | None]:
         """The rotation of the next tokens, of which `own` are real (None: all), and the mask of what they see
         (None: all of it)."""
+        batch, length = x.shape[:2]
+        past = self.layers[0][0].shape[2] if self.layers else 0
+        if self.mask is None and own is None:
+            positions = torch.arange(past, past + length, device=x.device).expand(batch, -1)
+            return rotation(positions, head_dim), None
+        before = x.new_ones(batch, past, dtype=torch.bool) if self.mask is None else self.mask
+        own = x.new_ones(batch, length, dtype=torch.bool) if own is None else own
         # Masked tokens do not advance positions, so a padded prompt or an absent camera moves nobody.
-        own = self.mask.new_ones(x.shape[:2]) if own is None else own
-        positions = own.cumsum(1) - 1 + self.mask.sum(1, keepdim=True)
-        return rotation(positions, head_dim), torch.cat((self.mask, own), 1)
+        positions = own.cumsum(1) - 1 + before.sum(1, keepdim=True)
+        return rotation(positions, head_dim), torch.cat((before, own), 1)
 
-    def append(
-        self, layer: int, keys: Float[Tensor, "b k s d"], values: Float[Tensor, "b k s d"]
-    ) -> KeysValues:
-        """All keys and values of a layer, those of new tokens last."""
-        if not self.layers:
-            return keys, values
-        past = self.layers[layer]
-        return torch.cat((past[0], keys), 2), torch.cat((past[1], values), 2)
+    def append(self, layer: int) -> Append:
+        """What takes a layer's keys and values of new tokens, and returns all of them, new ones last: a
+        function of tensors alone, so that compiled code for one layer is for all."""
+        return partial(_behind, *self.layers[layer]) if self.layers else _alone
 
     def grown(self, layers: list[KeysValues], mask: Bool[Tensor, "b t"] | None) -> Cache:
         """The cache after `append` has returned these for its layers, and `place` this mask."""
-        return Cache(layers, self.mask if mask is None else mask)
+        return Cache(layers, mask)
 
     def repeat(self, times: int) -> Cache:
         """The cache for a batch in which every sample stands `times` times in a row."""
         if times == 1:
             return self
         layers = [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.layers]
-        return Cache(layers, self.mask.repeat_interleave(times, 0))
+        return Cache(layers, None if self.mask is None else self.mask.repeat_interleave(times, 0))
+
+
+def _alone(keys: Tensor, values: Tensor) -> KeysValues:
+    return keys.to(values.dtype), values
+
+
+def _behind(past_keys: Tensor, past_values: Tensor, keys: Tensor, values: Tensor) -> KeysValues:
+    return torch.cat((past_keys, keys.to(values.dtype)), 2), torch.cat((past_values, values), 2)
 
 
 def rotation(positions: Int[Tensor, "b s"], head_dim: int) -> Rotation:
@@ -89,9 +101,9 @@ def rotation(positions: Int[Tensor, "b s"], head_dim: int) -> Rotation:
 
 
 def rotate(x: Float[Tensor, "b h s d"], by: Rotation) -> Float[Tensor, "b h s d"]:
-    """Rotary positions: element i turns with element i + d/2, in float32."""
-    (cos, sin), turned = by, x.float()
-    return torch.addcmul(turned * cos, turned.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+    """Rotary positions: element i turns with element i + d/2. In float32, and so is what comes out."""
+    (cos, sin), x = by, x.float()
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class DecoderLayer(Layer):
@@ -116,7 +128,7 @@ class DecoderLayer(Layer):
         self,
         x: Float[Tensor, "b s w"],
         by: Rotation,
-        append: Callable[[Tensor, Tensor], KeysValues],
+        append: Append,
         mask: Bool[Tensor, "b t"] | None = None,
         blocks: Sequence[int] | None = None,
         keys_values_only: bool = False,
@@ -124,7 +136,7 @@ class DecoderLayer(Layer):
     ) -> tuple[Float[Tensor, "b s w"], KeysValues]:
         """One block: the tokens' new hidden states, and the keys and values that they saw.
 
-        `append` takes the tokens' own keys and values and returns all that they see, own ones last. Tokens in
+        `append` takes the tokens' own keys (float32) and values and returns all that they see. Tokens in
         several `blocks`, of so many each, do not see the later ones. With `keys_values_only`, `x` comes back
         as it was. The `condition` is passed to the norms.
         """
@@ -139,7 +151,7 @@ class DecoderLayer(Layer):
         if keys_values_only:
             return x, (keys, values)
         seen, attended = keys.shape[2] - x.shape[1], []
-        for queries in turned[:, :-kv_heads].split(blocks or x.shape[1], 2):
+        for queries in turned[:, :-kv_heads].to(x.dtype).split(blocks or x.shape[1], 2):
             seen += queries.shape[2]
             visible = None if mask is None else mask[:, :seen]
             attended.append(attend(queries, keys[:, :, :seen], values[:, :, :seen], visible))
@@ -164,11 +176,11 @@ class Decoder(nn.Module):
     ) -> Cache:
         """The cache with these tokens appended, all real without a `mask`. Of the last layer only keys and
         values are computed."""
-        cache = cache or Cache([], x.new_empty(len(x), 0, dtype=torch.bool))
+        cache = cache or Cache([], None)
         (by, seen), filled = cache.place(x, mask, self.heads.head_dim), []
         for i, layer in enumerate(self.layers):
             is_last = i == len(self.layers) - 1
-            x, keys_values = layer(x, by, partial(cache.append, i), seen, None, is_last)
+            x, keys_values = layer(x, by, cache.append(i), seen, None, is_last)
             filled.append(keys_values)
         return cache.grown(filled, seen)
 
@@ -182,5 +194,5 @@ class Decoder(nn.Module):
         """Normed output of tokens, all real, that see the cache and one another (or earlier blocks)."""
         by, seen = cache.place(x, None, self.heads.head_dim)
         for i, layer in enumerate(self.layers):
-            x, _ = layer(x, by, partial(cache.append, i), seen, blocks, False, condition)
+            x, _ = layer(x, by, cache.append(i), seen, blocks, False, condition)
         return self.norm(x, condition)[0]

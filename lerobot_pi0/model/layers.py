@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 if TYPE_CHECKING:
@@ -25,7 +27,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Float[Tensor, "*s i"]) -> Float[Tensor, "*s o"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.training and self.weight.requires_grad and self.weight.dtype != x.dtype:
+        # Compiled code casts again in its backward pass by itself.
+        casts = self.training and self.weight.requires_grad and self.weight.dtype != x.dtype
+        if casts and not torch.compiler.is_compiling():
             y = _CastingProduct.apply(x, self.weight)
             return y if bias is None else y + bias
         return F.linear(x, self.weight.to(x.dtype), bias)
@@ -72,23 +76,26 @@ class RMSNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """A layer that may recompute its activations in the backward pass instead of keeping them."""
+    """A layer that may recompute its activations in the backward pass, and be compiled, by itself."""
 
     gradient_checkpointing = False
+    compiled = False
 
 
 def recomputable[Forward: Callable[..., Any]](forward: Forward) -> Forward:
-    """A `Layer`'s forward, run again in the backward pass if the layer says so.
+    """A `Layer`'s forward, compiled, and run again in the backward pass, if the layer says so.
 
     Within the layer's call, not around it: FSDP casts inputs and gathers weights when a layer is called, and
     does the former only once.
     """
+    compiled = functools.cache(lambda: torch.compile(forward))
 
     @functools.wraps(forward)
     def checkpointed(layer: Layer, *args: object) -> Any:
+        run = compiled() if layer.compiled else forward
         if layer.gradient_checkpointing and layer.training:
-            return checkpoint(forward, layer, *args, use_reentrant=False)
-        return forward(layer, *args)
+            return checkpoint(run, layer, *args, use_reentrant=False)
+        return run(layer, *args)
 
     return cast(Forward, checkpointed)
 
@@ -131,6 +138,12 @@ def joined(linear: Any, first: Float[Tensor, "*s w"], ahead: Tensor) -> Float[Te
     return linear(torch.cat((first, ahead.expand_as(first)), -1))
 
 
+# Where gradients run on a GPU. cuDNN's backward pass gives NaN for queries with a mask, where the number of
+# keys is 64 modulo 128 and a row's log-sum-exp is below -88.7 (pytorch#196678; torch 2.11 with cuDNN 9.19,
+# which takes cuDNN first on sm90). In older versions and on other devices cuDNN does not come first.
+_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def attend(
     q: Float[Tensor, "b h s d"],
     k: Float[Tensor, "b k t d"],
@@ -139,12 +152,12 @@ def attend(
 ) -> Float[Tensor, "b s hd"]:
     """Multi-query attention in which every query sees every valid key; heads come out side by side.
 
-    The query heads that share a key head are folded into rows, so keys and values are never copied, and
-    the mask needs no query axis. A row without any valid key gives a finite output that means nothing.
+    Query heads that share a key head are folded into rows, by token and head: keys and values are never
+    copied, and queries not for one key head. A row without any valid key gives finite, meaningless output.
     """
-    (batch, heads, length, dim), kv_heads = q.shape, k.shape[1]
+    (batch, _, length, dim), kv_heads = q.shape, k.shape[1]
     mask = None if key_mask is None else key_mask[:, None, None, :]
-    q = q.reshape(batch, kv_heads, -1, dim)
+    q = q.reshape(batch, kv_heads, -1, length, dim).transpose(2, 3).reshape(batch, kv_heads, -1, dim)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
         # torch's fused kernel takes three times as long here, and its backward ten times.
         logits = (q * dim**-0.5) @ k.mT
@@ -152,5 +165,8 @@ def attend(
             logits = logits.masked_fill(~mask, -2.3819763e38)
         out = logits.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.reshape(batch, heads, length, dim).transpose(1, 2).reshape(batch, length, heads * dim)
+        # Here, and not around the loss: gradient checkpointing calls it again in the backward pass.
+        is_safe = not q.is_cuda or not torch.is_grad_enabled()
+        with nullcontext() if is_safe else sdpa_kernel(_WITHOUT_CUDNN):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.reshape(batch, kv_heads, length, -1, dim).transpose(1, 2).reshape(batch, length, -1)

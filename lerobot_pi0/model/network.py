@@ -85,16 +85,15 @@ class Network(nn.Module, ABC):
         """Keys and values of images and prompt: all that depends on the vision-language model."""
         return self.vlm.prefill(*self.embed_prefix(observation))
 
-    def embed_prefix(self, observation: Observation) -> tuple[Float[Tensor, "b p w"], Bool[Tensor, "b p"]]:
-        """The language model's input, encoded images and then the prompt, and which of it is real."""
+    def embed_prefix(self, observation: Observation) -> tuple[Tensor, Bool[Tensor, "b p"] | None]:
+        """The language model's input (b, p, w), images and then prompt, and what of it is real."""
         batch, views = observation.images.shape[:2]
         images = self.vision(observation.images.flatten(0, 1), self.dtype)
         images = images.unflatten(0, (batch, views)).flatten(1, 2)
         # The prompt is on the scale √width, as Gemma was trained; the images are not scaled.
         prompt = self.token_embedding(observation.tokens) * self.token_embedding.embedding_dim**0.5
-        image_mask = observation.image_mask.repeat_interleave(images.shape[1] // views, 1)
-        mask = torch.cat((image_mask, observation.token_mask), 1)
-        return torch.cat((images, prompt.to(self.dtype)), 1), mask
+        tokens = torch.cat((images, prompt.to(self.dtype)), 1)
+        return tokens, observation.mask(images.shape[1] // views)
 
     def embed_time(self, time: Float[Tensor, "b ..."]) -> Float[Tensor, "b _ w"]:
         """Sinusoids of the time, one per sample or one per action, as wide as the expert."""

@@ -15,32 +15,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Observation:
-    """A batch of observations, ready for the network. Masks are True where something is real."""
+    """A batch of observations, ready for the network. Masks are True where something is real; None: all is,
+    and attention is faster."""
 
     images: Float[Tensor, "b v 3 h w"]  # in [-1, 1]
-    image_mask: Bool[Tensor, "b v"]
+    image_mask: Bool[Tensor, "b v"] | None
     tokens: Int[Tensor, "b l"]
-    token_mask: Bool[Tensor, "b l"]
+    token_mask: Bool[Tensor, "b l"] | None
     state: Float[Tensor, "b e"]  # normalised, padded with zeros
 
+    def mask(self, tokens_per_image: int) -> Bool[Tensor, "b p"] | None:
+        """Which tokens of the prefix are real, images and then prompt; None: all."""
+        images, prompt = self.image_mask, self.token_mask
+        if images is None and prompt is None:
+            return None
+        images = self.images.new_ones(self.images.shape[:2], dtype=torch.bool) if images is None else images
+        prompt = torch.ones_like(self.tokens, dtype=torch.bool) if prompt is None else prompt
+        return torch.cat((images.repeat_interleave(tokens_per_image, 1), prompt), 1)
+
     def padded(self, length: int) -> Observation:
-        """With prompts of that length, or longer ones as they are."""
+        """With prompts of that length, or longer ones as they are, and a mask of them in either case."""
         end = (0, max(length - self.tokens.shape[1], 0))
-        return replace(self, tokens=F.pad(self.tokens, end), token_mask=F.pad(self.token_mask, end))
+        mask = torch.ones_like(self.tokens, dtype=torch.bool) if self.token_mask is None else self.token_mask
+        return replace(self, tokens=F.pad(self.tokens, end), token_mask=F.pad(mask, end))
 
     def trimmed(self) -> Observation:
-        """Without the cameras and the ends of prompts that nobody in the batch has (waits for a GPU)."""
-        seen = self.image_mask.any(0)
-        length = int(
-            (self.token_mask * torch.arange(1, self.tokens.shape[1] + 1, device=self.tokens.device)).max()
-        )
-        return Observation(
-            images=self.images if seen.all() else self.images[:, seen],
-            image_mask=self.image_mask[:, seen],
-            tokens=self.tokens[:, :length],
-            token_mask=self.token_mask[:, :length],
-            state=self.state,
-        )
+        """Without the cameras and ends of prompts that nobody has, nor masks of nothing (waits for a GPU)."""
+        images, of_images, tokens, of_tokens = self.images, self.image_mask, self.tokens, self.token_mask
+        if of_images is not None:
+            seen = of_images.any(0)
+            images, of_images = images if seen.all() else images[:, seen], of_images[:, seen]
+            of_images = None if of_images.all() else of_images
+        if of_tokens is not None:
+            length = int((of_tokens * torch.arange(1, tokens.shape[1] + 1, device=tokens.device)).max())
+            tokens, of_tokens = tokens[:, :length], of_tokens[:, :length]
+            of_tokens = None if of_tokens.all() else of_tokens
+        return Observation(images, of_images, tokens, of_tokens, self.state)
 
 
 def letterbox(images: Float[Tensor, "n c h w"], size: int) -> Float[Tensor, "n c size size"]:

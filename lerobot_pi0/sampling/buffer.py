@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lerobot_pi0.model.gemma import Cache, GemmaConfig, KeysValues, Rotation, rotation
+from lerobot_pi0.model.gemma import Append, Cache, GemmaConfig, KeysValues, Rotation, rotation
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -23,36 +24,33 @@ class Buffer(Cache):
     """
 
     rotation: Rotation
-    all_real: bool  # then attention is faster without the mask
     filled: int = 0
 
     @classmethod
     def allocate(
-        cls, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "b s"], room: int, heads: GemmaConfig
+        cls, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "b s"] | None, room: int, heads: GemmaConfig
     ) -> Buffer:
         """An empty buffer for the tokens `x` and `room` more, of a stack with these heads."""
-        mask = torch.cat((mask, mask.new_ones(len(mask), room)), 1)
-        shape = (len(mask), heads.num_kv_heads, mask.shape[1], heads.head_dim)
+        batch, length = len(x), x.shape[1] + room
+        if mask is None:
+            positions = torch.arange(length, device=x.device).expand(batch, -1)
+        else:
+            mask = torch.cat((mask, mask.new_ones(batch, room)), 1)
+            positions = mask.cumsum(1) - 1
+        shape = (batch, heads.num_kv_heads, length, heads.head_dim)
         # A tensor for each: of parts of one, a compiled graph would copy all for what it writes into one.
         layers = [(x.new_empty(shape), x.new_empty(shape)) for _ in range(heads.depth)]
-        by = rotation(mask.cumsum(1) - 1, heads.head_dim)
-        # A GPU would have to be waited for.
-        asks = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        return cls(layers, mask, by, asks and bool(mask.all()))
+        return cls(layers, mask, rotation(positions, heads.head_dim))
 
     def place(
         self, x: Float[Tensor, "b s w"], own: Bool[Tensor, "b s"] | None, head_dim: int
     ) -> tuple[Rotation, Bool[Tensor, "b _"] | None]:
         end = self.filled + x.shape[1]
         cos, sin = (part[:, :, self.filled : end] for part in self.rotation)
-        return (cos, sin), None if self.all_real else self.mask[:, :end]
+        return (cos, sin), None if self.mask is None else self.mask[:, :end]
 
-    def append(
-        self, layer: int, keys: Float[Tensor, "b k s d"], values: Float[Tensor, "b k s d"]
-    ) -> KeysValues:
-        (all_keys, all_values), end = self.layers[layer], self.filled + keys.shape[2]
-        all_keys[:, :, self.filled : end], all_values[:, :, self.filled : end] = keys, values
-        return all_keys[:, :, :end], all_values[:, :, :end]
+    def append(self, layer: int) -> Append:
+        return partial(_write, *self.layers[layer], self.filled)
 
     def grown(self, layers: list[KeysValues], mask: Bool[Tensor, "b _"] | None) -> Buffer:
         return replace(self, filled=layers[0][0].shape[2])
@@ -67,7 +65,13 @@ class Buffer(Cache):
     def read(self) -> Cache:
         """What is filled, without a copy, as a cache that is not written to."""
         layers = [(k[:, :, : self.filled], v[:, :, : self.filled]) for k, v in self.layers]
-        return Cache(layers, self.mask[:, : self.filled])
+        return Cache(layers, None if self.mask is None else self.mask[:, : self.filled])
+
+
+def _write(all_keys: Tensor, all_values: Tensor, filled: int, keys: Tensor, values: Tensor) -> KeysValues:
+    end = filled + keys.shape[2]
+    all_keys[:, :, filled:end], all_values[:, :, filled:end] = keys, values
+    return all_keys[:, :, :end], all_values[:, :, :end]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Linear backends, modules that a sampler puts in the place of linear layers: fused, packed or int8.
+"""Linear backends, modules that a sampler puts in the place of linear layers: fused, packed, int8 or fp8.
 
 Every backend computes x·Wᵀ + b and, where it can, what follows that in a transformer in the same operation:
 adding it to the residual stream, GELU, and the gate of a gated MLP.
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-type BackendName = Literal["fused", "packed", "int8"]
+type BackendName = Literal["fused", "packed", "int8", "fp8"]
 
 
 class Backend(nn.Module):
@@ -35,8 +35,7 @@ class Fused(Backend):
     """torch's own product over weights side by side: what `torch.compile` and a GPU want.
 
     The tensors that it is given become parts of it, so that a GPU holds nothing twice, save what adapters
-    have changed (`lerobot-pi0 merge` ends that). They are parameters: a CUDA graph reads these where they
-    are, and copies any other tensor to a place of its own in every call.
+    have changed (`lerobot-pi0 merge` ends that).
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()):
@@ -148,6 +147,41 @@ class Int8(Backend):
         return F.gelu(self.multiply(*rows), approximate="tanh").mul_(up.multiply(*rows))
 
 
+class Fp8(Fused):
+    """A GPU's product of 8-bit floats (e4m3): a scale for each output of the weight, one for each row of `x`.
+
+    Rows are scaled by their largest element when they come. The output is bfloat16, and so `x` has to be. It
+    needs compute capability 8.9 (Ada, Hopper, Blackwell).
+    """
+
+    LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()):
+        nn.Module.__init__(self)
+        weight, scale = self.quantise(_side_by_side(weights))
+        self.weight, self.scale = nn.Parameter(weight, requires_grad=False), scale.mT.contiguous()
+        self.bias = nn.Parameter(_side_by_side(biases), requires_grad=False) if biases else None
+
+    @classmethod
+    def quantise(cls, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (rows, in) as 8-bit floats, and the float32 scale (rows, 1) of each row."""
+        scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / cls.LARGEST
+        return (x / scale).to(torch.float8_e4m3fn), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, scale = self.quantise(x.flatten(0, -2))
+        by_row = F.ScalingType.RowWise
+        y = F.scaled_mm(rows, self.weight.mT, scale, by_row, self.scale, by_row, bias=self.bias)
+        return y.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def runs(device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether the device computes it."""
+        if device.type != "cuda" or dtype != torch.bfloat16:
+            return False
+        return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 class Folded(nn.Module):
     """A layer over two inputs side by side, of which the first comes as its share of the output already: its
     weight is folded into the layer before."""
@@ -193,4 +227,4 @@ def _side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-BACKENDS: dict[BackendName, type[Backend]] = {"fused": Fused, "packed": Packed, "int8": Int8}
+BACKENDS: dict[BackendName, type[Backend]] = {"fused": Fused, "packed": Packed, "int8": Int8, "fp8": Fp8}

@@ -5,6 +5,7 @@ chunking, warm-up.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,11 @@ from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.model import Network, Observation
 from lerobot_pi0.sampling.buffer import Context
-from lerobot_pi0.sampling.linear import BackendName, Packed
+from lerobot_pi0.sampling.cuda_graph import Graphs
+from lerobot_pi0.sampling.linear import BackendName, Fp8, Packed
 from lerobot_pi0.sampling.rtc import Remainder, action_prefix, guidance, read_remainder, warn_of_horizon
 from lerobot_pi0.sampling.sampler import Sampler
-from lerobot_pi0.training.lora import adapter_state
+from lerobot_pi0.training.lora import adapted_layers, adapter_state
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -37,8 +39,8 @@ class PolicySampler:
         self.release()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"_sampler": None, "_version": None, "_source": None, "_source_version": None}
-        return vars(self) | kept | {"_places": [], "_probes": []}
+        copied = PolicySampler(self.network, self.config)
+        return vars(copied) | {"_is_warm": self._is_warm}
 
     def release(self) -> None:
         """Give back what sampling keeps of the weights, which are about to change."""
@@ -46,6 +48,12 @@ class PolicySampler:
         self._version: Any = None
         self._source: Mapping[str, Tensor] | None = None
         self._source_version: Any = None
+        # The network's parameters: to walk its modules for them takes longer than all else on the host. Found
+        # anew when one of the dicts in which modules hold their parts has another part.
+        self._holders: list[dict[str, Any]] = []
+        self._parts: list[Any] = []
+        self._parameters: Sequence[Tensor] = []
+        self._adapted: list[Any] = []
         # Of the parameters at these places: rebuilt when one has moved.
         self._places: list[int] = []
         self._probes: list[Tensor] = []
@@ -66,6 +74,14 @@ class PolicySampler:
             raise UserError(
                 f"--policy.backend=int8 is for CPUs, and this policy runs on '{self.config.device}'"
             )
+        if wanted == "fp8":
+            if not Fp8.runs(self.device, self.network.dtype):
+                raise UserError(
+                    "--policy.backend=fp8 is for NVIDIA GPUs of compute capability 8.9 or more (Ada, Hopper, "
+                    f"Blackwell) and --policy.dtype=bfloat16; this policy is {self.config.dtype} on "
+                    f"'{self.device}'"
+                )
+            return "fp8"
         if not on_cpu or wanted == "compile" or not Packed.runs(self.network.dtype):
             return "fused"
         return "int8" if wanted == "int8" else "packed"
@@ -74,10 +90,28 @@ class PolicySampler:
     def _compiles(self) -> bool:
         return self.config.backend == "compile"
 
+    @property
+    def records(self) -> bool:
+        """Whether chunks are launched as CUDA graphs."""
+        return self.device.type == "cuda" and self.config.backend != "eager"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.network.action_out_proj.weight.device
+
+    def _padded(self, observation: Observation) -> Observation:
+        """With prompts of one length where another one would be waited for: compiled, which takes long, or
+        recorded while a robot moves by the actions that are left."""
+        rtc = self.config.rtc_config
+        if self._compiles or (self.records and rtc is not None and rtc.enabled):
+            return observation.padded(self.config.tokenizer_max_length)
+        return observation
+
     def noise(self, batch_size: int) -> Float[Tensor, "b a e"]:
         """Random noise to start from, on the network's device."""
         shape = (batch_size, self.config.chunk_size, self.config.max_action_dim)
-        return torch.randn(shape, dtype=torch.float32, device=self.network.action_out_proj.weight.device)
+        return torch.randn(shape, dtype=torch.float32, device=self.device)
 
     def remainder(
         self,
@@ -120,28 +154,24 @@ class PolicySampler:
         """A chunk that continues the remainder, if there is one, over `execution_horizon` steps (default: the
         config's). It begins with the committed actions of the remainder.
         """
-        if self._compiles:  # one graph for all prompts
-            observation = observation.padded(self.config.tokenizer_max_length)
+        by, horizon = None, execution_horizon or self._rtc.execution_horizon
+        if remainder is not None and (max_delay := self.config.rtc_training_max_delay):
+            by = action_prefix(remainder, max_delay)
+        elif remainder is not None:
+            schedule = self._rtc.prefix_attention_schedule.value
+            by = guidance(remainder, schedule, horizon, self._rtc.max_guidance_weight)
         with torch.autocast(noise.device.type, enabled=False):
-            sampler, steps, solver = self.current(), self.config.num_inference_steps, self.config.solver
-            if remainder is None:
-                return sampler.sample(observation, noise, steps, solver=solver)
-            horizon = execution_horizon or self._rtc.execution_horizon
-            if max_delay := self.config.rtc_training_max_delay:
-                prefix = action_prefix(remainder, max_delay)
-                actions = sampler.sample(observation, noise, steps, prefix, solver)
-            else:
-                schedule = self._rtc.prefix_attention_schedule.value
-                by = guidance(remainder, schedule, horizon, self._rtc.max_guidance_weight)
-                context = sampler.context(observation, self.config.chunk_size)
-                actions = sampler.guided_actions(context, noise, steps, by, solver)
+            steps, solver = self.config.num_inference_steps, self.config.solver
+            actions = self.current().sample(self._padded(observation), noise, steps, by, solver)
+        if remainder is None:
+            return actions
         delay = remainder.delay
         return torch.cat((remainder.actions[:, :delay], actions[:, delay:]), 1)
 
     def context(self, observation: Observation) -> Context:
         """What all chunks from an observation share."""
         with torch.autocast(observation.state.device.type, enabled=False):
-            return self.current().context(observation, self.config.chunk_size)
+            return self.current().context(self._padded(observation), self.config.chunk_size)
 
     def sample_from(self, context: Context, noise: Float[Tensor, "b a e"]) -> Float[Tensor, "b a e"]:
         """A chunk from a context: `sample` for the price of the denoising steps."""
@@ -155,7 +185,8 @@ class PolicySampler:
         if self._sampler is None or self._version != version:
             self._sampler = None  # before the next one takes its memory
             source = self._source if self._source_version == version else None
-            self._sampler = Sampler(self.network, self.linear_backend, source, self._compiles)
+            graphs = Graphs() if self.records else None
+            self._sampler = Sampler(self.network, self.linear_backend, source, self._compiles, graphs)
             self._version = self._weights_version()  # a backend may move the parameters into its own tensors
         return self._sampler
 
@@ -178,9 +209,8 @@ class PolicySampler:
         observation, shape = example(), (1, self.config.chunk_size, self.config.max_action_dim)
         noise = observation.state.new_zeros(shape)
         remainder = read_remainder(torch.ones_like(noise[0, :, :action_size]), 1, noise, None)
-        for _ in range(3 if self._compiles else 1):  # a CUDA graph is recorded in the second call
-            self.sample(observation, noise)
-            self.sample(observation, noise, remainder, self.config.chunk_size)
+        self.sample(observation, noise)
+        self.sample(observation, noise, remainder, self.config.chunk_size)
 
     @property
     def _rtc(self) -> RTCConfig:
@@ -190,12 +220,17 @@ class PolicySampler:
         """Changes with the parameters, with the adapters that act, and with edits of whole tensors that torch
         does not count (to `.data`, through numpy, by a fused optimizer).
         """
-        parameters = list(self.network.parameters())
-        places = [parameter.data_ptr() for parameter in parameters]
+        parts = [part for holder in self._holders for part in holder.values()]
+        if not parts or len(parts) != len(self._parts) or not all(map(is_, parts, self._parts)):
+            modules: list[Any] = list(self.network.modules())
+            self._holders = [holder for of in modules for holder in (of._parameters, of._modules)]
+            self._parts = [part for holder in self._holders for part in holder.values()]
+            self._parameters, self._adapted = list(self.network.parameters()), adapted_layers(self.network)
+        places = [parameter.data_ptr() for parameter in self._parameters]
         if places != self._places:
-            self._places, self._probes = places, probes_of(parameters)
-        counts = [parameter._version for parameter in parameters]
-        return [places, counts, numbers_at(self._probes), adapter_state(self.network)]
+            self._places, self._probes = places, probes_of(self._parameters)
+        counts = [parameter._version for parameter in self._parameters]
+        return [places, counts, numbers_at(self._probes), adapter_state(self._adapted)]
 
 
 def probes_of(parameters: Sequence[Tensor]) -> list[Tensor]:

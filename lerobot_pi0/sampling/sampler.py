@@ -8,17 +8,17 @@ actions, which every denoising step reads in place. What depends on the time alo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lerobot_pi0.lerobot_compat import in_any_thread
 from lerobot_pi0.model import Network, Observation
 from lerobot_pi0.model.flow import Solver, integrate, step_times
 from lerobot_pi0.model.gemma import Cache
 from lerobot_pi0.sampling.buffer import Buffer, Context
+from lerobot_pi0.sampling.cuda_graph import Graphs, mapped
 from lerobot_pi0.sampling.linear import BackendName
 from lerobot_pi0.sampling.rtc import ActionPrefix, Guidance, guided
 from lerobot_pi0.sampling.swap import swapped, with_modulations_ahead
@@ -41,16 +41,11 @@ def gradient_free[**P, T](method: Callable[P, T]) -> Callable[P, T]:
 
 
 def ordinary[T](given: T) -> T:
-    """A tensor, or the tensors of a dataclass, with copies of those that were made in inference mode: they
+    """A tensor, or the tensors of a structure, with copies of those that were made in inference mode: they
     have no gradients, and a graph is compiled anew for them."""
-    any_given: Any = given
     if torch.compiler.is_compiling():  # the caller's graph, who knows its mode
         return given
-    if isinstance(given, Tensor):
-        return any_given.clone() if given.is_inference() else given
-    if is_dataclass(given):
-        return replace(any_given, **{name: ordinary(value) for name, value in vars(given).items()})
-    return given
+    return mapped(given, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 class Sampler:
@@ -60,8 +55,8 @@ class Sampler:
     the network's stead, under its names: then of the network's own large parameters nothing is touched but
     the rows of the embedding that a prompt needs.
 
-    "fused" has static shapes, for `torch.compile`: pad prompts to a few lengths. The others run on a CPU and
-    drop what nobody in the batch has: absent cameras, the padding of prompts.
+    "fused" and "fp8" have static shapes, for `torch.compile` and CUDA graphs: pad prompts to a few lengths.
+    The others run on a CPU and drop what nobody in the batch has: absent cameras, the padding of prompts.
     """
 
     @gradient_free
@@ -71,46 +66,32 @@ class Sampler:
         backend: BackendName,
         tensors: Mapping[str, Tensor] | None = None,
         compiled: bool = False,
+        graphs: Graphs | None = None,
     ):
-        """`compiled`: `sample` runs as one graph, and so does each guided step. The first call of each shape
-        compiles it."""
+        """`compiled`: what an observation costs once, a step and a guided step are compiled, each by itself,
+        and not their loop, whose compilation would take minutes. `graphs`: a chunk is launched as one CUDA
+        graph. Both happen in the first call of each shape."""
         # Guidance needs gradients, which the backends do not have.
         self.guided_network = with_modulations_ahead(model, tensors)
-        self.network, self.trims = swapped(self.guided_network, backend, tensors), backend != "fused"
-        self._tables: dict[tuple[bool, int], Prepared] = {}
-        self._graph, self._guided_graph = _sample, _guided_velocity
+        self.network = swapped(self.guided_network, backend, tensors)
+        self.trims = backend not in ("fused", "fp8")
+        self.graphs = graphs
+        self._tables: dict[tuple[bool, int], tuple[Tensor, Prepared]] = {}
+        pieces: tuple[Any, ...] = (_context, _velocity, _guided_velocity)
         if compiled:
-            mode = "reduce-overhead" if model.action_out_proj.weight.is_cuda else None
-            self._graph = in_any_thread(torch.compile(_sample, fullgraph=True, mode=mode))
-            # One step: with its gradients, ten are more than one would like to wait for.
-            guided_graph = torch.compile(_guided_velocity, fullgraph=True, mode=mode)
-            self._guided_graph = in_any_thread(guided_graph)
+            pieces = tuple(torch.compile(piece, fullgraph=True) for piece in pieces)
+        self._context, self._velocity, self._guided_velocity = pieces
 
     @gradient_free
     def context(self, observation: Observation, num_actions: int) -> Context:
         """What all chunks from an observation share."""
         observation = observation.trimmed() if self.trims else observation
-        return Context(_context(self.network, observation, num_actions))
+        return Context(self._run(self._encode, (num_actions,), observation))
 
     @gradient_free
     def actions(self, context: Context, noise: Chunk, num_steps: int, solver: Solver = "euler") -> Chunk:
         """A chunk of normalised actions from noise."""
-        steps = self._prepared(self.network, num_steps, noise.device)
-        return _denoised(self.network, context.buffer, noise, steps, solver)
-
-    @gradient_free
-    def guided_actions(
-        self, context: Context, noise: Chunk, num_steps: int, guidance: Guidance, solver: Solver = "euler"
-    ) -> Chunk:
-        """A chunk along the guided velocity, which the network computes over its own linear layers."""
-        cache, guidance, noise = context.buffer.read(), ordinary(guidance), ordinary(noise).float()
-        times = noise.new_tensor(step_times(num_steps)).split(1)
-        prepared = self._prepared(self.guided_network, num_steps, noise.device)
-
-        def velocity(x: Tensor, step: tuple[Tensor, Tensor]) -> Tensor:
-            return self._guided_graph(self.guided_network, cache, x, *step, guidance)
-
-        return integrate(velocity, noise, num_steps, zip(times, prepared, strict=False), solver)
+        return self._run(self._denoise, (num_steps, solver), context.buffer, noise)
 
     @gradient_free
     def sample(
@@ -118,23 +99,69 @@ class Sampler:
         observation: Observation,
         noise: Chunk,
         num_steps: int,
-        committed: ActionPrefix | None = None,
+        by: ActionPrefix | Guidance | None = None,
         solver: Solver = "euler",
     ) -> Chunk:
-        """A chunk of normalised actions for each observation, which goes on from committed ones, if given."""
-        observation = observation.trimmed() if self.trims else observation
-        observation, noise, committed = ordinary(observation), ordinary(noise), ordinary(committed)
-        steps = self._prepared(self.network, num_steps, noise.device)
-        chunk = self._graph(self.network, observation, noise, steps, committed, solver)
-        # A graph writes over its own memory.
-        return chunk if self._graph is _sample else chunk.clone()
+        """A chunk of normalised actions for each observation.
 
-    def _prepared(self, network: Network, num_steps: int, device: torch.device) -> Prepared:
-        """What a network prepares of each step's time, once for each number of steps."""
+        It goes on from committed actions, or is along the guided velocity, which the network computes over
+        its own linear layers.
+        """
+        observation = observation.trimmed() if self.trims else observation
+        return self._run(self._sample, (num_steps, solver), observation, noise, by)
+
+    def _run[T](self, method: Callable[..., T], settings: tuple[Any, ...], *given: Any) -> T:
+        given, call = ordinary(given), partial(method, *settings)
+        return call(*given) if self.graphs is None else self.graphs((method.__name__, settings), call, *given)
+
+    def _encode(self, num_actions: int, observation: Observation) -> Buffer:
+        return self._context(self.network, observation, num_actions)
+
+    def _sample(
+        self,
+        num_steps: int,
+        solver: Solver,
+        observation: Observation,
+        noise: Chunk,
+        by: ActionPrefix | Guidance | None,
+    ) -> Chunk:
+        return self._denoise(num_steps, solver, self._encode(noise.shape[1], observation), noise, by)
+
+    def _denoise(
+        self,
+        num_steps: int,
+        solver: Solver,
+        context: Buffer,
+        noise: Chunk,
+        by: ActionPrefix | Guidance | None = None,
+    ) -> Chunk:
+        network = self.guided_network if isinstance(by, Guidance) else self.network
+        times, table = self._prepared(network, num_steps, noise.device)
+        *prepared, at_zero = table.unbind()
+        if isinstance(by, Guidance):
+            cache = context.read()
+
+            def guided_velocity(x: Tensor, step: tuple[Tensor, Tensor]) -> Tensor:
+                return self._guided_velocity(network, cache, x, *step, by)
+
+            steps = zip(times.split(1), prepared, strict=False)
+            return integrate(guided_velocity, noise.float(), num_steps, steps, solver)
+
+        def velocity(x: Tensor, step: Tensor) -> Tensor:
+            if by is not None:
+                x, step = by.put(x), by.put_time(step, at_zero)
+            return self._velocity(network, context, x, step)
+
+        x = integrate(velocity, noise.float(), num_steps, prepared, solver)
+        return x if by is None else by.put(x)
+
+    def _prepared(self, network: Network, num_steps: int, device: torch.device) -> tuple[Tensor, Prepared]:
+        """The times of the steps, and at last 0, and what a network prepares of each: once for each number of
+        steps."""
         key = network is self.guided_network, num_steps
         if key not in self._tables:
             times = torch.tensor([*step_times(num_steps), 0.0], dtype=torch.float32, device=device)
-            self._tables[key] = network.prepare(times)
+            self._tables[key] = times, network.prepare(times)
         return self._tables[key]
 
 
@@ -151,35 +178,8 @@ def _context(network: Network, observation: Observation, num_actions: int) -> Bu
     return context
 
 
-def _denoised(
-    network: Network,
-    context: Buffer,
-    noise: Chunk,
-    steps: Prepared,
-    solver: Solver,
-    committed: ActionPrefix | None = None,
-) -> Chunk:
-    *prepared, at_zero = steps.unbind()
-
-    def velocity(x: Tensor, step: Tensor) -> Tensor:
-        if committed is not None:
-            x, step = committed.put(x), committed.put_time(step, at_zero)
-        return network.velocity_at(context, x, step)
-
-    x = integrate(velocity, noise.float(), len(prepared), prepared, solver)
-    return x if committed is None else committed.put(x)
-
-
-def _sample(
-    network: Network,
-    observation: Observation,
-    noise: Chunk,
-    steps: Prepared,
-    committed: ActionPrefix | None,
-    solver: Solver,
-) -> Chunk:
-    context = _context(network, observation, noise.shape[1])
-    return _denoised(network, context, noise, steps, solver, committed)
+def _velocity(network: Network, context: Buffer, x: Chunk, step: Tensor) -> Chunk:
+    return network.velocity_at(context, x, step)
 
 
 def _guided_velocity(

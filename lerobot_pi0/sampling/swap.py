@@ -32,7 +32,11 @@ def swapped(model: Network, backend: BackendName, tensors: Mapping[str, Tensor] 
         )
         for i, layer in enumerate(model.vision.layers)
     ]
-    exact = _Reader(model, "fused" if backend == "fused" else "packed", tensors, torch.float32)
+    # Around the experts all is float32. Of the action expert, whose products are small, fp8 makes none
+    # faster.
+    on_gpu = backend in ("fused", "fp8")
+    exact = _Reader(model, "fused" if on_gpu else "packed", tensors, torch.float32)
+    of_expert = _Reader(model, "fused", tensors, model.dtype) if backend == "fp8" else read
     around: dict[str, nn.Module] = {}
     for joined, first in model.folds.items():
         around[first], around[joined] = exact.fold(first, joined)
@@ -42,7 +46,7 @@ def swapped(model: Network, backend: BackendName, tensors: Mapping[str, Tensor] 
         model,
         vision=_copy(model.vision, layers=nn.ModuleList(vision), projector=read("vision.projector")),
         vlm=_decoder(model.vlm, "vlm", read, keys_values_last=True),
-        expert=_decoder(model.expert, "expert", read),
+        expert=_decoder(model.expert, "expert", of_expert),
         **around,
     )
 

@@ -179,7 +179,9 @@ def recorded_attention(decoder: Decoder) -> Iterator[list[Tensor]]:
         q = rotate(queries.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2), by)
         k = keys.repeat_interleave(q.shape[1] // keys.shape[1], 1)
         logits = q.float() @ k.float().mT * layer.head_dim**-0.5
-        recorded.append(logits.masked_fill(~mask[:, None, None], -torch.inf).softmax(-1))
+        if mask is not None:
+            logits = logits.masked_fill(~mask[:, None, None], -torch.inf)
+        recorded.append(logits.softmax(-1))
 
     with ExitStack() as hooks:
         for layer in cast(Iterable[DecoderLayer], decoder.layers):

@@ -58,9 +58,11 @@ def augment_observation(
         geometric = ["wrist" not in slot for slot in slots]
         observation = replace(observation, images=augment(observation.images, keys, geometric))
     if prompt_dropout:
-        without_task = without_task or (observation.tokens, beginning_alone(observation.token_mask))
-        tokens = drop_prompts(observation.tokens, without_task[0], keys, prompt_dropout)
-        mask = drop_prompts(observation.token_mask, without_task[1], keys, prompt_dropout)
+        tokens, mask = observation.tokens, observation.token_mask
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
+        without_task = without_task or (tokens, beginning_alone(mask))
+        tokens = drop_prompts(tokens, without_task[0], keys, prompt_dropout)
+        mask = drop_prompts(mask, without_task[1], keys, prompt_dropout)
         observation = replace(observation, tokens=tokens, token_mask=mask)
     return observation
 

@@ -1,7 +1,7 @@
 """LoRA layers inside the network: their precision, and folding them into the weights."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,9 +52,14 @@ def fold(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None = Non
     return tensor
 
 
-def adapter_state(model: nn.Module) -> list[Any]:
-    """What decides how adapters act, besides their parameters: which are active, merged, how scaled."""
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "active_adapters")]
+def adapted_layers(model: nn.Module) -> list[Any]:
+    """The layers that PEFT has put in the place of others."""
+    return [module for module in model.modules() if hasattr(module, "active_adapters")]
+
+
+def adapter_state(layers: Sequence[Any]) -> list[Any]:
+    """What decides how adapters of `adapted_layers` act, besides their parameters: which are active, merged,
+    how scaled."""
     return [
         (
             tuple(layer.active_adapters),

@@ -213,9 +213,11 @@ def test_actions_that_are_not_finite_are_not_written(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_golden_actions_are_computed_without_tf32_and_the_setting_is_as_before_after_it(allowed, monkeypatch):
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    monkeypatch.setattr(matmul, "allow_tf32", allowed)  # as lerobot-train sets it
+def test_golden_actions_are_computed_without_tf32_and_the_setting_is_as_before_after_it(allowed):
+    backends: Any = torch.backends
+    matmul, conv = backends.cuda.matmul, backends.cudnn.conv
+    was_allowed = matmul.allow_tf32
+    matmul.allow_tf32 = allowed  # as lerobot-train sets it
     policy, seen = tiny_policy(), []
     before = matmul.fp32_precision, conv.fp32_precision
     assert (before[0] == "tf32") == allowed
@@ -224,7 +226,10 @@ def test_golden_actions_are_computed_without_tf32_and_the_setting_is_as_before_a
         seen.append((matmul.fp32_precision, conv.fp32_precision))
         return policy.predict_with_network(*given)
 
-    golden_actions(policy.config, predict, 1)
-    assert seen == [("ieee", "ieee")]
-    assert (matmul.fp32_precision, conv.fp32_precision) == before
-    assert matmul.allow_tf32 == allowed
+    try:
+        golden_actions(policy.config, predict, 1)
+        assert seen == [("ieee", "ieee")]
+        assert (matmul.fp32_precision, conv.fp32_precision) == before
+        assert matmul.allow_tf32 == allowed
+    finally:
+        matmul.allow_tf32 = was_allowed

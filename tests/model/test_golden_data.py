@@ -104,7 +104,8 @@ def stand_in_tokenizer(tmp_path):
 
 def tokenized(step, prompts):
     observation = step({TransitionKey.COMPLEMENTARY_DATA: {"task": prompts}})[TransitionKey.OBSERVATION]
-    return observation["observation.language.tokens"], observation["observation.language.attention_mask"]
+    tokens = observation["observation.language.tokens"]
+    return tokens, observation.get("observation.language.attention_mask", torch.ones_like(tokens).bool())
 
 
 @pytest.mark.parametrize("record", PROMPTS, ids=lambda record: repr(record["prompt"]))

@@ -270,8 +270,9 @@ def joint_pass(model: Pi0, observation: Observation, noisy: Tensor, time: Tensor
     streams = {"vlm": torch.cat((*images, prompt), 1), "expert": torch.cat((state, actions), 1)}
 
     length = streams["vlm"].shape[1]
-    image_mask = observation.image_mask.repeat_interleave(images[0].shape[1], 1)
-    real = torch.cat((image_mask, observation.token_mask, torch.ones(actions.shape[0], 11).bool()), 1)
+    prefix = observation.mask(images[0].shape[1])
+    assert prefix is not None
+    real = torch.cat((prefix, torch.ones(actions.shape[0], 11).bool()), 1)
     block = torch.tensor([0] * length + [1] + [2] * actions.shape[1])
     attends = (block[None, :] <= block[:, None]) & real[:, None, :] & real[:, :, None]
     positions = real.cumsum(1) - 1
@@ -327,6 +328,7 @@ def test_three_passes_equal_one_joint_masked_pass(model, observation, training_p
             (keys, joint_keys),
             (values, joint_values),
         ):  # of the prefix, and of the state last
+            assert cache.mask is not None
             theirs = theirs[:, : cache.mask.shape[1]].transpose(1, 2)
             real = cache.mask[:, None].expand(ours.shape[:3])
             torch.testing.assert_close(ours[real], theirs[real], rtol=0, atol=2e-5)
@@ -415,7 +417,7 @@ def test_velocity_leaves_the_context_as_it_was(which, model, observation, traini
     model.velocity(cache, training_pair[0], training_pair[2])
     after = [tensor for layer in cache.layers for tensor in layer]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert cache.mask.shape[1] == {"pi0": 60 + 1, "pi05": 68}[which]
+    assert cache.layers[0][0].shape[2] == {"pi0": 60 + 1, "pi05": 68}[which]
 
 
 @PI0_ALONE

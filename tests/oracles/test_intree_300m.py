@@ -50,6 +50,7 @@ def run_in_tree(folder: Path) -> None:
     save_file(network.state_dict(), folder / "model.safetensors")
 
     observation, (actions, noise, time) = batch()
+    assert observation.image_mask is not None
     inputs = (
         observation.images.unbind(1),
         observation.image_mask.unbind(1),

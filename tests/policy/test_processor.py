@@ -89,6 +89,16 @@ def test_batch_is_padded_on_the_right_to_the_longest_prompt():
         assert mask == [True] * len(row) + [False] * (8 - len(row))
 
 
+def test_prompts_of_one_length_are_as_long_as_they_are_and_have_no_mask():
+    preprocess, _ = processors()
+    raw = raw_batch(2) | {"task": ["open the door"] * 2}
+    found, ids = preprocess(raw), tokenizer_step().encode("open the door")
+    assert found[TOKENS].tolist() == [ids] * 2
+    assert MASK not in found
+    observation = tiny_policy().observation(found)
+    assert observation.image_mask is observation.token_mask is None
+
+
 def test_amount_of_padding_does_not_change_the_actions():
     """So a prompt may stand beside a longer one, or alone."""
     policy, preprocess = tiny_policy(), processors()[0]

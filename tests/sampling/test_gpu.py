@@ -14,14 +14,17 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from lerobot_pi0 import modeling_pi0
 from lerobot_pi0.data import action_space
 from lerobot_pi0.modeling_pi0 import Pi0Policy
-from lerobot_pi0.sampling import policy_sampler
-from lerobot_pi0.sampling.rtc import ActionPrefix
+from lerobot_pi0.sampling import cuda_graph, policy_sampler
+from lerobot_pi0.sampling.cuda_graph import Recorded
+from lerobot_pi0.sampling.rtc import ActionPrefix, Guidance
 
 GPU = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def gpu():
+def gpu(monkeypatch):
+    # There is nothing to record: what is given is copied, and a run's outputs are the graph's.
+    monkeypatch.setattr(cuda_graph, "record", lambda function, _: Recorded(lambda: None, function()))
     with FakeTensorMode() as mode:
         yield mode
 
@@ -84,3 +87,41 @@ def test_a_chunk_that_begins_with_committed_actions_is_made_on_one_device(gpu, m
     begun = ActionPrefix(start, torch.arange(CHUNK, device=GPU) < 2)
     observation = policy.observation(first(given))
     assert policy.sampler.current().sample(observation, start, 10, begun).device == GPU
+
+
+@pytest.fixture
+def attentions(monkeypatch) -> list[tuple[bool, bool]]:
+    """Of each attention whether gradients run and whether cuDNN's is among its backends."""
+    seen, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append((torch.is_grad_enabled(), torch.backends.cuda.cudnn_sdp_enabled()))
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    return seen
+
+
+def forward_alone(function: Any, x: Tensor, has_aux: bool) -> tuple[Any, ...]:
+    """A backward pass would ask for the device."""
+    with torch.enable_grad():
+        actions, aux = function(x)
+    return actions, lambda by: (by,), aux
+
+
+def test_cudnn_attention_is_left_out_where_gradients_run_and_only_there(gpu, attentions, monkeypatch):
+    """Its backward pass may give NaN (pytorch#196678)."""
+    monkeypatch.setattr(policy_sampler, "numbers_at", lambda _: [])
+    policy, given = on_gpu(gpu)
+    policy.train()(given)
+    assert set(attentions) == {(True, False)}
+    attentions.clear()
+    sampler, observation = policy.eval().sampler.current(), policy.observation(first(given))
+    start = torch.zeros(1, CHUNK, 8, device=GPU)
+    sampler.sample(observation, start, 2)
+    assert set(attentions) == {(False, True)}
+    attentions.clear()
+    monkeypatch.setattr(torch.func, "vjp", forward_alone)
+    sampler.sample(observation, start, 2, Guidance(start, torch.ones(CHUNK, 8, device=GPU), 5.0))
+    assert set(attentions) == {(False, True), (True, False)}  # the prefix; the steps
+    assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -22,7 +22,8 @@ PATCHES = 16
 def test_attention_is_the_networks_own(num_kv_heads):
     """Values weighted by it are what the layer goes on with; each row sums to 1; what is masked gets none."""
     policy = tiny_policy(vlm=replace(VLM, num_kv_heads=num_kv_heads))
-    observation, layer = policy.observation(batch()), policy.model.expert.layers[1]
+    observation, layer = policy.observation(batch()).padded(8), policy.model.expert.layers[1]
+    assert observation.token_mask is not None
     assert not observation.token_mask.all()
     context = policy.model.with_state(policy.model.prefix(observation), observation.state)
     values, attended = [], []
@@ -44,7 +45,7 @@ def test_attention_is_the_networks_own(num_kv_heads):
 @torch.no_grad()
 def test_camera_that_is_not_there_is_not_looked_at():
     policy = tiny_policy()
-    observation = policy.observation(batch())
+    observation = policy.observation(batch()).padded(8)
     two = replace(
         observation,
         images=observation.images.repeat(1, 2, 1, 1, 1),
@@ -64,11 +65,13 @@ def test_camera_that_is_not_there_is_not_looked_at():
 def test_attention_moves_with_the_patches():
     """Patches that change places in the cache take their attention along, and the velocity stays."""
     policy = tiny_policy()
-    observation = policy.observation(batch())
+    observation = policy.observation(batch()).padded(8)
     context = policy.model.with_state(policy.model.prefix(observation), observation.state)
-    order = torch.arange(context.mask.shape[1])
+    mask = context.mask
+    assert mask is not None
+    order = torch.arange(mask.shape[1])
     order[:PATCHES] = torch.randperm(PATCHES, generator=torch.Generator().manual_seed(0))
-    shuffled = Cache([(k[:, :, order], v[:, :, order]) for k, v in context.layers], context.mask[:, order])
+    shuffled = Cache([(k[:, :, order], v[:, :, order]) for k, v in context.layers], mask[:, order])
     time = torch.tensor([0.5, 0.5])
     with recorded_attention(policy.model.expert) as attention:
         velocity = policy.model.velocity(context, noise(), time)
