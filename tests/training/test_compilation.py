@@ -39,9 +39,9 @@ for settings in ({}, {"gradient_checkpointing": True}, {"freeze": "vlm"}, {"dtyp
     (loss, gradients), (wanted, others) = (step(settings, 2, compiled) for compiled in (True, False))
     torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=1e-2 if "dtype" in settings else 1e-5)
     assert gradients.keys() == others.keys()
-    for name, gradient in gradients.items():
-        distance = (gradient - others[name]).norm() / others[name].norm().clamp(min=1e-3)
-        assert distance < (0.1 if "dtype" in settings else 1e-4), (settings, name, distance)
+    found, expected = (torch.cat([of[name].flatten() for name in others]) for of in (gradients, others))
+    distance = (found - expected).norm() / expected.norm()
+    assert distance < (0.05 if "dtype" in settings else 1e-4), (settings, distance)
     # A few of each stack, at any depth.
     assert len(graphs) <= 5, (settings, len(graphs))
 """
