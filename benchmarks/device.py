@@ -25,8 +25,8 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-# Of linear layers, on a device as it is. What a device does not have becomes a row that says so.
-FORMS = ("fused", "packed", "int8", "fp8")
+# Linear backends of a GPU and of a processor.
+FORMS = {True: ("fused", "fp8"), False: ("fused", "packed", "int8")}
 
 
 def start(context: Context) -> None:
@@ -77,7 +77,7 @@ def ceilings(context: Context) -> None:
     context.row("copy", lambda: {"gb_per_s": copy_rate(context) / 1e9})
     context.row("square product, bf16", lambda: square_product(context))
     for name, stage in roofline.stages(context.setup).items():
-        for form in FORMS:
+        for form in FORMS[context.clock.on_gpu]:
             context.row(f"{name}, {form}", partial(stage_rate, context, stage, form))
     context.row("launches", lambda: launches(context))
 
