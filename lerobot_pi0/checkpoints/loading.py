@@ -17,7 +17,7 @@ from lerobot_pi0.checkpoints import adapters
 from lerobot_pi0.checkpoints.files import WEIGHTS_FILE, Checkpoint, find_checkpoint, load_weights
 from lerobot_pi0.checkpoints.golden_actions import GOLDEN_ACTIONS_FILE
 from lerobot_pi0.checkpoints.layouts import Family, family_of_type
-from lerobot_pi0.checkpoints.processors import check_processors
+from lerobot_pi0.checkpoints.processors import check_processors, state_size
 from lerobot_pi0.checkpoints.published import assumptions
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json
 from lerobot_pi0.configuration_pi0 import Pi0Config
@@ -107,6 +107,9 @@ def open_source(
     elif source.is_ours:
         _check_complete(folder)
         check_processors(folder, config)
+        if state_size(folder) not in (None, config.state_size):
+            build_new_processors(config)
+            logger.info("the state has another size than in %s: the processors are new", folder)
     if not source.is_ours:
         config.base_checkpoint, config.base_revision = str(name), source.base.revision
     if not source.is_ours and not source.is_below_adapters:

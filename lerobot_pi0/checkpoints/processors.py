@@ -55,6 +55,13 @@ def tokenizer_step(config: Pi0Config) -> str:
     return f"{config.type}_tokenizer"
 
 
+def state_size(folder: Path) -> int | None:
+    """Size of the robot's state that a checkpoint's pipelines take; None where they do not say it."""
+    file = folder / PIPELINES[0]
+    steps = read_steps(file) if file.is_file() else []
+    return next((size for step in steps if (size := step["config"].get("state_size")) is not None), None)
+
+
 def check_processors(folder: Path, config: Pi0Config) -> None:
     """Check the steps of a checkpoint's pipelines, before LeRobot loads them. Without both files it passes.
 

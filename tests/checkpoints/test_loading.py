@@ -21,10 +21,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import filter_repo_objects
+from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies import PreTrainedPolicy
 from lerobot.policies.factory import make_pre_post_processors
 from safetensors.torch import load_file, save_file
-from tiny_policy import batch, noise, raw_batch, statistics, tiny_config, tiny_policy
+from tiny_dataset import make_checkpoint
+from tiny_policy import STATE, batch, noise, raw_batch, statistics, tiny_config, tiny_policy
 from torch import Tensor
 
 from lerobot_pi0.checkpoints import files, loading
@@ -612,3 +614,15 @@ def test_a_config_without_a_size_is_refused_and_no_default_taken_for_it(saved, n
     file.write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=rf"config\.json is damaged: it has no \['{name}"):
         load(saved)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("size", "keeps"), [(STATE, True), (STATE + 2, False)])
+def test_weights_for_another_robot_get_new_processors(tmp_path, model, size, keeps):
+    """LeRobot loads those of `pretrained_path`, which take a state of the size that they were saved with."""
+    folder = make_checkpoint(tmp_path / "saved", model)
+    config = tiny_config(model, pretrained_path=folder)
+    assert config.input_features is not None
+    config.input_features["observation.state"] = PolicyFeature(FeatureType.STATE, (size,))
+    policy_class(config).from_pretrained(folder, config=config)
+    assert (config.pretrained_path is not None) == keeps
