@@ -287,9 +287,7 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
 
     @torch.no_grad()
     def predict_with_network(self, batch: Batch, noise: Tensor, num_steps: int, solver: Solver) -> Tensor:
-        """`predict_action_chunk` by the network as it is written down: no backend, no action limits, no
-        checks.
-        """
+        """`predict_action_chunk` by the network as it is written: no backend, no action limits, no checks."""
         batch = {key: value.to(self.device) for key, value in batch.items()}
         with torch.autocast(self.device.type, enabled=False):
             actions = self.model.sample(self.observation(batch), noise.to(self.device), num_steps, solver)
