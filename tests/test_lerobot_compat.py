@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import huggingface_hub
+import lerobot.utils.constants
 import pytest
 from draccus.utils import ParsingError
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -303,6 +304,8 @@ TYPE, DATA = "--policy.type=lerobot_pi0", "--dataset.repo_id=me/data"
 )
 def test_what_lerobot_would_refuse_is_refused_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name in ("HF_LEROBOT_HOME", "HF_LEROBOT_HUB_CACHE"):
+        monkeypatch.setattr(lerobot.utils.constants, name, tmp_path / "cache")
     (tmp_path / "empty").mkdir()
     (tmp_path / "run.yaml").write_text("dataset: {repo_id: me/data, root: /gone}")
     (tmp_path / "mine" / "meta").mkdir(parents=True)

@@ -150,12 +150,17 @@ class DecoderLayer(Layer):
         keys, values = append(turned[:, -kv_heads:], heads[:, -kv_heads:])
         if keys_values_only:
             return x, (keys, values)
-        seen, attended = keys.shape[2] - x.shape[1], []
-        for queries in turned[:, :-kv_heads].to(x.dtype).split(blocks or x.shape[1], 2):
-            seen += queries.shape[2]
-            visible = None if mask is None else mask[:, :seen]
-            attended.append(attend(queries, keys[:, :, :seen], values[:, :, :seen], visible))
-        x = add(self.o_proj, torch.cat(attended, 1) if blocks else attended[0], x, gate)
+        queries = turned[:, :-kv_heads].to(x.dtype)
+        if blocks is None:
+            attended = attend(queries, keys, values, mask)
+        else:
+            seen, outputs = keys.shape[2] - x.shape[1], []
+            for block in queries.split(blocks, 2):
+                seen += block.shape[2]
+                visible = None if mask is None else mask[:, :seen]
+                outputs.append(attend(block, keys[:, :, :seen], values[:, :, :seen], visible))
+            attended = torch.cat(outputs, 1)
+        x = add(self.o_proj, attended, x, gate)
         normed, gate = self.mlp_norm(x, condition)
         return add(self.down_proj, gated(self.gate_proj, self.up_proj, normed), x, gate), (keys, values)
 

@@ -221,7 +221,7 @@ def test_lerobots_flag_to_compile_compiles_and_the_robot_moves(flags, arms, monk
         strategy.setup(ctx)
         strategy.run(ctx)
         strategy.teardown(ctx)
-    assert len(set(calls)) == 2, "the chunk that follows none, and a step of those that do"
+    assert len(set(calls)) == 3, "the prefix, a step, and a guided step"
     assert len(arms[0].sent) > 40
 
 
