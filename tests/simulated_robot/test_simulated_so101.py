@@ -202,7 +202,8 @@ def test_a_camera_that_cannot_draw_leaves_its_last_words(make, monkeypatch):
 
 # A process with a camera that imports neither LeRobot nor torch: it starts in a second.
 WITH_A_CAMERA = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 package = sys.modules["lerobot_pi0"] = types.ModuleType("lerobot_pi0")
 package.__path__ = [sys.argv[1]]
 from lerobot_pi0.simulated_robot.camera import SimulatedCamera
