@@ -18,8 +18,7 @@ type Velocity = Callable[[Float[Tensor, "b a e"], Float[Tensor, " b"]], Float[Te
 
 
 def sample_time(uniform: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Training times in (0.001, 1] of uniform random numbers: Beta(1.5, 1) · 0.999 + 0.001, near noise mostly
-    (π0, appendix B)."""
+    """Training times in (0.001, 1] of uniform numbers: Beta(1.5, 1) · 0.999 + 0.001 (π0, appendix B)."""
     return uniform ** (1 / 1.5) * 0.999 + 0.001  # the inverse of Beta(1.5, 1)'s distribution function
 
 

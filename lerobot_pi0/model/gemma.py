@@ -54,8 +54,7 @@ class Cache:
     def place(
         self, x: Float[Tensor, "b s w"], own: Bool[Tensor, "b s"] | None, head_dim: int
     ) -> tuple[Rotation, Bool[Tensor, "b t"] | None]:
-        """The rotation of the next tokens, of which `own` are real (None: all), and the mask of what they see
-        (None: all of it)."""
+        """The rotation of the next tokens, `own` of them real (None: all), and the mask of what they see."""
         batch, length = x.shape[:2]
         past = self.layers[0][0].shape[2] if self.layers else 0
         if self.mask is None and own is None:
@@ -179,8 +178,7 @@ class Decoder(nn.Module):
     def prefill(
         self, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "b s"] | None = None, cache: Cache | None = None
     ) -> Cache:
-        """The cache with these tokens appended, all real without a `mask`. Of the last layer only keys and
-        values are computed."""
+        """The cache with these tokens, all real without a `mask`. The last layer computes keys and values only."""
         cache = cache or Cache([], None)
         (by, seen), filled = cache.place(x, mask, self.heads.head_dim), []
         for i, layer in enumerate(self.layers):
