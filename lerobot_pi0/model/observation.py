@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Observation:
-    """A batch of observations for the network. Masks are True where something is real; None (faster): all is."""
+    """A batch of observations for the network. Masks are True where something is real, or None: all is."""
 
     images: Float[Tensor, "b v 3 h w"]  # in [-1, 1]
     image_mask: Bool[Tensor, "b v"] | None
