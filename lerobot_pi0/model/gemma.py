@@ -178,7 +178,7 @@ class Decoder(nn.Module):
     def prefill(
         self, x: Float[Tensor, "b s w"], mask: Bool[Tensor, "b s"] | None = None, cache: Cache | None = None
     ) -> Cache:
-        """The cache with these tokens, all real without a `mask`. The last layer gives keys and values only."""
+        """A cache with these tokens, all real without a `mask`; the last layer gives keys and values only."""
         cache = cache or Cache([], None)
         (by, seen), filled = cache.place(x, mask, self.heads.head_dim), []
         for i, layer in enumerate(self.layers):
