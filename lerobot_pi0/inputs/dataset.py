@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HFValidationError
 from lerobot.configs import FeatureType
@@ -96,7 +97,7 @@ def open_dataset(
             episodes=episodes,
             delta_timestamps=deltas,
         )
-    except DatasetsError as error:
+    except (DatasetsError, pyarrow.ArrowException) as error:
         raise UserError(f"the dataset cannot be read: {_damage(Path(metadata.root), error)}") from error
 
 
