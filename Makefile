@@ -6,16 +6,22 @@ UV = $(shell if [ -x .uv/bin/uv ]; then echo .uv/bin/uv; else echo uv; fi)
 RUN = $(UV) run --no-sync
 INPUTS = pyproject.toml .ci/constraints.txt .ci/setup.sh
 
-.PHONY: help setup demo test test-next lint types pusht
+.PHONY: help setup demo libero aloha test test-next lint types pusht
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 setup: .venv/ready  ## make the environment in .venv
 
 demo: .venv/ready  ## record demonstrations in Meta-World, train a small π0, evaluate it (ARGS: --quick, --policy=pi05)
 	$(RUN) lerobot-pi0 demo $(ARGS)
+
+libero: .venv-libero/ready  ## the same in LIBERO, in .venv-libero
+	.venv-libero/bin/lerobot-pi0 demo --suite=libero $(ARGS)
+
+aloha: .venv-aloha/ready  ## the same in ALOHA, in .venv-aloha
+	.venv-aloha/bin/lerobot-pi0 demo --suite=aloha $(ARGS)
 
 test: .venv/ready  ## the tests, in two processes (ARGS=-n0: in one)
 	$(RUN) pytest -n 2 $(ARGS)
@@ -44,5 +50,5 @@ pusht: .venv-pusht/ready  ## a tiny untrained policy through lerobot-eval on gym
 .venv/ready: $(INPUTS)
 	@.ci/setup.sh
 
-.venv-pusht/ready: .venv/ready $(INPUTS)
-	@.ci/setup.sh pusht
+.venv-%/ready: .venv/ready $(INPUTS)
+	@.ci/setup.sh $*

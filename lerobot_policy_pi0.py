@@ -12,6 +12,7 @@ import lerobot_pi0.processor_pi0  # the processor steps that saved checkpoints n
 import lerobot_pi0.processor_pi05  # likewise
 import lerobot_pi0.simulated_robot.config_scripted_so101  # the teleoperator `scripted_so101`
 import lerobot_pi0.simulated_robot.config_simulated_so101  # the robot `simulated_so101`  # noqa: F401
+from lerobot_pi0.demo.libero_installation import prepare_libero
 from lerobot_pi0.lerobot_compat import (
     check_command_line,
     check_version,
@@ -23,5 +24,6 @@ from lerobot_pi0.lerobot_compat import (
 check_version()
 shorten_torchcodec_notice()
 quiet_video_encoder()
+prepare_libero()
 print_user_errors(sys.argv)
 check_command_line(sys.argv)

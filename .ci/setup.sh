@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes the environment that the Makefile's targets run in: .venv, with the argument "pusht" .venv-pusht, and with
-# "next FOLDER" .venv-next, which has the LeRobot of a checkout in the place of the pinned one.
+# Makes the environment that the Makefile's targets run in: .venv, with the name of a simulator (pusht, libero, aloha) .venv-NAME,
+# and with "next FOLDER" .venv-next, which has the LeRobot of a checkout in the place of the pinned one.
 # Needs git, make and any Python 3 with pip. Finds uv or installs it into .uv/; finds a Python >= 3.12 or lets uv download one.
 set -eu
 cd "$(dirname "$0")/.."
@@ -72,13 +72,20 @@ main_environment() {
     touch .venv/ready
 }
 
-pusht_environment() { # gym-pusht brings a second distribution of cv2, hence an environment of its own beside .venv.
+simulator_environment() { # $1: an extra that clashes with .venv: pusht brings another cv2, libero and aloha need an older MuJoCo.
     uv=uv
     [ -x .uv/bin/uv ] && uv=.uv/bin/uv
-    say "packages: into .venv-pusht"
-    "$uv" venv $quiet --clear --python .venv/bin/python .venv-pusht
-    "$uv" pip install $quiet --python .venv-pusht --constraints .ci/constraints.txt --editable . 'lerobot[pusht]'
-    touch .venv-pusht/ready
+    say "packages: into .venv-$1"
+    "$uv" venv $quiet --clear --python .venv/bin/python ".venv-$1"
+    constraints=.ci/constraints.txt
+    if [ "$1" != pusht ]; then
+        constraints=.venv-$1/constraints.txt
+        sed 's/^mujoco==.*/mujoco==3.8.1/' .ci/constraints.txt >"$constraints"
+    fi
+    # LIBERO's egl-probe is built by cmake, which .venv has. What it was written for is older than cmake 4 accepts unasked.
+    PATH="$PWD/.venv/bin:$PATH" CMAKE_POLICY_VERSION_MINIMUM=3.5 \
+        "$uv" pip install $quiet --python ".venv-$1" --constraints "$constraints" --editable ".[$1]" --group dev
+    touch ".venv-$1/ready"
 }
 
 next_environment() { # $1: a checkout of LeRobot. The other packages stay as they are pinned, as far as it allows.
@@ -108,8 +115,8 @@ quiet=--quiet
 started=$(date +%s)
 case ${1:-main} in
 main) main_environment ;;
-pusht) pusht_environment ;;
+pusht | libero | aloha) simulator_environment "$1" ;;
 next) next_environment "${2:-}" ;;
-*) fail "unknown environment '$1': nothing (for .venv), pusht, or next FOLDER" ;;
+*) fail "unknown environment '$1': nothing (for .venv), pusht, libero, aloha, or next FOLDER" ;;
 esac
 say "ready after $(($(date +%s) - started)) s"

@@ -65,6 +65,7 @@ DISCOVERED = {
     "lerobot_pi0.data.aloha",
     "lerobot_pi0.demo",
     "lerobot_pi0.demo.environment",
+    "lerobot_pi0.demo.libero_installation",
     "lerobot_pi0.demo.metaworld",
     "lerobot_pi0.lerobot_compat",
     "lerobot_pi0.model",
