@@ -25,8 +25,7 @@ def sample_time(uniform: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
 def interpolate(
     actions: Float[Tensor, "b a e"], noise: Float[Tensor, "b a e"], time: Float[Tensor, "b ..."]
 ) -> tuple[Float[Tensor, "b a e"], Float[Tensor, "b a e"]]:
-    """The point at `time`, one per sample or one per action, on the straight path from actions to noise, and
-    the velocity there."""
+    """Point and velocity at `time`, one per sample or action, on the straight path from actions to noise."""
     t = time.reshape(len(time), -1, 1)
     return t * noise + (1 - t) * actions, noise - actions
 

@@ -63,16 +63,17 @@ class LayerNorm(nn.LayerNorm):
 
 class RMSNorm(nn.Module):
     """Gemma's RMS norm: float32, epsilon 1e-6, scaled by (1 + weight); gives back the dtype it was given.
-
-    A decoder's norm is called with a condition, and also gives the gate of the residual: this has neither.
-    """
+    A decoder's norm is called with a condition, and also gives the gate of the residual: this has neither."""
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width))
 
+    def scale(self) -> Float[Tensor, " w"]:
+        return 1 + self.weight.float()
+
     def forward(self, x: Float[Tensor, "*s w"], condition: None = None) -> tuple[Float[Tensor, "*s w"], None]:
-        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), eps=1e-6).to(x.dtype), None
+        return F.rms_norm(x.float(), self.weight.shape, self.scale(), eps=1e-6).to(x.dtype), None
 
 
 class Layer(nn.Module):

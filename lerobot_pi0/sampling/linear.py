@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lerobot_pi0.model.layers import RMSNorm
+
 type BackendName = Literal["fused", "packed", "int8", "fp8"]
 
 
@@ -196,6 +198,17 @@ class Folded(nn.Module):
 
     def joined(self, first: Tensor, ahead: Tensor) -> Tensor:
         return first + ahead
+
+
+class Scaled(RMSNorm):
+    """An RMS norm whose scale is computed once. It shares the weight of the norm that it stands for."""
+
+    def __init__(self, norm: RMSNorm):
+        nn.Module.__init__(self)
+        self.weight, self._scale = norm.weight, norm.scale()
+
+    def scale(self) -> Tensor:
+        return self._scale
 
 
 class Modulations(nn.Module):

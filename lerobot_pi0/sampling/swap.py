@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from lerobot_pi0.model import Network
 from lerobot_pi0.model.gemma import Decoder
+from lerobot_pi0.model.layers import RMSNorm
 from lerobot_pi0.model.pi05 import AdaptiveRMSNorm
-from lerobot_pi0.sampling.linear import BACKENDS, Backend, BackendName, Folded, Modulations, Row
+from lerobot_pi0.sampling.linear import BACKENDS, Backend, BackendName, Folded, Modulations, Row, Scaled
 from lerobot_pi0.training.lora import fold
 
 
 def swapped(model: Network, backend: BackendName, tensors: Mapping[str, Tensor] | None = None) -> Network:
-    """The network over linear backends. Norms, embeddings and all else are shared with `model`.
+    """The network over linear backends. Embeddings and all else are shared with `model`.
 
     `tensors` may give the weights of linear layers in the network's stead, under its names.
     """
@@ -106,7 +107,8 @@ def _decoder(decoder: Decoder, name: str, read: _Reader, keys_values_last: bool 
         part = f"{name}.layers.{i}."
         if keys_values_last and i == len(decoder.layers) - 1:
             unused = dict.fromkeys(("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
-            layers.append(_copy(layer, k_proj=read(f"{part}k_proj", f"{part}v_proj"), **unused))
+            norm, backend = _scaled(layer.attention_norm), read(f"{part}k_proj", f"{part}v_proj")
+            layers.append(_copy(layer, attention_norm=norm, k_proj=backend, **unused))
             continue
         gate, up = read.gate_and_up(f"{part}gate_proj", f"{part}up_proj")
         layers.append(
@@ -118,9 +120,15 @@ def _decoder(decoder: Decoder, name: str, read: _Reader, keys_values_last: bool 
                 gate_proj=gate,
                 up_proj=up,
                 **{which: read(f"{part}{which}") for which in ("o_proj", "down_proj")},
+                **{which: _scaled(layer.get_submodule(which)) for which in ("attention_norm", "mlp_norm")},
             )
         )
-    return _copy(decoder, layers=nn.ModuleList(layers))
+    return _copy(decoder, layers=nn.ModuleList(layers), norm=_scaled(decoder.norm))
+
+
+def _scaled(norm: Any) -> nn.Module:
+    """A norm whose scale is computed once, where it depends on the weight alone."""
+    return Scaled(norm) if isinstance(norm, RMSNorm) else norm
 
 
 def _copy(module: Any, **replaced: nn.Module | None) -> Any:

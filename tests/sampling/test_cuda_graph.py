@@ -109,8 +109,8 @@ def test_no_result_changes_with_the_next_one(policy, recordings):
     copies = [[tensor.clone() for tensor in of] for of in kept]
     graphed.sample(others(observation, 5), noise() * 3, STEPS)
     graphed.context(others(observation, 5), CHUNK)
-    for of, was in zip(kept, copies, strict=True):
-        assert all(torch.equal(tensor, copy) for tensor, copy in zip(of, was, strict=True))
+    # A context has room that nothing has been written to yet, where NaN may stand.
+    torch.testing.assert_close(kept, copies, rtol=0, atol=0, equal_nan=True)
     assert not torch.equal(copies[0][0], copies[1][0])
 
 
