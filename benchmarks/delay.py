@@ -22,7 +22,7 @@ import torch
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
 from benchmarks.chunking import predictor
-from benchmarks.finetuning import percent
+from benchmarks.finetuning import DEMO_TASKS, percent
 from lerobot_pi0.demo.command import Command, Job, run
 from lerobot_pi0.demo.demo import TRAINING_ENVIRONMENT
 from lerobot_pi0.demo.metaworld import FPS, task_instructions
@@ -33,10 +33,14 @@ from lerobot_pi0.inputs.policy import LoadedPolicy, PolicyFlags, load_policy
 ROOT = Path("outputs", "delay")
 CHUNK, LONGEST_DELAY, STEPS, TUNING_STEPS = 50, 24, 3400, 1000
 # The expert goes on after success: the policy executes actions that far ahead, so they must be learnt there.
+TASKS = DEMO_TASKS.split(",")
 RECORDING = RecordConfig(
-    ROOT / "demonstrations", episodes_per_task=80, position_actions=True, after_success=LONGEST_DELAY
+    ROOT / "demonstrations",
+    tasks=DEMO_TASKS,
+    episodes_per_task=80,
+    position_actions=True,
+    after_success=LONGEST_DELAY,
 )
-TASKS = RECORDING.tasks.split(",")
 SEEDS = range(2000, 2050)  # of each task; the demo's evaluation and recording have others
 EPISODE_LENGTH = 200
 DELAYS = (0, 8, 24)  # steps: 0, 0.1 and 0.3 s

@@ -9,7 +9,6 @@ prints a table of successes with 95 % intervals (Wilson, 1927). One seed.
 """
 
 import json
-import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,14 +21,16 @@ from safetensors.torch import load_file, save_file
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.demo.command import Command, Job, run
-from lerobot_pi0.demo.demo import EVALUATION_SEED, TRAINING_ENVIRONMENT
+from lerobot_pi0.demo.demo import TRAINING_ENVIRONMENT
 from lerobot_pi0.demo.record import RecordConfig, record
-from lerobot_pi0.demo.report import read_evaluation
+from lerobot_pi0.demo.report import read_evaluation, wilson_interval
+from lerobot_pi0.demo.suites import EVALUATION_SEED
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 
 ROOT = Path("outputs", "finetuning")
 DEMO = "configs/demo.yaml"
+DEMO_TASKS = "faucet-open-v3,faucet-close-v3,door-unlock-v3,plate-slide-v3"
 # One thread for each of two commands side by side.
 ONE_THREAD = (("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"))
 
@@ -63,7 +64,7 @@ def transfer() -> str:
 
 def actions() -> str:
     """The demo's four tasks with positions for actions, absolute and relative, weights and EMA."""
-    data = record(RecordConfig(ROOT / "positions", position_actions=True))
+    data = record(RecordConfig(ROOT / "positions", tasks=DEMO_TASKS, position_actions=True))
     settings = [f"--config_path={DEMO}", *of(data), f"--steps={ACTION_STEPS}"]
     train(
         ("absolute", settings),
@@ -72,15 +73,14 @@ def actions() -> str:
     policies = {}
     for name in ("absolute", "relative"):
         policies |= {name: checkpoint(name), f"{name}_without_ema": without_ema(name)}
-    tasks = RecordConfig.tasks
-    evaluate(policies, tasks, "--env.position_actions=true")
+    evaluate(policies, DEMO_TASKS, "--env.position_actions=true")
     lines = []
     for name in policies:
         of_tasks = successes(name)
         total = [sum(column) for column in zip(*of_tasks.values(), strict=True)]
         cells = (percent(*counts) for counts in (*of_tasks.values(), total))
         lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
-    return "\n".join([f"| | {tasks.replace(',', ' | ')} | all |", "|---|---|---|---|---|---|", *lines])
+    return "\n".join([f"| | {DEMO_TASKS.replace(',', ' | ')} | all |", "|---|---|---|---|---|---|", *lines])
 
 
 def precision() -> str:
@@ -208,10 +208,8 @@ def successes(name: str) -> dict[str, tuple[int, int]]:
 
 def percent(successful: int, of: int) -> str:
     """A share with its 95 % interval (Wilson)."""
-    share, z = successful / of, 1.96
-    middle, width = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    low, high = ((middle + sign * width) / (1 + z * z / of) for sign in (-1, 1))
-    return f"{share:.0%} ({low:.0%}–{high:.0%})"
+    low, high = wilson_interval(successful, of)
+    return f"{successful / of:.0%} ({low:.0%}–{high:.0%})"
 
 
 if __name__ == "__main__":

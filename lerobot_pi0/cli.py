@@ -62,7 +62,7 @@ SUBCOMMANDS = {
     "convert": _in(
         "conversion", "convert", "ConvertConfig", "openpi's, LeRobot's and transformers' π0 ↔ this one"
     ),
-    "demo": _in("demo", "demo", "DemoConfig", "record, train and evaluate a small π0 or π0.5 in Meta-World"),
+    "demo": _in("demo", "demo", "DemoConfig", "record, train and evaluate a small π0 or π0.5 in a simulator"),
     "doctor": _tool("doctor.command", "DoctorFlags", "what is wrong with a policy, data, robot or simulator"),
     "language": _tool("language", "LanguageConfig", "does a policy follow its instruction? Swap it and see"),
     "latency": _in(
@@ -72,7 +72,7 @@ SUBCOMMANDS = {
         "conversion", "merge", "MergeConfig", "one plain checkpoint of LoRA adapters and their base"
     ),
     "plan": _tool("plan", "PlanFlags", "which fine-tuning fits a GPU, how long it takes, which command"),
-    "record": _in("demo", "record", "RecordConfig", "record scripted Meta-World experts as a LeRobotDataset"),
+    "record": _in("demo", "record", "RecordConfig", "record scripted experts as a LeRobotDataset"),
     "report": _tool(
         "report.command", "ReportConfig", "compare a policy with recorded actions and naive guesses: a page"
     ),

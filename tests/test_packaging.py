@@ -67,6 +67,7 @@ DISCOVERED = {
     "lerobot_pi0.demo.environment",
     "lerobot_pi0.demo.libero_installation",
     "lerobot_pi0.demo.metaworld",
+    "lerobot_pi0.demo.suites",
     "lerobot_pi0.lerobot_compat",
     "lerobot_pi0.model",
     "lerobot_pi0.model.flow",

@@ -13,20 +13,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from lerobot_pi0.demo.command import Command, Job, run
 from lerobot_pi0.demo.flags import DemoConfig, RecordConfig
-from lerobot_pi0.demo.metaworld import OPPOSITES, parse_tasks, task_instructions
 from lerobot_pi0.demo.record import SETTINGS_FILE, is_recorded
+from lerobot_pi0.demo.suites import EVALUATION_SEED, Evaluation, load_suite
 from lerobot_pi0.errors import OutputExistsError
 from lerobot_pi0.inputs.shipped_configs import shipped_config
 
 logger = logging.getLogger(__name__)
 
-# lerobot-eval's default. Demonstrations begin at 100,000, so that the evaluated scenes are new.
-EVALUATION_SEED = 1000
 # How the types of the two policies are called.
 MODELS = {"lerobot_pi0": "π0", "lerobot_pi05": "π0.5"}
-QUICK_TASKS = "faucet-open-v3,faucet-close-v3"
 # Waiting threads sleep: beside other work on the machine, spinning made steps up to ten times as long.
 TRAINING_ENVIRONMENT = (("HF_HUB_OFFLINE", "1"), ("OMP_WAIT_POLICY", "PASSIVE"))
 # The process that loads frames takes a core of its own, and small matrices gain little from many.
@@ -38,14 +37,8 @@ QUICK_TRAINING = (
     "--save_freq=5",
     "--policy.log_joints_every=5",
 )
-QUICK_EPISODE_LENGTH = 20
-# Environments that share a pass of the policy.
-EVALUATION_BATCH = 10
-
-# The stages and what share of the time each takes: seconds on two cores of an AMD EPYC.
-STAGES = {"record": 83, "train": 490, "evaluate": 82, "report": 17}
-# The same for --quick, which mostly imports.
-QUICK_STAGES = {"record": 25, "train": 25, "evaluate": 25, "report": 10}
+# Tokens of a prompt of π0.5: for the instruction, and for each number of the state.
+PROMPT_TOKENS, TOKENS_PER_NUMBER = 24, 8
 
 
 class Demo:
@@ -54,20 +47,23 @@ class Demo:
     def __init__(self, config: DemoConfig) -> None:
         self.quick = config.quick
         self.policy = config.policy
-        name = "demo" if config.policy == "pi0" else f"demo_{config.policy}"
+        self.suite = suite = load_suite(config.suite)
+        settings = "demo" if suite.name == "metaworld" else f"demo_{suite.name}"
+        name = settings if config.policy == "pi0" else f"{settings}_{config.policy}"
         self.root = config.output_dir or Path("outputs", f"{name}_quick" if config.quick else name)
         self.training = self.root / "training"
-        self.recording = RecordConfig(
+        self.record_config = RecordConfig(
             root=self.root / "demonstrations",
-            episodes_per_task=config.episodes_per_task or (2 if config.quick else 40),
+            suite=suite.name,
+            tasks=suite.quick_tasks if config.quick else None,
+            episodes_per_task=config.episodes_per_task or (2 if config.quick else None),
         )
-        if config.quick:
-            self.recording.tasks = QUICK_TASKS
-        self.tasks = parse_tasks(self.recording.tasks)
-        self.pairs = [task for task in self.tasks if OPPOSITES.get(task) in self.tasks]
-        self.eval_episodes = config.eval_episodes or (1 if config.quick else 40)
-        self.episode_length = QUICK_EPISODE_LENGTH if config.quick else self.recording.episode_length
-        self.train_config = config.train_config or shipped_config(name)
+        self.recording = self.record_config.recording()
+        self.demonstrations = self.record_config.root
+        self.tasks = suite.parse_tasks(self.recording.tasks)
+        self.eval_episodes = config.eval_episodes or (1 if config.quick else suite.eval_episodes)
+        self.episode_length = suite.quick_episode_length if config.quick else self.recording.episode_length
+        self.train_config = config.train_config or shipped_config(settings)
         self.takes_any_policy = config.train_config is not None
         self.train_extras = list(QUICK_TRAINING) if config.quick else []
         if config.wandb:
@@ -75,10 +71,11 @@ class Demo:
 
     def record(self) -> list[Job]:
         """The recording, unless it is there."""
-        if is_recorded(self.recording):
+        if is_recorded(self.record_config):
             return []
         arguments = [
-            f"--root={self.recording.root}",
+            f"--root={self.demonstrations}",
+            f"--suite={self.suite.name}",
             f"--tasks={self.recording.tasks}",
             f"--episodes_per_task={self.recording.episodes_per_task}",
         ]
@@ -88,7 +85,7 @@ class Demo:
         """The training, or what is missing of it since its last checkpoint."""
         data = (
             f"--dataset.repo_id={self.recording.repo_id}",
-            f"--dataset.root={self.recording.root}",
+            f"--dataset.root={self.demonstrations}",
             f"--output_dir={self.training}",
         )
         last = self.training / "checkpoints" / "last"
@@ -100,7 +97,8 @@ class Demo:
             # An earlier start that did not come as far as a checkpoint; lerobot-train wants no such folder.
             shutil.rmtree(self.training, ignore_errors=True)
             dtype = [] if bfloat16_pays() else ["--policy.dtype=float32"]
-            arguments = (f"--config_path={self.train_config}", *data, *dtype, *self.train_extras)
+            config = f"--config_path={self.train_config}"
+            arguments = (config, *data, *dtype, *self._policy_flags(), *self.train_extras)
             return [self._training_job(arguments)]
         trained = self._train_settings()["policy"]["type"]
         if not self.takes_any_policy and trained != f"lerobot_{self.policy}":
@@ -109,7 +107,7 @@ class Demo:
                 f"(lerobot_{self.policy}). Choose another --output_dir."
             )
         saved_config = self.checkpoint / "train_config.json"
-        for cause in (self.train_config, self.recording.root / SETTINGS_FILE):
+        for cause in (self.train_config, self.demonstrations / SETTINGS_FILE):
             if cause.exists() and cause.stat().st_mtime > saved_config.stat().st_mtime:
                 logger.warning(
                     "%s is newer than the training in %s, which is reused: to train anew, delete it or "
@@ -124,70 +122,67 @@ class Demo:
         return [self._training_job(arguments, step)]
 
     def evaluate(self) -> list[Job]:
-        """The missing evaluations: as instructed, and with the instructions of opposite tasks swapped.
+        """The suite's evaluations that are missing.
 
-        The latter takes longest, since its episodes end without success, and therefore shows its progress.
+        The last one takes longest, since its episodes end without success, and therefore shows its progress.
         """
-        wanted: list[tuple[str, list[str], list[str]]] = [("evaluate", self.tasks, [])]
-        if self.pairs:
-            wanted.append(("evaluate_swapped", self.pairs, ["--env.swap_instructions=true"]))
-        # A policy looks when it plans: pictures in between would be drawn for nobody.
-        steps_per_picture = self._train_settings()["policy"]["n_action_steps"]
         jobs = []
-        for name, tasks, extras in wanted:
-            folder = self.root / name
-            if self._is_evaluated(folder, tasks):
+        for evaluation in self.evaluations():
+            folder = self.root / evaluation.name
+            if self._is_evaluated(evaluation):
                 continue
             arguments = (
                 f"--policy.path={self.checkpoint}",
-                "--env.type=metaworld_fast",
-                f"--env.task={','.join(tasks)}",
-                f"--env.episode_length={self.episode_length}",
-                f"--env.steps_per_picture={steps_per_picture}",
-                *extras,
+                *evaluation.flags,
                 f"--eval.n_episodes={self.eval_episodes}",
-                f"--eval.batch_size={min(self.eval_episodes, EVALUATION_BATCH)}",
+                f"--eval.batch_size={min(self.eval_episodes, self.suite.eval_batch)}",
                 f"--seed={EVALUATION_SEED}",
                 f"--output_dir={folder}",
             )
-            # Two evaluations side by side: one thread each is as much as two cores have.
+            # Evaluations run side by side: one thread each is as much as two cores have.
             environment = (("HF_HUB_OFFLINE", "1"), ("OMP_NUM_THREADS", "1"))
             command = Command("lerobot-eval", arguments, environment)
-            jobs.append(self._job(name, command, "Stepping through eval batches"))
+            jobs.append(self._job(evaluation.name, command, "Stepping through eval batches"))
         return jobs
 
-    def open_loop_baselines(self) -> dict[str, float]:
-        """Success of each task's average demonstration, replayed open-loop in the evaluated episodes."""
-        from lerobot_pi0.demo.baseline import mean_demonstration, open_loop_success, recorded_actions
+    def evaluations(self) -> list[Evaluation]:
+        """All that the suite evaluates the trained policy by."""
+        n_action_steps = self._train_settings()["policy"]["n_action_steps"]
+        return self.suite.evaluations(self.tasks, self.recording, self.episode_length, n_action_steps)
 
-        seeds = range(EVALUATION_SEED, EVALUATION_SEED + self.eval_episodes)
-        return {
-            task: open_loop_success(
-                task,
-                mean_demonstration(recorded_actions(self.recording.root, task)),
-                seeds,
-                self.episode_length,
+    def open_loop_baseline(self, evaluation: Evaluation) -> dict[str, float]:
+        """Success of each task's average demonstration, replayed open-loop in the evaluated episodes."""
+        from lerobot_pi0.demo.baseline import mean_demonstration, recorded_actions
+
+        rates = {}
+        for task in tqdm(evaluation.tasks, desc="Open-loop baseline", unit="task", leave=False):
+            actions = recorded_actions(self.demonstrations, self.suite.instruction(task))
+            solved = self.suite.replay(
+                evaluation, task, mean_demonstration(actions), self.eval_episodes, self.episode_length
             )
-            for task in self.tasks
-        }
+            rates[task] = sum(solved) / len(solved)
+        return rates
 
     def report(self) -> str:
         """Write the page with its pictures; return what the terminal shows."""
         from lerobot_pi0.demo import report
         from lerobot_pi0.demo.page import write_page
 
-        evaluation = report.read_evaluation(self.root / "evaluate")
-        swapped = report.read_evaluation(self.root / "evaluate_swapped") if self.pairs else {}
-        table = report.success_table(evaluation, self.open_loop_baselines(), swapped)
+        evaluations = self.evaluations()
+        results = [report.read_evaluation(self.root / one.name, self.suite.task_name) for one in evaluations]
+        baselines = [self.open_loop_baseline(one) if one.has_baseline else {} for one in evaluations]
+        table = report.success_table(evaluations, results, baselines)
         losses = report.training_losses(self._log("train"), self._train_settings()["log_freq"])
         if losses:
             report.plot_losses(losses, self.root / "loss.png")
-        report.contact_sheet(evaluation, task_instructions(), self.root / "policy.gif")
+        instructions = {task: self.suite.instruction(task) for task in self.tasks}
+        report.contact_sheet(results[0], instructions, self.root / "policy.gif")
         trained = self._train_settings()["policy"]["type"]
         page = write_page(
             self.root / "index.html",
-            MODELS.get(trained, trained),
+            f"{MODELS.get(trained, trained)} in {self.suite.title}",
             table,
+            self.suite.reading,
             "loss.png" if losses else None,
             self.next_commands(),
             self.quick,
@@ -210,7 +205,7 @@ class Demo:
         """What to type after the demo: shell lines."""
         inputs = (
             f"--policy.path={self.checkpoint} --dataset.repo_id={self.recording.repo_id} "
-            f"--dataset.root={self.recording.root}"
+            f"--dataset.root={self.demonstrations}"
         )
         return [
             *(["source .venv/bin/activate"] if Path(".venv", "bin", "activate").exists() else []),
@@ -227,16 +222,27 @@ class Demo:
     def _train_settings(self) -> dict[str, Any]:
         return json.loads((self.checkpoint / "train_config.json").read_text(encoding="utf-8"))
 
-    def _is_evaluated(self, folder: Path, tasks: list[str]) -> bool:
+    def _is_evaluated(self, evaluation: Evaluation) -> bool:
         from lerobot_pi0.demo.report import read_evaluation
 
+        folder = self.root / evaluation.name
         info, weights = folder / "eval_info.json", self.checkpoint / "model.safetensors"
         if not info.exists() or info.stat().st_mtime < weights.stat().st_mtime:
             return False
-        results = read_evaluation(folder)
-        return list(results) == tasks and all(
+        results = read_evaluation(folder, self.suite.task_name)
+        return list(results) == list(evaluation.tasks) and all(
             len(result.successes) == self.eval_episodes for result in results.values()
         )
+
+    def _policy_flags(self) -> list[str]:
+        """What makes the settings of a π0 those of a π0.5: the state stands in the prompt."""
+        if self.takes_any_policy or self.policy == "pi0":
+            return []
+        (numbers,) = self.suite.features(self.recording)["observation.state"]["shape"]
+        return [
+            f"--policy.type=lerobot_{self.policy}",
+            f"--policy.tokenizer_max_length={PROMPT_TOKENS + TOKENS_PER_NUMBER * numbers}",
+        ]
 
     def _log(self, name: str) -> Path:
         return self.root / "logs" / f"{name}.log"
@@ -269,7 +275,8 @@ def bfloat16_pays() -> bool:
 def main(config: DemoConfig) -> str:
     """`lerobot-pi0 demo`: runs the stages that are missing, and reports the results."""
     demo = Demo(config)
-    expected = QUICK_STAGES if demo.quick else STAGES
+    demo.suite.check_installed()
+    expected = (demo.suite.quick_seconds if demo.quick else demo.suite.seconds)._asdict()
     seconds: dict[str, float] = {}
     text = ""
     for number, stage in enumerate(expected, 1):

@@ -1,10 +1,10 @@
 """The flags of `lerobot-pi0 record` and `lerobot-pi0 demo`."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from lerobot_pi0.demo.metaworld import parse_tasks
+from lerobot_pi0.demo.suites import OPTIONS, Recording, SuiteName, load_suite
 from lerobot_pi0.errors import UserError
 
 # With names, because draccus finds no help for a field whose type holds quotation marks.
@@ -14,12 +14,14 @@ DemoPolicy = Literal["pi0", "pi05"]
 
 @dataclass
 class DemoConfig:
-    """Record demonstrations in Meta-World, train a small policy, evaluate it. A second start goes on."""
+    """Record demonstrations, train a small policy, evaluate it. A second start goes on."""
 
+    # The simulator.
+    suite: SuiteName = "metaworld"
     # Which model is trained: pi0 (π0) or pi05 (π0.5).
     policy: DemoPolicy = "pi0"
-    # Where everything goes. Default: outputs/demo, with --policy=pi05 outputs/demo_pi05; with --quick that
-    # name and _quick.
+    # Where everything goes. Default: outputs/demo, with another suite or policy
+    # outputs/demo_<suite>_<policy>, with --quick that name and _quick.
     output_dir: Path | None = None
     # Two tasks, a few episodes, 10 training steps: shows that all parts work, not that the policy learns.
     quick: bool = False
@@ -27,11 +29,12 @@ class DemoConfig:
     wandb: bool = False
     # How: offline needs no account and no network, and `wandb sync` uploads it later.
     wandb_mode: WandbMode = "offline"
-    # Settings of lerobot-train. Default: the package's configs/demo.yaml, with --policy=pi05 demo_pi05.yaml.
+    # Settings of lerobot-train. Default: the package's configs/demo.yaml, with another suite
+    # demo_<suite>.yaml.
     train_config: Path | None = None
-    # Demonstrations of each task. Default: 40, with --quick 2.
+    # Demonstrations of each task. Default: the suite's (Meta-World: 40), with --quick 2.
     episodes_per_task: int | None = None
-    # Episodes in which each task is evaluated. Default: 40, with --quick 1.
+    # Episodes in which each task is evaluated. Default: the suite's (Meta-World: 40), with --quick 1.
     eval_episodes: int | None = None
 
     def __post_init__(self) -> None:
@@ -45,46 +48,58 @@ class DemoConfig:
 
 @dataclass
 class RecordConfig:
-    """Record scripted Meta-World experts as a LeRobotDataset."""
+    """Record scripted experts as a LeRobotDataset. What is left out, the suite knows."""
 
     # Folder of the dataset. A finished recording with the same settings is reused.
     root: Path
-    # Meta-World tasks, separated by commas.
-    tasks: str = "faucet-open-v3,faucet-close-v3,door-unlock-v3,plate-slide-v3"
+    # The simulator.
+    suite: SuiteName = "metaworld"
+    # Names of tasks, separated by commas. Default: those of the demo.
+    tasks: str | None = None
     # Successful demonstrations of each task.
-    episodes_per_task: int = 40
-    # Name of the dataset, as in --dataset.repo_id. Nothing is uploaded.
-    repo_id: str = "local/metaworld_demo"
-    # Seed of the first episode. lerobot-eval starts at 1000, so that it meets other scenes.
-    seed: int = 100_000
+    episodes_per_task: int | None = None
+    # Name of the dataset, as in --dataset.repo_id. Nothing is uploaded. Default: local/<suite>_demo.
+    repo_id: str | None = None
+    # Seed of the first episode. lerobot-eval meets other scenes than those of the default.
+    seed: int | None = None
     # Width and height of the camera image in pixels.
-    image_size: int = 96
-    # Standard deviation of the disturbance of the executed hand movement; actions lie in [-1, 1].
-    noise: float = 0.2
+    image_size: int | None = None
+    # How strongly the executed movement is disturbed. In Meta-World the standard deviation; actions lie in
+    # [-1, 1].
+    noise: float | None = None
     # Steps within which the expert has to succeed.
-    episode_length: int = 200
+    episode_length: int | None = None
     # Steps that the expert goes on after success. A chunk is not learnt beyond the end of its episode: where
     # its last actions are executed too, as under delay, give them something to learn from.
-    after_success: int = 0
-    # Draw the dots that mark the goal. reach, push and pick-place cannot be solved without them.
+    after_success: int | None = None
+    # Meta-World: draw the dots that mark the goal. reach, push and pick-place cannot be solved without them.
     show_goal: bool = False
-    # Write down where the hand is sent, in metres, instead of its displacement in centimetres. Evaluate with
-    # --env.position_actions=true.
+    # Meta-World: write down where the hand is sent, in metres, instead of its displacement in centimetres.
+    # Evaluate with --env.position_actions=true.
     position_actions: bool = False
+    # LIBERO: how far the target and the basket are displaced at most, in metres.
+    moved: float | None = None
 
     def __post_init__(self) -> None:
-        parse_tasks(self.tasks)
-        for name, least in (
-            ("episodes_per_task", 1),
-            ("episode_length", 1),
-            ("image_size", 32),  # the AV1 encoder brings the process down below
-        ):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name} must be at least {least}, not {getattr(self, name)}.")
-        for name in ("noise", "after_success"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} must not be negative, but is {getattr(self, name)}.")
+        self.recording()
 
-    def settings(self) -> dict[str, Any]:
-        """What determines the recorded frames: everything but the folder."""
-        return {name: value for name, value in asdict(self).items() if name != "root"}
+    def recording(self) -> Recording:
+        """These settings, and the suite's for what is left out.
+
+        Raises:
+            UserError: for a value that is out of range, an unknown task, or a setting of another suite.
+        """
+        suite = load_suite(self.suite)
+        given = {
+            field.name: value
+            for field in fields(self)
+            if field.name not in ("root", "suite") and (value := getattr(self, field.name)) is not None
+        }
+        for name in OPTIONS.keys() - set(suite.options):
+            if given.get(name, OPTIONS[name]) != OPTIONS[name]:
+                raise UserError(
+                    f"--{name} means nothing in {suite.title} (--suite={suite.name}). Leave it out."
+                )
+        recording = replace(suite.defaults, **given)
+        suite.parse_tasks(recording.tasks)
+        return recording

@@ -9,7 +9,7 @@ from lerobot_pi0.demo.report import Table
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ model }} in Meta-World</title>
+<title>{{ title }}</title>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 720px; padding: 1rem; }
 h2 { font-size: 1.2rem; margin-top: 2rem; }
@@ -22,7 +22,7 @@ pre { background: #f6f8fa; padding: .6rem .9rem; white-space: pre-wrap; overflow
 .note { color: #555; font-size: .9rem; }
 </style></head>
 <body>
-<h1>A small {{ model }} in Meta-World</h1>
+<h1>A small {{ title }}</h1>
 {% if quick %}<p>A quick run: 10 training steps teach nothing. Leave out <code>--quick</code> for the real
 one.</p>{% endif %}
 <img src="policy.gif" alt="One episode of each task">
@@ -33,9 +33,7 @@ one.</p>{% endif %}
 {% endfor %}</table>
 {% for note in table.notes %}<p class="note">{{ note }}</p>
 {% endfor %}
-<p>The open-loop baseline is high because Meta-World places the objects of a task at nearly the same spot in
-each episode: the same motion often does. Success above it needs the camera. A policy that follows its
-instruction does the opposite task when it is given the opposite instruction, and so fails at this one.</p>
+<p>{{ reading }}</p>
 {% if loss %}<h2>Training loss</h2>
 <img src="{{ loss }}" alt="Flow-matching loss by training step">{% endif %}
 <h2>What to type next</h2>
@@ -47,10 +45,22 @@ the instruction. attention: where the policy looks.</p>
 
 
 def write_page(
-    path: Path, model: str, table: Table, loss: str | None, commands: list[str], quick: bool
+    path: Path, title: str, table: Table, reading: str, loss: str | None, commands: list[str], quick: bool
 ) -> Path:
-    """Write the page beside policy.gif and the picture of the loss, if there is one; returns its path."""
+    """Write the page beside policy.gif and the picture of the loss, if there is one; returns its path.
+
+    Args:
+        path: of the page.
+        title: as in "π0 in Meta-World".
+        table: of successes.
+        reading: how to read the table.
+        loss: file name of the picture of the loss.
+        commands: shell lines to type next.
+        quick: says that the run teaches nothing.
+    """
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE)
-    page = template.render(model=model, table=table, loss=loss, commands=commands, quick=quick)
+    page = template.render(
+        title=title, table=table, reading=reading, loss=loss, commands=commands, quick=quick
+    )
     path.write_text(page, encoding="utf-8")
     return path

@@ -1,16 +1,19 @@
 """What the demo shows at its end: success beside the baselines, the training loss, the policy at work."""
 
 import json
+import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import av
 from PIL import Image, ImageDraw
 
 from lerobot_pi0.demo.command import START, TRAINING_LOSS
+from lerobot_pi0.demo.suites import Evaluation
 from lerobot_pi0.tables import format_table
 
 START_LINE = re.compile(START.format(step=r"(\d+)"))
@@ -24,7 +27,7 @@ BACKGROUND, SUCCESS, FAILURE = "#ffffff", "#1a7f37", "#b35900"
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class TaskResult:
     """The result of lerobot-eval for one task."""
 
     successes: list[bool]
@@ -36,11 +39,16 @@ class Evaluation:
         return sum(self.successes) / len(self.successes)
 
 
-def read_evaluation(folder: Path) -> dict[str, Evaluation]:
-    """The `eval_info.json` that lerobot-eval left in its output folder: {task: result}."""
+def read_evaluation(
+    folder: Path, task_name: Callable[[str, int], str] = lambda group, _: group
+) -> dict[str, TaskResult]:
+    """The `eval_info.json` that lerobot-eval left in its output folder: {task: result}.
+
+    `task_name` gives the task's name for LeRobot's group and number, as `Suite.task_name` does.
+    """
     info = json.loads((folder / "eval_info.json").read_text(encoding="utf-8"))
     return {
-        task["task_group"]: Evaluation(
+        task_name(task["task_group"], task["task_id"]): TaskResult(
             [bool(success) for success in task["metrics"]["successes"]],
             [Path(video) for video in task["metrics"]["video_paths"]],
         )
@@ -61,32 +69,54 @@ class Table:
 
 
 def success_table(
-    evaluation: Mapping[str, Evaluation], open_loop: Mapping[str, float], swapped: Mapping[str, Evaluation]
+    evaluations: Sequence[Evaluation],
+    results: Sequence[Mapping[str, TaskResult]],
+    baselines: Sequence[Mapping[str, float]],
 ) -> Table:
-    """Success per task beside the open-loop baseline and the success with the opposite instruction.
+    """Success per task with its interval, beside the open-loop baseline, for each evaluation.
 
     A task that is not above its baseline is marked.
+
+    Args:
+        evaluations: what was evaluated, the tasks as instructed first.
+        results: for each evaluation, by task.
+        baselines: for each evaluation, by task; empty where none was computed.
     """
+    header, columns, notes = ["task"], [], []
+    for evaluation, by_task, baseline in zip(evaluations, results, baselines, strict=True):
+        header.append(evaluation.column)
+        notes.append(f"{evaluation.column}: {evaluation.meaning}")
+        columns.append({task: _percent(result, baseline.get(task)) for task, result in by_task.items()})
+        columns[-1]["mean"] = f"{mean([result.rate for result in by_task.values()]):.0%}"
+        if baseline:
+            header.append(BASELINE)
+            columns.append({task: f"{rate:.0%}" for task, rate in baseline.items()})
+            columns[-1]["mean"] = f"{mean(baseline.values()):.0%}"
     rows: list[tuple[str, ...]] = [
-        (
-            task,
-            f"{result.rate:.0%}" + (" *" if result.rate <= open_loop[task] else "  "),
-            str(len(result.successes)),
-            f"{open_loop[task]:.0%}",
-            f"{swapped[task].rate:.0%}" if task in swapped else "",
-        )
-        for task, result in evaluation.items()
+        (task, *(column.get(task, "") for column in columns)) for task in [*results[0], "mean"]
     ]
-    marked = any("*" in row[1] for row in rows)
-    rates = [result.rate for result in evaluation.values()]
-    mean, mean_open_loop = sum(rates) / len(rates), sum(open_loop.values()) / len(open_loop)
-    rows.append(("mean", f"{mean:.0%}  ", "", f"{mean_open_loop:.0%}", ""))
-    notes = [f"{BASELINE}: the average demonstration, replayed without observations, in the same episodes"]
-    if swapped:
-        notes.append("opposite instruction: success at the task when the policy is given the opposite one")
-    if marked:
+    episodes = len(next(iter(results[0].values())).successes)
+    notes.append(
+        f"{BASELINE}: the average demonstration, replayed without observations, in the same episodes"
+    )
+    notes.append(f"{episodes} episodes of each task; in brackets 95 % intervals (Wilson)")
+    if any("*" in cell for row in rows for cell in row):
         notes.append(f"*: not above the {BASELINE} baseline")
-    return Table(("task", "success", "episodes", BASELINE, "opposite instruction"), rows, notes)
+    return Table(tuple(header), rows, notes)
+
+
+def _percent(result: TaskResult, baseline: float | None) -> str:
+    low, high = wilson_interval(sum(result.successes), len(result.successes))
+    mark = " *" if baseline is not None and result.rate <= baseline else ""
+    return f"{result.rate:.0%} ({low:.0%}–{high:.0%}){mark}"
+
+
+def wilson_interval(successful: int, of: int) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson, 1927)."""
+    share, z = successful / of, 1.96
+    middle, width = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
+    low, high = ((middle + sign * width) / (1 + z * z / of) for sign in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)  # rounding leads out by 1e-17
 
 
 def training_losses(log: Path, log_freq: int) -> list[tuple[int, float]]:
@@ -119,7 +149,7 @@ def plot_losses(losses: Sequence[tuple[int, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def contact_sheet(evaluation: Mapping[str, Evaluation], instructions: Mapping[str, str], path: Path) -> None:
+def contact_sheet(evaluation: Mapping[str, TaskResult], instructions: Mapping[str, str], path: Path) -> None:
     """A GIF with one tile per task: a successful episode, or the first one if none succeeded."""
     tiles = []
     for task, result in evaluation.items():

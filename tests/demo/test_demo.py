@@ -13,10 +13,13 @@ from lerobot.configs.train import TrainPipelineConfig
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.demo.command import Job
-from lerobot_pi0.demo.demo import EVALUATION_SEED, Demo, DemoConfig, minutes_left
+from lerobot_pi0.demo.demo import Demo, DemoConfig, minutes_left
 from lerobot_pi0.demo.environment import MetaworldFastEnvConfig
 from lerobot_pi0.demo.record import SETTINGS_FILE, RecordConfig
+from lerobot_pi0.demo.suites import EVALUATION_SEED
 from lerobot_pi0.inputs.shipped_configs import shipped_config
+
+PAIR = ["faucet-open-v3", "faucet-close-v3"]
 
 
 @pytest.fixture
@@ -29,7 +32,7 @@ def parse_training(demo: Demo, job: Job) -> TrainPipelineConfig:
 
 
 def finish_recording(demo: Demo) -> None:
-    settings = demo.recording.root / SETTINGS_FILE
+    settings = demo.demonstrations / SETTINGS_FILE
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps(demo.recording.settings()))
 
@@ -58,21 +61,17 @@ def finish_evaluation(demo: Demo, name: str, tasks: list[str]) -> Path:
 def test_what_is_recorded_is_what_is_trained_on(demo):
     (recording,), (training,) = demo.record(), demo.train()
     recorded = draccus.parse(RecordConfig, args=recording.command.arguments)
-    assert recorded == demo.recording
+    assert recorded.recording() == demo.recording
     trained = parse_training(demo, training)
     assert trained.dataset.root == str(recorded.root)
-    assert trained.dataset.repo_id == recorded.repo_id
+    assert trained.dataset.repo_id == demo.recording.repo_id
 
 
-@pytest.mark.parametrize(
-    ("policy", "settings", "kind"), [("pi0", "demo", Pi0Config), ("pi05", "demo_pi05", Pi05Config)]
-)
-def test_the_training_command_gives_a_small_policy_that_stays_on_this_machine(
-    policy, settings, kind, tmp_path
-):
+@pytest.mark.parametrize(("policy", "kind"), [("pi0", Pi0Config), ("pi05", Pi05Config)])
+def test_the_training_command_gives_a_small_policy_that_stays_on_this_machine(policy, kind, tmp_path):
     demo = Demo(DemoConfig(policy=policy, output_dir=tmp_path / "demo"))
     (training,) = demo.train()
-    assert training.command.arguments[0] == f"--config_path={shipped_config(settings)}"
+    assert training.command.arguments[0] == f"--config_path={shipped_config('demo')}"
     config = parse_training(demo, training)
     assert type(config.policy) is kind
     assert config.policy.vlm.width <= 512
@@ -90,7 +89,7 @@ def test_the_evaluation_commands_cover_all_tasks_and_the_swapped_pair_in_unseen_
     assert isinstance(swapped.env, MetaworldFastEnvConfig)
     assert plain.env.task == demo.recording.tasks
     assert not plain.env.swap_instructions
-    assert swapped.env.task == "faucet-open-v3,faucet-close-v3"
+    assert swapped.env.task == ",".join(PAIR)
     assert swapped.env.swap_instructions
     assert plain.env.steps_per_picture == swapped.env.steps_per_picture == 4  # the policy's n_action_steps
     for config in (plain, swapped):
@@ -109,7 +108,7 @@ def test_steps_that_are_done_are_not_repeated(demo):
     finish_recording(demo)
     finish_training(demo, step=30, of=30)
     finish_evaluation(demo, "evaluate", demo.tasks)
-    finish_evaluation(demo, "evaluate_swapped", demo.pairs)
+    finish_evaluation(demo, "evaluate_swapped", PAIR)
     assert demo.record() == []
     assert demo.train() == []
     assert demo.evaluate() == []
@@ -163,7 +162,7 @@ def test_a_training_of_the_other_policy_is_not_taken_for_this_ones(tmp_path):
 
 def test_an_evaluation_older_than_the_checkpoint_is_repeated(demo):
     info = finish_evaluation(demo, "evaluate", demo.tasks)
-    finish_evaluation(demo, "evaluate_swapped", demo.pairs)
+    finish_evaluation(demo, "evaluate_swapped", PAIR)
     finish_training(demo, step=30, of=30)
     os.utime(info, (0, 0))
     assert [job.name for job in demo.evaluate()][:1] == ["evaluate"]
@@ -172,7 +171,7 @@ def test_an_evaluation_older_than_the_checkpoint_is_repeated(demo):
 def test_an_evaluation_of_fewer_episodes_is_repeated(demo):
     finish_training(demo, step=30, of=30)
     finish_evaluation(demo, "evaluate", demo.tasks)
-    finish_evaluation(demo, "evaluate_swapped", demo.pairs)
+    finish_evaluation(demo, "evaluate_swapped", PAIR)
     demo.eval_episodes += 1
     assert [job.name for job in demo.evaluate()] == ["evaluate", "evaluate_swapped"]
 

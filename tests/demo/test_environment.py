@@ -14,11 +14,10 @@ from lerobot.envs.utils import NEW_ROLLOUT_OPTION
 
 from lerobot_pi0.demo import metaworld_env
 from lerobot_pi0.demo.environment import MetaworldFastEnvConfig
-from lerobot_pi0.demo.metaworld import parse_tasks, task_instructions
+from lerobot_pi0.demo.metaworld import SUITE, parse_tasks, task_instructions
 from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv, Simulation, scripted_expert
-from lerobot_pi0.demo.record import RecordConfig
 
-DEFAULT_TASKS = parse_tasks(RecordConfig.tasks)
+DEFAULT_TASKS = parse_tasks(SUITE.defaults.tasks)
 STILL = np.zeros(4, np.float32)
 
 

@@ -10,10 +10,11 @@ import pytest
 from lerobot.datasets import LeRobotDataset
 
 from lerobot_pi0.demo import record as recorder
-from lerobot_pi0.demo.baseline import mean_demonstration, open_loop_success, recorded_actions
-from lerobot_pi0.demo.metaworld import FPS, task_instructions
+from lerobot_pi0.demo.baseline import mean_demonstration, recorded_actions
+from lerobot_pi0.demo.metaworld import FPS, SUITE, task_instructions
 from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv, scripted_expert
 from lerobot_pi0.demo.record import RecordConfig, record
+from lerobot_pi0.demo.suites import EVALUATION_SEED
 
 TASK = "door-unlock-v3"
 SETTINGS: dict[str, Any] = {"tasks": TASK, "episodes_per_task": 2, "image_size": 64}
@@ -41,8 +42,8 @@ def test_a_recording_reads_back_with_chunks_of_actions(root):
 
 def test_labels_are_the_experts_clean_actions_in_the_states_that_noise_led_to(root):
     dataset, expert = read(root), scripted_expert(TASK)
-    env, noise = MetaworldFastEnv(TASK, "", image_size=64), np.random.default_rng(RecordConfig.seed)
-    observation, _ = env.reset(seed=RecordConfig.seed)
+    env, noise = MetaworldFastEnv(TASK, "", image_size=64), np.random.default_rng(SUITE.defaults.seed)
+    observation, _ = env.reset(seed=SUITE.defaults.seed)
     success, off_course = False, 0.0
     for step in range(dataset.meta.episodes[0]["length"]):
         sample = dataset[step]
@@ -52,7 +53,7 @@ def test_labels_are_the_experts_clean_actions_in_the_states_that_noise_led_to(ro
         action = sample["action"].numpy()
         np.testing.assert_array_equal(action, expert(env.simulation.state))
         assert np.abs(action).max() <= 1
-        executed = action + np.append(noise.normal(0, RecordConfig.noise, 3), 0)
+        executed = action + np.append(noise.normal(0, SUITE.defaults.noise, 3), 0)
         off_course += np.abs(executed - action).sum()
         observation, _, success, _, _ = env.step(executed)
     env.close()
@@ -63,7 +64,8 @@ def test_labels_are_the_experts_clean_actions_in_the_states_that_noise_led_to(ro
 def test_attempts_that_run_side_by_side_give_the_episodes_of_the_first_seeds_that_succeed(root, tmp_path):
     lengths = read(root).meta.episodes["length"]
     # One of the first two attempts runs out of time.
-    short = RecordConfig(root=tmp_path, **SETTINGS | {"image_size": 32, "episode_length": max(lengths) - 1})
+    settings: dict[str, Any] = SETTINGS | {"image_size": 32, "episode_length": max(lengths) - 1}
+    short = RecordConfig(root=tmp_path, **settings).recording()
     attempts = []
 
     def backwards(function, chunks):
@@ -74,7 +76,7 @@ def test_attempts_that_run_side_by_side_give_the_episodes_of_the_first_seeds_tha
     first, second = recorder.demonstrations(TASK, short, backwards)
     assert [seed for chunk in attempts for seed in chunk][:3] == [short.seed, short.seed + 1, short.seed + 2]
     assert len(first) == min(lengths)
-    (alone,) = recorder.successes(TASK, short, [attempts[-1][-1]])
+    (alone,) = SUITE.successes(TASK, short, [attempts[-1][-1]])
     np.testing.assert_array_equal([frame["action"] for frame in second], [frame["action"] for frame in alone])
 
 
@@ -138,7 +140,7 @@ def test_an_expert_that_never_succeeds_says_which_flags_to_change(tmp_path):
 
 def test_the_actions_of_a_task_are_read_episode_by_episode(root):
     lengths = read(root).meta.episodes["length"]
-    actions = recorded_actions(root, TASK)
+    actions = recorded_actions(root, task_instructions()[TASK])
     assert [episode.shape for episode in actions] == [(length, 4) for length in lengths]
 
 
@@ -149,12 +151,17 @@ def test_the_mean_demonstration_leaves_out_episodes_that_are_over():
 
 def test_replaying_a_demonstration_in_its_own_scene_solves_it_and_standing_still_does_not(tmp_path):
     calm = RecordConfig(
-        root=tmp_path / "calm", **SETTINGS | {"image_size": 32, "noise": 0.0, "episodes_per_task": 1}
+        root=tmp_path / "calm",
+        tasks=TASK,
+        episodes_per_task=1,
+        image_size=32,
+        noise=0.0,
+        seed=EVALUATION_SEED,
     )
-    (demonstration,) = recorded_actions(record(calm), TASK)
-    scene = range(calm.seed, calm.seed + 1)
-    assert open_loop_success(TASK, demonstration, scene, 200) == 1
-    assert open_loop_success(TASK, np.zeros((1, 4)), scene, 50) == 0
+    (demonstration,) = recorded_actions(record(calm), task_instructions()[TASK])
+    (evaluation,) = SUITE.evaluations([TASK], calm.recording(), 200, 4)
+    assert SUITE.replay(evaluation, TASK, demonstration, 1, 200) == [True]
+    assert SUITE.replay(evaluation, TASK, np.zeros((1, 4)), 1, 50) == [False]
 
 
 def test_an_expert_goes_on_after_success_for_as_long_as_asked(root, tmp_path):
@@ -171,7 +178,7 @@ def test_positions_say_where_the_displacements_lead(root, tmp_path):
     one, other = read(root), read(positions)
     assert other.meta.features["action"]["names"] == ["hand_x", "hand_y", "hand_z", "gripper_effort"]
     env = MetaworldFastEnv(TASK, "", image_size=64, position_actions=True)
-    env.reset(seed=RecordConfig.seed)
+    env.reset(seed=SUITE.defaults.seed)
     success = False
     for step in range(one.meta.episodes[0]["length"]):
         displacement, position = one[step], other[step]
@@ -182,3 +189,25 @@ def test_positions_say_where_the_displacements_lead(root, tmp_path):
         success |= done
     env.close()
     assert success
+
+
+def test_a_recording_of_an_earlier_version_is_recognised(root, tmp_path):
+    earlier = tmp_path / "door"
+    shutil.copytree(root / "meta", earlier / "meta")
+    settings = earlier / recorder.SETTINGS_FILE
+    kept = json.loads(settings.read_text())
+    for name in ("suite", "after_success", "position_actions"):
+        del kept[name]
+    settings.write_text(json.dumps(kept))
+    assert recorder.is_recorded(RecordConfig(root=earlier, **SETTINGS))
+
+
+def test_a_setting_of_another_suite_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"--moved means nothing in Meta-World"):
+        RecordConfig(root=tmp_path, moved=0.05)
+
+
+def test_a_simulator_that_is_missing_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(SUITE, "package", "no_such_package")
+    with pytest.raises(ValueError, match=r"--suite=metaworld: .* is not installed. pip install"):
+        record(RecordConfig(root=tmp_path / "door", **SETTINGS))

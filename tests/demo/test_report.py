@@ -11,13 +11,15 @@ from PIL import Image
 
 from lerobot_pi0.demo.page import write_page
 from lerobot_pi0.demo.report import (
-    Evaluation,
+    Table,
+    TaskResult,
     contact_sheet,
     plot_losses,
     read_evaluation,
     success_table,
     training_losses,
 )
+from lerobot_pi0.demo.suites import Evaluation
 
 
 def film(path: Path, frames: list[np.ndarray]) -> Path:
@@ -49,36 +51,58 @@ def test_the_evaluation_is_read_by_task(tmp_path):
     assert [str(path) for path in evaluation["reach-v3"].videos] == ["a/0.mp4"]
 
 
+def evaluation(name: str, column: str) -> Evaluation:
+    return Evaluation(name, column, "what it means", (), ())
+
+
 def test_the_table_shows_each_task_beside_its_baselines_and_marks_what_is_not_above():
-    evaluation = {
-        "faucet-open-v3": Evaluation([True] * 9 + [False], []),
-        "plate-slide-v3": Evaluation([True] * 5 + [False] * 5, []),
+    evaluations = [evaluation("evaluate", "success"), evaluation("evaluate_swapped", "opposite instruction")]
+    plain = {
+        "faucet-open-v3": TaskResult([True] * 9 + [False], []),
+        "plate-slide-v3": TaskResult([True] * 5 + [False] * 5, []),
     }
-    swapped = {"faucet-open-v3": Evaluation([False] * 10, [])}
-    table = str(success_table(evaluation, {"faucet-open-v3": 0.8, "plate-slide-v3": 0.5}, swapped))
-    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line}
-    assert rows["faucet-open-v3"] == ["90%", "10", "80%", "0%"]
-    assert rows["plate-slide-v3"] == ["50%", "*", "10", "50%"]
-    assert rows["mean"] == ["70%", "65%"]
-    assert "*: not above the open-loop baseline" in table
+    swapped = {"faucet-open-v3": TaskResult([False] * 10, [])}
+    table = success_table(evaluations, [plain, swapped], [{"faucet-open-v3": 0.8, "plate-slide-v3": 0.5}, {}])
+    assert table.header == ("task", "success", "open-loop", "opposite instruction")
+    # Wilson's intervals as R's prop.test(correct = FALSE) gives them.
+    assert table.rows == [
+        ("faucet-open-v3", "90% (60%–98%)", "80%", "0% (0%–28%)"),
+        ("plate-slide-v3", "50% (24%–76%) *", "50%", ""),
+        ("mean", "70%", "65%", "0%"),
+    ]
+    assert "opposite instruction: what it means" in str(table)
+    assert "*: not above the open-loop baseline" in str(table)
 
 
 def test_a_table_without_marks_does_not_explain_them():
-    table = str(success_table({"reach-v3": Evaluation([True], [])}, {"reach-v3": 0.1}, {}))
+    table = str(reach_table())
     assert "*" not in table
     assert "opposite instruction:" not in table
 
 
+def reach_table() -> Table:
+    return success_table(
+        [evaluation("evaluate", "success")], [{"reach-v3": TaskResult([True], [])}], [{"reach-v3": 0.1}]
+    )
+
+
 def test_the_page_shows_the_table_the_pictures_and_the_commands(tmp_path):
-    table = success_table({"reach-v3": Evaluation([True], [])}, {"reach-v3": 0.1}, {})
+    commands = ["lerobot-pi0 report --a='<b>'"]
     page = write_page(
-        tmp_path / "index.html", "π0.5", table, "loss.png", ["lerobot-pi0 report --a='<b>'"], quick=False
+        tmp_path / "index.html",
+        "π0.5 in Meta-World",
+        reach_table(),
+        "Read me so.",
+        "loss.png",
+        commands,
+        False,
     )
     text = page.read_text(encoding="utf-8")
-    assert "<td>reach-v3</td><td>100%  </td><td>1</td><td>10%</td>" in text
+    assert "<td>reach-v3</td><td>100% (21%–100%)</td><td>10%</td>" in text
     assert re.findall(r'src="(.*?)"', text) == ["policy.gif", "loss.png"]
     assert "lerobot-pi0 report --a=&#39;&lt;b&gt;&#39;" in text
     assert "<h1>A small π0.5 in Meta-World</h1>" in text
+    assert "Read me so." in text
     assert "quick run" not in text
 
 
@@ -101,8 +125,8 @@ def test_the_loss_plot_is_an_image(tmp_path):
 
 def test_the_contact_sheet_has_a_tile_per_task_and_prefers_a_success(tmp_path, videos):
     evaluation = {
-        "faucet-open-v3": Evaluation([False, True, True], [videos[30], videos[220]]),
-        "reach-v3": Evaluation([False, False], [videos[120], videos[30]]),
+        "faucet-open-v3": TaskResult([False, True, True], [videos[30], videos[220]]),
+        "reach-v3": TaskResult([False, False], [videos[120], videos[30]]),
     }
     instructions = {"faucet-open-v3": "Rotate the faucet counter-clockwise", "reach-v3": "Reach a goal"}
     contact_sheet(evaluation, instructions, tmp_path / "sheet.gif")
@@ -123,6 +147,6 @@ def test_a_contact_sheet_of_four_moving_tiles_stays_small(tmp_path):
 
     video = film(tmp_path / "episode.mp4", [moved(step) for step in range(120)])
     tasks = [f"task-{number}" for number in range(4)]
-    evaluation = {task: Evaluation([True], [video]) for task in tasks}
+    evaluation = {task: TaskResult([True], [video]) for task in tasks}
     contact_sheet(evaluation, dict.fromkeys(tasks, "Do it"), tmp_path / "sheet.gif")
     assert (tmp_path / "sheet.gif").stat().st_size < 1.5e6
