@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import IO
 
 from lerobot_pi0.errors import CommandError
@@ -62,17 +64,21 @@ class Command:
 
 @dataclass(frozen=True)
 class Job:
-    """A command, what to call it, where its output goes, and how its progress bar begins."""
+    """A command, what to call it, where its output goes, and how its progress bar begins.
+
+    `describe` turns a bar into what is shown of it. A text that ends in a newline stays.
+    """
 
     name: str
     command: Command
     log: Path
     bar: str
     first_step: int = 0
+    describe: Callable[[str], str] = str
 
 
 def run(*jobs: Job) -> None:
-    """Run jobs side by side until all have succeeded. The last one's progress bar is shown.
+    """Run jobs side by side until all have succeeded. Their progress is shown in one line.
 
     When one fails, or at Ctrl-C, the others are ended at once: what a command leaves behind counts only
     when it is complete.
@@ -83,10 +89,11 @@ def run(*jobs: Job) -> None:
     for job in jobs:
         logger.info("%s: %s\n    (log: %s)", job.name, job.command, job.log)
     processes = [job.command.start() for job in jobs]
-    bars = [None] * (len(jobs) - 1) + [LastLine(sys.stderr)]
-    with ThreadPoolExecutor(len(jobs)) as readers:
+    with closing(LastLine(sys.stderr)) as last_line, ThreadPoolExecutor(len(jobs)) as readers:
         try:
-            for result in as_completed(map(readers.submit, [_follow] * len(jobs), jobs, processes, bars)):
+            pairs = zip(jobs, processes, strict=True)
+            followed = [readers.submit(_follow, *pair, last_line) for pair in pairs]
+            for result in as_completed(followed):
                 result.result()
         finally:
             for process in processes:
@@ -94,35 +101,46 @@ def run(*jobs: Job) -> None:
 
 
 class LastLine:
-    """The last line of a terminal, which each text replaces; in a log, a line every half minute."""
+    """The last line of a terminal, which each text replaces; in a log, a line every half minute.
+
+    Several writers share it: each has a part of its own. May be called from any thread.
+    """
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
         self._is_terminal = stream.isatty()
         self._interval = 0.5 if self._is_terminal else 30.0
         self._shown_at = float("-inf")
-        self._text = ""
+        self._parts: dict[str, str] = {}
+        self._lock = Lock()
 
-    def show(self, text: str) -> None:
-        """Replace the line, unless the last time was just now."""
-        self._text = text
-        if time.monotonic() - self._shown_at >= self._interval:
-            self._write("" if self._is_terminal else "\n")
-            self._shown_at = time.monotonic()
+    def show(self, writer: str, text: str) -> None:
+        """Replace a writer's part, unless the last time was just now. A text with a newline stays."""
+        with self._lock:
+            if text.endswith("\n"):
+                self._parts.pop(writer, None)
+                self._write(text.removesuffix("\n"), "\n")
+                return
+            self._parts[writer] = text
+            if time.monotonic() - self._shown_at >= self._interval:
+                self._write(" | ".join(self._parts.values()), "" if self._is_terminal else "\n")
+                self._shown_at = time.monotonic()
 
-    def finish(self) -> None:
-        """Leave the last text on a line of its own."""
-        if self._text:
-            self._write("\n")
+    def close(self) -> None:
+        """Leave what was shown last on a line of its own."""
+        with self._lock:
+            if self._parts:
+                self._write(" | ".join(self._parts.values()), "\n")
+                self._parts.clear()
 
-    def _write(self, end: str) -> None:
+    def _write(self, text: str, end: str) -> None:
         columns = shutil.get_terminal_size().columns - 1
-        start, text = ("\r\x1b[K", self._text[:columns]) if self._is_terminal else ("", self._text)
+        start, text = ("\r\x1b[K", text[:columns]) if self._is_terminal else ("", text)
         self._stream.write(start + text + end)
         self._stream.flush()
 
 
-def _follow(job: Job, process: subprocess.Popen[bytes], last_line: LastLine | None) -> None:
+def _follow(job: Job, process: subprocess.Popen[bytes], last_line: LastLine) -> None:
     """Copy a command's output into its log until it ends, but its progress bar to the terminal."""
     last_lines: deque[str] = deque(maxlen=LAST_LINES)
     job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -139,10 +157,8 @@ def _follow(job: Job, process: subprocess.Popen[bytes], last_line: LastLine | No
                 if found := TRAINING_LOSS.search(message):
                     loss = f" loss {found[1]}"
             bar = BAR.search(line)
-            if last_line is not None and bar and bar[0].startswith(job.bar):
-                last_line.show(f"{bar[0]}{loss}")
-    if last_line is not None:
-        last_line.finish()
+            if bar and bar[0].startswith(job.bar):
+                last_line.show(job.name, f"{job.describe(bar[0])}{loss}")
     if process.wait() != 0:
         end = "\n".join(last_lines)
         raise CommandError(

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import time
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from lerobot_pi0.demo.command import Command, Job, run
 from lerobot_pi0.demo.flags import DemoConfig, RecordConfig
+from lerobot_pi0.demo.progress import BATCHES, EvaluationProgress
 from lerobot_pi0.demo.record import SETTINGS_FILE, is_recorded
 from lerobot_pi0.demo.suites import EVALUATION_SEED, Evaluation, load_suite
 from lerobot_pi0.errors import OutputExistsError
@@ -37,8 +39,8 @@ QUICK_TRAINING = (
     "--save_freq=5",
     "--policy.log_joints_every=5",
 )
-# Tokens of a prompt of π0.5: for the instruction, and for each number of the state.
-PROMPT_TOKENS, TOKENS_PER_NUMBER = 24, 8
+# Tokens of a prompt of π0.5: for instruction and words between, and for each number of the state.
+PROMPT_TOKENS, TOKENS_PER_NUMBER = 40, 4
 
 
 class Demo:
@@ -122,10 +124,8 @@ class Demo:
         return [self._training_job(arguments, step)]
 
     def evaluate(self) -> list[Job]:
-        """The suite's evaluations that are missing.
-
-        The last one takes longest, since its episodes end without success, and therefore shows its progress.
-        """
+        """The suite's evaluations that are missing."""
+        batch = min(self.eval_episodes, self.suite.eval_batch)
         jobs = []
         for evaluation in self.evaluations():
             folder = self.root / evaluation.name
@@ -135,14 +135,16 @@ class Demo:
                 f"--policy.path={self.checkpoint}",
                 *evaluation.flags,
                 f"--eval.n_episodes={self.eval_episodes}",
-                f"--eval.batch_size={min(self.eval_episodes, self.suite.eval_batch)}",
+                f"--eval.batch_size={batch}",
                 f"--seed={EVALUATION_SEED}",
                 f"--output_dir={folder}",
             )
             # Evaluations run side by side: one thread each is as much as two cores have.
             environment = (("HF_HUB_OFFLINE", "1"), ("OMP_NUM_THREADS", "1"))
             command = Command("lerobot-eval", arguments, environment)
-            jobs.append(self._job(evaluation.name, command, "Stepping through eval batches"))
+            progress = EvaluationProgress(evaluation.name, evaluation.tasks, self.eval_episodes, batch)
+            name = evaluation.name
+            jobs.append(Job(name, command, self._log(name), BATCHES, describe=progress))
         return jobs
 
     def evaluations(self) -> list[Evaluation]:
@@ -176,13 +178,20 @@ class Demo:
         if losses:
             report.plot_losses(losses, self.root / "loss.png")
         instructions = {task: self.suite.instruction(task) for task in self.tasks}
-        report.contact_sheet(results[0], instructions, self.root / "policy.gif")
+        report.contact_sheet(report.success_tiles(results[0], instructions), self.root / "policy.gif")
+        to_be_solved = (
+            by_task for one, by_task in zip(evaluations, results, strict=True) if one.has_baseline
+        )
+        failures = [tile for by_task in to_be_solved for tile in report.failure_tiles(by_task, instructions)]
+        if failures:
+            report.contact_sheet(failures, self.root / "failures.gif")
         trained = self._train_settings()["policy"]["type"]
         page = write_page(
             self.root / "index.html",
             f"{MODELS.get(trained, trained)} in {self.suite.title}",
             table,
             self.suite.reading,
+            "failures.gif" if failures else None,
             "loss.png" if losses else None,
             self.next_commands(),
             self.quick,
@@ -286,7 +295,8 @@ def main(config: DemoConfig) -> str:
         if stage == "report":
             text = demo.report()
         elif jobs := getattr(demo, stage)():
-            run(*jobs)
+            for side_by_side in batched(jobs, os.cpu_count() or 1):
+                run(*side_by_side)
         else:
             logger.info("%s: already done, reused", stage)
             continue

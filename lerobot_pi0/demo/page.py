@@ -25,7 +25,6 @@ pre { background: #f6f8fa; padding: .6rem .9rem; white-space: pre-wrap; overflow
 <h1>A small {{ title }}</h1>
 {% if quick %}<p>A quick run: 10 training steps teach nothing. Leave out <code>--quick</code> for the real
 one.</p>{% endif %}
-<img src="policy.gif" alt="One episode of each task">
 <h2>Success in new scenes</h2>
 <table>
 <tr>{% for cell in table.header %}<th>{{ cell }}</th>{% endfor %}</tr>
@@ -34,6 +33,11 @@ one.</p>{% endif %}
 {% for note in table.notes %}<p class="note">{{ note }}</p>
 {% endfor %}
 <p>{{ reading }}</p>
+{% if failures %}<h2>Failures</h2>
+<img src="{{ failures }}" alt="Failed episodes">
+<p class="note">The first failures of each task among the episodes that lerobot-eval films.</p>{% endif %}
+<h2>The policy at work</h2>
+<img src="policy.gif" alt="One episode of each task">
 {% if loss %}<h2>Training loss</h2>
 <img src="{{ loss }}" alt="Flow-matching loss by training step">{% endif %}
 <h2>What to type next</h2>
@@ -45,22 +49,36 @@ the instruction. attention: where the policy looks.</p>
 
 
 def write_page(
-    path: Path, title: str, table: Table, reading: str, loss: str | None, commands: list[str], quick: bool
+    path: Path,
+    title: str,
+    table: Table,
+    reading: str,
+    failures: str | None,
+    loss: str | None,
+    commands: list[str],
+    quick: bool,
 ) -> Path:
-    """Write the page beside policy.gif and the picture of the loss, if there is one; returns its path.
+    """Write the page beside policy.gif and the other pictures, if there are any; returns its path.
 
     Args:
         path: of the page.
         title: as in "π0 in Meta-World".
         table: of successes.
         reading: how to read the table.
+        failures: file name of the contact sheet of failures.
         loss: file name of the picture of the loss.
         commands: shell lines to type next.
         quick: says that the run teaches nothing.
     """
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE)
     page = template.render(
-        title=title, table=table, reading=reading, loss=loss, commands=commands, quick=quick
+        title=title,
+        table=table,
+        reading=reading,
+        failures=failures,
+        loss=loss,
+        commands=commands,
+        quick=quick,
     )
     path.write_text(page, encoding="utf-8")
     return path

@@ -4,7 +4,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -18,9 +18,9 @@ from lerobot_pi0.tables import format_table
 
 START_LINE = re.compile(START.format(step=r"(\d+)"))
 
-# The contact sheet: every fourth frame (as many as the policy looks at) at 10 per second is half the real
-# speed, which the eye can follow.
-FRAME_STRIDE, FRAMES_PER_SECOND, HOLD_FRAMES = 4, 10, 8
+# A contact sheet.
+FRAMES_PER_SECOND, HOLD_FRAMES, MOST_FRAMES = 10, 8, 60
+TILE_WIDTH, TILES_PER_ROW, FAILURES_PER_TASK = 160, 5, 2
 CAPTION_LINES, CAPTION_HEIGHT = 3, 44
 BASELINE = "open-loop"
 BACKGROUND, SUCCESS, FAILURE = "#ffffff", "#1a7f37", "#b35900"
@@ -89,7 +89,7 @@ def success_table(
         columns.append({task: _percent(result, baseline.get(task)) for task, result in by_task.items()})
         columns[-1]["mean"] = f"{mean([result.rate for result in by_task.values()]):.0%}"
         if baseline:
-            header.append(BASELINE)
+            header.append(BASELINE if evaluation is evaluations[0] else f"{BASELINE}, {evaluation.column}")
             columns.append({task: f"{rate:.0%}" for task, rate in baseline.items()})
             columns[-1]["mean"] = f"{mean(baseline.values()):.0%}"
     rows: list[tuple[str, ...]] = [
@@ -149,26 +149,60 @@ def plot_losses(losses: Sequence[tuple[int, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def contact_sheet(evaluation: Mapping[str, TaskResult], instructions: Mapping[str, str], path: Path) -> None:
-    """A GIF with one tile per task: a successful episode, or the first one if none succeeded."""
+@dataclass(frozen=True)
+class Tile:
+    """A filmed episode of a contact sheet."""
+
+    caption: str
+    success: bool
+    video: Path
+
+
+def success_tiles(results: Mapping[str, TaskResult], instructions: Mapping[str, str]) -> list[Tile]:
+    """One tile per task: the first filmed success, or the first episode if none was filmed."""
     tiles = []
-    for task, result in evaluation.items():
+    for task, result in results.items():
         filmed = result.successes[: len(result.videos)]
         shown = filmed.index(True) if True in filmed else 0
-        tiles.append((instructions[task], filmed[shown], _frames(result.videos[shown])))
-    size = tiles[0][2][0].size
-    length = max(len(frames) for _, _, frames in tiles)
+        tiles.append(Tile(instructions[task], filmed[shown], result.videos[shown]))
+    return tiles
+
+
+def failure_tiles(results: Mapping[str, TaskResult], instructions: Mapping[str, str]) -> list[Tile]:
+    """The first filmed failures of each task; the number of the episode stands in the caption."""
+    tiles = []
+    for task, result in results.items():
+        failures = [index for index in range(len(result.videos)) if not result.successes[index]]
+        tiles += [
+            Tile(f"episode {index}: {instructions[task]}", False, result.videos[index])
+            for index in failures[:FAILURES_PER_TASK]
+        ]
+    return tiles
+
+
+def contact_sheet(tiles: Sequence[Tile], path: Path) -> None:
+    """A GIF of episodes side by side; a caption shows success or failure by its colour at the end."""
+    episodes = [list(_frames(tile.video)) for tile in tiles]
+    # Every fourth frame (as many as the policy looks at) of Meta-World is half the real speed at 10 per
+    # second, which the eye can follow. Longer episodes go faster.
+    stride = max(4, math.ceil(max(map(len, episodes)) / MOST_FRAMES))
+    episodes = [[*frames[:-1:stride], frames[-1]] for frames in episodes]
+    width = min(episodes[0][0].width, TILE_WIDTH)
+    height = width * episodes[0][0].height // episodes[0][0].width
+    columns = min(len(tiles), TILES_PER_ROW)
+    tall = height + CAPTION_HEIGHT
     pages = []
-    for index in range(length + HOLD_FRAMES):
-        page = Image.new("RGB", (size[0] * len(tiles), size[1] + CAPTION_HEIGHT), BACKGROUND)
+    for index in range(max(map(len, episodes)) + HOLD_FRAMES):
+        page = Image.new("RGB", (width * columns, tall * math.ceil(len(tiles) / columns)), BACKGROUND)
         draw = ImageDraw.Draw(page)
-        for column, (instruction, success, frames) in enumerate(tiles):
-            left = column * size[0]
-            page.paste(frames[min(index, len(frames) - 1)], (left, CAPTION_HEIGHT))
+        for number, (tile, frames) in enumerate(zip(tiles, episodes, strict=True)):
+            left, top = number % columns * width, number // columns * tall
+            frame = frames[min(index, len(frames) - 1)]
+            page.paste(frame.resize((width, height)), (left, top + CAPTION_HEIGHT))
             over = index >= len(frames) - 1
-            colour = (SUCCESS if success else FAILURE) if over else "black"
-            caption = "\n".join(textwrap.wrap(instruction, width=max(8, size[0] // 6))[:CAPTION_LINES])
-            draw.multiline_text((left + 4, 2), caption, fill=colour, spacing=2)
+            colour = (SUCCESS if tile.success else FAILURE) if over else "black"
+            caption = "\n".join(textwrap.wrap(tile.caption, width=max(8, width // 6))[:CAPTION_LINES])
+            draw.multiline_text((left + 4, top + 2), caption, fill=colour, spacing=2)
         pages.append(page)
     # One palette for all pages: otherwise still regions flicker, and no page can be stored as a difference.
     palette = pages[0].quantize(256, dither=Image.Dither.NONE)
@@ -183,7 +217,6 @@ def contact_sheet(evaluation: Mapping[str, TaskResult], instructions: Mapping[st
     )
 
 
-def _frames(video: Path) -> list[Image.Image]:
+def _frames(video: Path) -> Iterator[Image.Image]:
     with av.open(str(video)) as container:
-        frames = [frame.to_image() for frame in container.decode(video=0)]
-    return [*frames[:-1:FRAME_STRIDE], frames[-1]]
+        yield from (frame.to_image() for frame in container.decode(video=0))

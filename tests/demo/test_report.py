@@ -13,10 +13,13 @@ from lerobot_pi0.demo.page import write_page
 from lerobot_pi0.demo.report import (
     Table,
     TaskResult,
+    Tile,
     contact_sheet,
+    failure_tiles,
     plot_losses,
     read_evaluation,
     success_table,
+    success_tiles,
     training_losses,
 )
 from lerobot_pi0.demo.suites import Evaluation
@@ -88,18 +91,12 @@ def reach_table() -> Table:
 
 def test_the_page_shows_the_table_the_pictures_and_the_commands(tmp_path):
     commands = ["lerobot-pi0 report --a='<b>'"]
-    page = write_page(
-        tmp_path / "index.html",
-        "π0.5 in Meta-World",
-        reach_table(),
-        "Read me so.",
-        "loss.png",
-        commands,
-        False,
-    )
+    path, title = tmp_path / "index.html", "π0.5 in Meta-World"
+    pictures = ("failures.gif", "loss.png")
+    page = write_page(path, title, reach_table(), "Read me so.", *pictures, commands, quick=False)
     text = page.read_text(encoding="utf-8")
     assert "<td>reach-v3</td><td>100% (21%–100%)</td><td>10%</td>" in text
-    assert re.findall(r'src="(.*?)"', text) == ["policy.gif", "loss.png"]
+    assert re.findall(r'src="(.*?)"', text) == ["failures.gif", "policy.gif", "loss.png"]
     assert "lerobot-pi0 report --a=&#39;&lt;b&gt;&#39;" in text
     assert "<h1>A small π0.5 in Meta-World</h1>" in text
     assert "Read me so." in text
@@ -129,7 +126,7 @@ def test_the_contact_sheet_has_a_tile_per_task_and_prefers_a_success(tmp_path, v
         "reach-v3": TaskResult([False, False], [videos[120], videos[30]]),
     }
     instructions = {"faucet-open-v3": "Rotate the faucet counter-clockwise", "reach-v3": "Reach a goal"}
-    contact_sheet(evaluation, instructions, tmp_path / "sheet.gif")
+    contact_sheet(success_tiles(evaluation, instructions), tmp_path / "sheet.gif")
     sheet = Image.open(tmp_path / "sheet.gif")
     assert sheet.size[0] == 2 * 128
     left, right = (np.asarray(sheet.convert("L"))[-64:, column : column + 64] for column in (32, 160))
@@ -146,7 +143,27 @@ def test_a_contact_sheet_of_four_moving_tiles_stays_small(tmp_path):
         return np.concatenate([scene[:40], np.roll(scene[40:80], step, axis=1), scene[80:]])
 
     video = film(tmp_path / "episode.mp4", [moved(step) for step in range(120)])
-    tasks = [f"task-{number}" for number in range(4)]
-    evaluation = {task: TaskResult([True], [video]) for task in tasks}
-    contact_sheet(evaluation, dict.fromkeys(tasks, "Do it"), tmp_path / "sheet.gif")
+    contact_sheet([Tile("Do it", True, video)] * 4, tmp_path / "sheet.gif")
     assert (tmp_path / "sheet.gif").stat().st_size < 1.5e6
+
+
+def test_failures_are_those_that_were_filmed_with_the_number_of_the_episode():
+    videos = [Path(f"{number}.mp4") for number in range(5)]
+    results = {
+        "reach-v3": TaskResult([True, False, True, False, False, False], videos),
+        "push-v3": TaskResult([True] * 6, videos),
+    }
+    tiles = failure_tiles(results, {"reach-v3": "Reach a goal", "push-v3": "Push"})
+    assert [(tile.caption, tile.success, tile.video) for tile in tiles] == [
+        ("episode 1: Reach a goal", False, videos[1]),
+        ("episode 3: Reach a goal", False, videos[3]),
+    ]
+
+
+def test_many_tiles_and_large_pictures_stay_a_sheet_for_a_screen(tmp_path):
+    video = film(tmp_path / "episode.mp4", [np.zeros((480, 640, 3), np.uint8)] * 300)
+    contact_sheet([Tile("Do it", False, video)] * 7, tmp_path / "sheet.gif")
+    sheet = Image.open(tmp_path / "sheet.gif")
+    assert sheet.size[0] == 5 * 160
+    assert sheet.size[1] > 2 * 120
+    assert getattr(sheet, "n_frames", 1) <= 70
