@@ -62,10 +62,10 @@ class RecordConfig:
     repo_id: str | None = None
     # Seed of the first episode. lerobot-eval meets other scenes than those of the default.
     seed: int | None = None
-    # Width and height of the camera image in pixels.
+    # Width and height of the camera image in pixels; in ALOHA its width, of which the height is 3/4.
     image_size: int | None = None
     # How strongly the executed movement is disturbed. In Meta-World the standard deviation; actions lie in
-    # [-1, 1].
+    # [-1, 1]. In ALOHA that of pushes of the hands, in metres.
     noise: float | None = None
     # Steps within which the expert has to succeed.
     episode_length: int | None = None

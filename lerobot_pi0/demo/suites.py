@@ -17,9 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 from lerobot_pi0.errors import UserError
 
-SuiteName = Literal["metaworld"]
+SuiteName = Literal["metaworld", "aloha"]
 MODULES: dict[SuiteName, str] = {
     "metaworld": "lerobot_pi0.demo.metaworld",
+    "aloha": "lerobot_pi0.demo.aloha",
 }
 
 # A frame of an episode, as `LeRobotDataset.add_frame` takes it, with its instruction under "task".
