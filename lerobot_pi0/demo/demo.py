@@ -57,7 +57,8 @@ class Demo:
         self.record_config = RecordConfig(
             root=self.root / "demonstrations",
             suite=suite.name,
-            tasks=suite.quick_tasks if config.quick else None,
+            tasks=config.tasks or (suite.quick_tasks if config.quick else None),
+            moved=config.moved,
             episodes_per_task=config.episodes_per_task or (2 if config.quick else None),
         )
         self.recording = self.record_config.recording()
@@ -80,6 +81,7 @@ class Demo:
             f"--suite={self.suite.name}",
             f"--tasks={self.recording.tasks}",
             f"--episodes_per_task={self.recording.episodes_per_task}",
+            *([f"--moved={self.recording.moved}"] if "moved" in self.suite.options else []),
         ]
         return [self._job("record", Command("lerobot-pi0 record", tuple(arguments)), "Recording")]
 
@@ -165,6 +167,19 @@ class Demo:
             rates[task] = sum(solved) / len(solved)
         return rates
 
+    def open_loop_baselines(self) -> list[dict[str, float]]:
+        """Those of all evaluations, empty where a task is not to be solved; `open_loop.json` keeps them."""
+        evaluations = self.evaluations()
+        path, settings = self.root / "open_loop.json", self.demonstrations / SETTINGS_FILE
+        of = [[one.name, *one.flags, self.eval_episodes, self.episode_length] for one in evaluations]
+        if path.exists() and path.stat().st_mtime > settings.stat().st_mtime:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["of"] == of:
+                return kept["rates"]
+        rates = [self.open_loop_baseline(one) if one.has_baseline else {} for one in evaluations]
+        path.write_text(json.dumps({"of": of, "rates": rates}, indent=2) + "\n", encoding="utf-8")
+        return rates
+
     def report(self) -> str:
         """Write the page with its pictures; return what the terminal shows."""
         from lerobot_pi0.demo import report
@@ -172,8 +187,7 @@ class Demo:
 
         evaluations = self.evaluations()
         results = [report.read_evaluation(self.root / one.name, self.suite.task_name) for one in evaluations]
-        baselines = [self.open_loop_baseline(one) if one.has_baseline else {} for one in evaluations]
-        table = report.success_table(evaluations, results, baselines)
+        table = report.success_table(evaluations, results, self.open_loop_baselines())
         losses = report.training_losses(self._log("train"), self._train_settings()["log_freq"])
         if losses:
             report.plot_losses(losses, self.root / "loss.png")

@@ -48,6 +48,8 @@ class MetaworldFastEnvConfig(EnvConfig):
     show_goal: bool = False
     # Take positions of the hand for actions, as most robots do, instead of displacements.
     position_actions: bool = False
+    # How far objects are moved at most, in metres, beyond the places that Meta-World gives them.
+    moved: float = 0.0
     # Hand out the instruction of the opposite task (faucet-open ↔ faucet-close, ...), to see whether it is
     # obeyed.
     swap_instructions: bool = False
@@ -61,6 +63,8 @@ class MetaworldFastEnvConfig(EnvConfig):
         for name in ("episode_length", "image_size", "steps_per_picture"):
             if getattr(self, name) < 1:
                 raise UserError(f"--env.{name} must be at least 1, not {getattr(self, name)}.")
+        if self.moved < 0:
+            raise UserError(f"--env.moved must not be negative, but is {self.moved}.")
         single = [name for name in tasks if name not in OPPOSITES]
         if self.swap_instructions and single:
             raise UserError(
@@ -82,6 +86,7 @@ class MetaworldFastEnvConfig(EnvConfig):
             "steps_per_picture": self.steps_per_picture,
             "show_goal": self.show_goal,
             "position_actions": self.position_actions,
+            "moved": self.moved,
         }
 
     def instruction(self, task: str) -> str:

@@ -32,6 +32,10 @@ class DemoConfig:
     # Settings of lerobot-train. Default: the package's configs/demo.yaml, with another suite
     # demo_<suite>.yaml.
     train_config: Path | None = None
+    # Tasks, separated by commas. Default: the suite's.
+    tasks: str | None = None
+    # How far objects are moved at most, as in `lerobot-pi0 record`. Default: the suite's.
+    moved: float | None = None
     # Demonstrations of each task. Default: the suite's (Meta-World: 40), with --quick 2.
     episodes_per_task: int | None = None
     # Episodes in which each task is evaluated. Default: the suite's (Meta-World: 40), with --quick 1.

@@ -85,7 +85,7 @@ class MetaworldSuite(Suite):
         episode_length=200,
         after_success=0,
     )
-    options = ("show_goal", "position_actions")
+    options = ("show_goal", "position_actions", "moved")
     quick_tasks = "faucet-open-v3,faucet-close-v3"
     eval_episodes = 40
     eval_batch = 10
@@ -134,6 +134,7 @@ class MetaworldSuite(Suite):
             episode_length=recording.episode_length,
             image_size=recording.image_size,
             show_goal=recording.show_goal,
+            moved=recording.moved,
         )
         episodes = []
         with closing(env):
@@ -173,11 +174,12 @@ class MetaworldSuite(Suite):
             f"--env.episode_length={episode_length}",
             # A policy looks when it plans: pictures in between would be drawn for nobody.
             f"--env.steps_per_picture={n_action_steps}",
+            f"--env.moved={recording.moved}",
         )
 
         def run(name: str, column: str, meaning: str, tasks: Sequence[str], *extras: str) -> Evaluation:
             flags = ("--env.type=metaworld_fast", f"--env.task={','.join(tasks)}", *shared, *extras)
-            return Evaluation(name, column, meaning, tuple(tasks), flags, has_baseline=not extras)
+            return Evaluation(name, column, meaning, tuple(tasks), flags, not extras, recording.moved)
 
         evaluations = [run("evaluate", "success", "success in new scenes", tasks)]
         pairs = [task for task in tasks if OPPOSITES.get(task) in tasks]
@@ -194,7 +196,7 @@ class MetaworldSuite(Suite):
         """Without a camera, in the scenes of lerobot-eval's seeds."""
         from lerobot_pi0.demo.metaworld_env import Simulation
 
-        simulation = Simulation(task)
+        simulation = Simulation(task, evaluation.moved)
         solved = []
         for seed in range(EVALUATION_SEED, EVALUATION_SEED + episodes):
             simulation.reset(seed)

@@ -73,9 +73,12 @@ class Simulation:
     `state` (39,) float64 holds the hand's position and gripper opening, the positions of all objects, the
     same of the previous step, and the goal. The scripted experts see it; a policy sees only its first four
     numbers.
+
+    `moved`: how far objects are moved along x and y at most, in metres, beyond where Meta-World places them.
+    There the places of a task are so alike that many a motion without eyes solves it.
     """
 
-    def __init__(self, task: str) -> None:
+    def __init__(self, task: str, moved: float = 0.0) -> None:
         task_class = metaworld.env_dict.ALL_V3_ENVIRONMENTS[task]
         self._env: Any = task_class()
         # The experts need to know the goal. (MT1 would do the same after sampling 50 goals that nobody uses.)
@@ -83,6 +86,13 @@ class Simulation:
         self._env.set_task(metaworld.types.Task(env_name=task, data=pickle.dumps(settings)))
         self._env._freeze_rand_vec = False  # objects move at every reset ...
         self._env.seeded_rand_vec = True  # ... and the seed says where
+        if moved:
+            space = self._env._random_reset_space  # positions: x, y, z of one object after the other
+            assert space is not None
+            reach = np.tile([moved, moved, 0.0], space.low.size // 3)
+            self._env._random_reset_space = spaces.Box(
+                space.low - reach, space.high + reach, dtype=np.float64
+            )
         self._env.max_path_length = sys.maxsize  # who runs the episode decides when it ends
         self.model: mujoco.MjModel = self._env.model
         self.data: mujoco.MjData = self._env.data
@@ -109,7 +119,8 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
     Observation: `pixels` (H, W, 3) uint8 and `agent_pos` (4,) float32: the hand's x, y, z in metres and the
     gripper's opening, 0 to 1. Action: (4,) in [-1, 1], clipped: the hand's displacement in centimetres, and
     the gripper's effort; with `position_actions` the hand's next position in metres, and effort. An episode
-    ends at success or after `episode_length` steps. A seed passed to `reset` fixes where the objects lie.
+    ends at success or after `episode_length` steps. A seed passed to `reset` fixes where the objects lie, up
+    to `moved` metres beyond Meta-World's own places.
     The camera takes a picture every `steps_per_picture` steps from the first observation on, and one at the
     end; in between, observations hold the last one.
     """
@@ -127,6 +138,7 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
         steps_per_picture: int = 1,
         show_goal: bool = False,
         position_actions: bool = False,
+        moved: float = 0.0,
     ) -> None:
         self.task = task
         self.task_description = task_description
@@ -135,6 +147,7 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
         self._steps_per_picture = steps_per_picture
         self._show_goal = show_goal
         self._position_actions = position_actions
+        self._moved = moved
         self.observation_space = spaces.Dict(
             {
                 "pixels": spaces.Box(0, 255, (image_size, image_size, 3), np.uint8),
@@ -152,7 +165,7 @@ class MetaworldFastEnv(gym.Env[dict[str, Any], np.ndarray]):
     def simulation(self) -> Simulation:
         """The running simulation, made late: lerobot-eval makes all tasks before it runs the first."""
         if self._simulation is None:
-            self._simulation = Simulation(self.task)
+            self._simulation = Simulation(self.task, self._moved)
             self._renderer = self._make_renderer(self._simulation.model)
         return self._simulation
 

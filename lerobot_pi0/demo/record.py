@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lerobot_pi0.demo.flags import RecordConfig
-from lerobot_pi0.demo.suites import Frame, Recording, load_suite
+from lerobot_pi0.demo.suites import OPTIONS, Frame, Recording, load_suite
 from lerobot_pi0.errors import CommandError, OutputExistsError
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def is_recorded(config: RecordConfig) -> bool:
         ) from None
     # A recording of an earlier version lacks the settings that came later.
     recording = config.recording()
-    recorded = asdict(load_suite(recorded.get("suite", "metaworld")).defaults) | recorded
+    recorded = asdict(load_suite(recorded.get("suite", "metaworld")).defaults) | OPTIONS | recorded
     differing = [
         f"--{name}={recorded[name]}"
         for name, value in recording.settings().items()

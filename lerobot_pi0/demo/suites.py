@@ -81,6 +81,8 @@ class Evaluation:
     flags: tuple[str, ...]  # of lerobot-eval: --env.*
     # Whether its tasks are to be solved: then the blind baseline is computed in its episodes, too.
     has_baseline: bool = True
+    # How far its objects are moved, as in `Recording`; for `Suite.replay`.
+    moved: float = 0.0
 
 
 class Seconds(NamedTuple):

@@ -58,13 +58,21 @@ def finish_evaluation(demo: Demo, name: str, tasks: list[str]) -> Path:
     return info
 
 
-def test_what_is_recorded_is_what_is_trained_on(demo):
+def test_what_is_recorded_is_what_is_trained_on_and_evaluated(tmp_path, monkeypatch):
+    demo = Demo(DemoConfig(output_dir=tmp_path / "demo", tasks="plate-slide-v3,door-unlock-v3", moved=0.07))
     (recording,), (training,) = demo.record(), demo.train()
     recorded = draccus.parse(RecordConfig, args=recording.command.arguments)
     assert recorded.recording() == demo.recording
+    assert recorded.recording().moved == 0.07
     trained = parse_training(demo, training)
     assert trained.dataset.root == str(recorded.root)
     assert trained.dataset.repo_id == demo.recording.repo_id
+    finish_training(demo, step=30, of=30)
+    monkeypatch.setattr(sys, "argv", ["lerobot-eval"])  # LeRobot looks there for --policy.path
+    (evaluation,) = demo.evaluate()
+    env = draccus.parse(EvalPipelineConfig, args=evaluation.command.arguments[1:]).env
+    assert isinstance(env, MetaworldFastEnvConfig)
+    assert (env.task, env.moved) == (recorded.tasks, 0.07)
 
 
 @pytest.mark.parametrize(("policy", "kind"), [("pi0", Pi0Config), ("pi05", Pi05Config)])
@@ -174,6 +182,28 @@ def test_an_evaluation_of_fewer_episodes_is_repeated(demo):
     finish_evaluation(demo, "evaluate_swapped", PAIR)
     demo.eval_episodes += 1
     assert [job.name for job in demo.evaluate()] == ["evaluate", "evaluate_swapped"]
+
+
+def test_baselines_are_computed_once_for_a_recording_and_its_evaluations(demo, monkeypatch):
+    finish_recording(demo)
+    finish_training(demo, step=30, of=30)
+    computed = []
+
+    def open_loop_baseline(self, evaluation):
+        computed.append(evaluation.name)
+        return dict.fromkeys(evaluation.tasks, 0.25)
+
+    monkeypatch.setattr(Demo, "open_loop_baseline", open_loop_baseline)
+    os.utime(demo.demonstrations / SETTINGS_FILE, (0, 0))
+    first = demo.open_loop_baselines()
+    assert first == [dict.fromkeys(demo.tasks, 0.25), {}]  # with swapped instructions nothing is to be solved
+    assert demo.open_loop_baselines() == first
+    assert computed == ["evaluate"]
+    demo.eval_episodes += 1
+    demo.open_loop_baselines()
+    os.utime(demo.demonstrations / SETTINGS_FILE, (2**33, 2**33))
+    demo.open_loop_baselines()
+    assert computed == ["evaluate"] * 3
 
 
 def test_the_quick_demo_is_small_and_kept_apart(tmp_path, monkeypatch):

@@ -63,6 +63,20 @@ def test_a_seed_fixes_the_scene(make):
     assert (first["pixels"] != other["pixels"]).mean() > 0.01
 
 
+def test_objects_are_moved_beyond_meta_worlds_places_and_only_on_the_table():
+    places = {}
+    for moved in (0.0, 0.1):
+        simulation = Simulation("faucet-open-v3", moved)
+        for seed in range(20):
+            simulation.reset(seed)
+            places.setdefault(moved, []).append(simulation.state[4:7])
+    spread = {moved: np.ptp(np.stack(found), axis=0) for moved, found in places.items()}
+    assert (spread[0.0][:2] <= [0.1, 0.05]).all()
+    assert (spread[0.1][:2] > [0.15, 0.1]).all()
+    assert (spread[0.1][:2] <= [0.3, 0.25]).all()
+    assert spread[0.1][2] < 1e-6
+
+
 @pytest.mark.parametrize("task", ["faucet-open-v3", "window-open-v3"])
 def test_the_first_observation_shows_the_object_where_it_is(make, task):
     # Meta-World moves these objects after its last look at the scene.

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,23 @@ def test_the_mean_demonstration_leaves_out_episodes_that_are_over():
     np.testing.assert_array_equal(mean_demonstration(demonstrations)[:, 0], [2, 2, 3])
 
 
+def test_objects_are_moved_in_recordings_as_in_evaluations(tmp_path):
+    """The average demonstration of one moved scene solves that one, and not the one that Meta-World has."""
+    config = RecordConfig(
+        root=tmp_path / "moved",
+        tasks=TASK,
+        episodes_per_task=1,
+        image_size=32,
+        noise=0.0,
+        seed=EVALUATION_SEED,
+        moved=0.1,
+    )
+    (demonstration,) = recorded_actions(record(config), task_instructions()[TASK])
+    (moved,) = SUITE.evaluations([TASK], config.recording(), 200, 4)
+    assert SUITE.replay(moved, TASK, demonstration, 1, 200) == [True]
+    assert SUITE.replay(replace(moved, moved=0.0), TASK, demonstration, 1, 200) == [False]
+
+
 def test_replaying_a_demonstration_in_its_own_scene_solves_it_and_standing_still_does_not(tmp_path):
     calm = RecordConfig(
         root=tmp_path / "calm",
@@ -196,13 +214,15 @@ def test_a_recording_of_an_earlier_version_is_recognised(root, tmp_path):
     shutil.copytree(root / "meta", earlier / "meta")
     settings = earlier / recorder.SETTINGS_FILE
     kept = json.loads(settings.read_text())
-    for name in ("suite", "after_success", "position_actions"):
+    for name in ("suite", "after_success", "position_actions", "moved"):
         del kept[name]
     settings.write_text(json.dumps(kept))
     assert recorder.is_recorded(RecordConfig(root=earlier, **SETTINGS))
 
 
-def test_a_setting_of_another_suite_is_refused(tmp_path):
+def test_a_setting_of_another_suite_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(SUITE, "options", ("show_goal",))
+    RecordConfig(root=tmp_path, show_goal=True)
     with pytest.raises(ValueError, match=r"--moved means nothing in Meta-World"):
         RecordConfig(root=tmp_path, moved=0.05)
 
