@@ -193,10 +193,10 @@ class Demo:
             report.plot_losses(losses, self.root / "loss.png")
         instructions = {task: self.suite.instruction(task) for task in self.tasks}
         report.contact_sheet(report.success_tiles(results[0], instructions), self.root / "policy.gif")
-        to_be_solved = (
-            by_task for one, by_task in zip(evaluations, results, strict=True) if one.has_baseline
-        )
-        failures = [tile for by_task in to_be_solved for tile in report.failure_tiles(by_task, instructions)]
+        failures = report.failure_tiles(results[0], instructions)
+        for evaluation, by_task in zip(evaluations[1:], results[1:], strict=True):
+            if evaluation.has_baseline:
+                failures += report.failure_tiles(by_task, instructions, evaluation.column)
         if failures:
             report.contact_sheet(failures, self.root / "failures.gif")
         trained = self._train_settings()["policy"]["type"]

@@ -168,13 +168,16 @@ def success_tiles(results: Mapping[str, TaskResult], instructions: Mapping[str, 
     return tiles
 
 
-def failure_tiles(results: Mapping[str, TaskResult], instructions: Mapping[str, str]) -> list[Tile]:
-    """The first filmed failures of each task; the number of the episode stands in the caption."""
+def failure_tiles(
+    results: Mapping[str, TaskResult], instructions: Mapping[str, str], evaluation: str = ""
+) -> list[Tile]:
+    """The first filmed failures of each task; evaluation and number of the episode stand in the caption."""
+    start = f"{evaluation}, episode" if evaluation else "episode"
     tiles = []
     for task, result in results.items():
         failures = [index for index in range(len(result.videos)) if not result.successes[index]]
         tiles += [
-            Tile(f"episode {index}: {instructions[task]}", False, result.videos[index])
+            Tile(f"{start} {index}: {instructions[task]}", False, result.videos[index])
             for index in failures[:FAILURES_PER_TASK]
         ]
     return tiles

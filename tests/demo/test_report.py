@@ -158,6 +158,8 @@ def test_failures_are_those_that_were_filmed_with_the_number_of_the_episode():
         ("episode 1: Reach a goal", False, videos[1]),
         ("episode 3: Reach a goal", False, videos[3]),
     ]
+    moved = failure_tiles(results, {"reach-v3": "Reach a goal", "push-v3": "Push"}, "moved")
+    assert moved[0].caption == "moved, episode 1: Reach a goal"
 
 
 def test_many_tiles_and_large_pictures_stay_a_sheet_for_a_screen(tmp_path):
