@@ -51,6 +51,7 @@ def import_model_with_checked_shapes() -> None:
 
 # Not in a hook: before those run, the conftest.py of a folder that pytest is given imports the package.
 import_model_with_checked_shapes()
+importlib.import_module("cached_comments")
 
 # What takes longest starts first, so that no worker has one of these left when the others are done.
 LONGEST = (
