@@ -8,6 +8,7 @@ import sys
 import lerobot_pi0.configuration_pi0  # the policy type `lerobot_pi0`
 import lerobot_pi0.configuration_pi05  # the policy type `lerobot_pi05`
 import lerobot_pi0.demo.environment  # the environment type `metaworld_fast`
+import lerobot_pi0.demo.libero_environment  # the environment type `libero_varied`
 import lerobot_pi0.processor_pi0  # the processor steps that saved checkpoints name
 import lerobot_pi0.processor_pi05  # likewise
 import lerobot_pi0.simulated_robot.config_scripted_so101  # the teleoperator `scripted_so101`

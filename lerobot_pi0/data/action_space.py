@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from lerobot.configs import PolicyFeature
 from lerobot.utils.constants import ACTION
@@ -22,7 +23,9 @@ class ActionSpace:
     """Chunks (B, steps, size) as LeRobot has them, normalised and absolute; (B, steps, padded) as the
     network does.
 
-    `guard` holds what leaves the policy to the limits of the training data; None: nothing is held.
+    `guard` holds what leaves the policy to the limits of the training data; None: nothing is held. What is the
+    same in all of them leaves it so, with and without a guard: for robosuite's arm controller (LIBERO) a turn
+    of exactly zero holds the hand's orientation, and one of a thousandth lets go of it.
     """
 
     def __init__(self, config: Pi0Config):
@@ -31,6 +34,13 @@ class ActionSpace:
         self.guard: ChunkGuard | None = None
         if config.chunk_guard and config.action_limits is not None:
             self.guard = ChunkGuard(config.action_limits, self.names)
+        # On the CPU: a policy that is loaded is made on torch's meta device. NaN: moves in the data.
+        self._constants = torch.full((self.size,), math.nan, device="cpu")
+        if (limits := config.action_limits) is not None:
+            limits_by_joint = zip(limits.low, limits.high, limits.gain, limits.offset, strict=False)
+            for i, (low, high, gain, offset) in zip(range(self.size), limits_by_joint, strict=False):
+                if low == high:
+                    self._constants[i] = low * gain + offset
 
     @property
     def names(self) -> list[str]:
@@ -66,6 +76,8 @@ class ActionSpace:
                 f"--policy.path={self.config.pretrained_path or '...'}` checks them"
             )
         held = self.held(on_host)
+        if not self._constants.isnan().all():
+            held = torch.where(self._constants.isnan(), held, self._constants.to(held.dtype))
         return actions if held is on_host else held.to(actions.device)
 
     def first(self, actions: Tensor, state: Tensor) -> Tensor:

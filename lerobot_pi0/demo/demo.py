@@ -156,14 +156,13 @@ class Demo:
 
     def open_loop_baseline(self, evaluation: Evaluation) -> dict[str, float]:
         """Success of each task's average demonstration, replayed open-loop in the evaluated episodes."""
-        from lerobot_pi0.demo.baseline import mean_demonstration, recorded_actions
+        from lerobot_pi0.demo.baseline import recorded_actions
 
         rates = {}
         for task in tqdm(evaluation.tasks, desc="Open-loop baseline", unit="task", leave=False):
-            actions = recorded_actions(self.demonstrations, self.suite.instruction(task))
-            solved = self.suite.replay(
-                evaluation, task, mean_demonstration(actions), self.eval_episodes, self.episode_length
-            )
+            recorded = recorded_actions(self.demonstrations, self.suite.instruction(task))
+            actions = self.suite.blind_actions(task, recorded)
+            solved = self.suite.replay(evaluation, task, actions, self.eval_episodes, self.episode_length)
             rates[task] = sum(solved) / len(solved)
         return rates
 

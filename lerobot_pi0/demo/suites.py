@@ -17,9 +17,10 @@ from typing import Any, Literal, NamedTuple
 
 from lerobot_pi0.errors import UserError
 
-SuiteName = Literal["metaworld", "aloha"]
+SuiteName = Literal["metaworld", "libero", "aloha"]
 MODULES: dict[SuiteName, str] = {
     "metaworld": "lerobot_pi0.demo.metaworld",
+    "libero": "lerobot_pi0.demo.libero",
     "aloha": "lerobot_pi0.demo.aloha",
 }
 
@@ -169,6 +170,18 @@ class Suite(ABC):
         del task_id
         return task_group
 
+    def blind_actions(self, task: str, recorded: list[Any]) -> Any:
+        """The actions of the blind baseline, (steps, action dim): the average demonstration.
+
+        Args:
+            task: one of the recorded ones.
+            recorded: the actions of each of its demonstrations, (steps, action dim); the lengths differ.
+        """
+        from lerobot_pi0.demo.baseline import mean_demonstration
+
+        del task
+        return mean_demonstration(recorded)
+
     @abstractmethod
     def replay(
         self, evaluation: Evaluation, task: str, actions: Any, episodes: int, episode_length: int
@@ -178,7 +191,7 @@ class Suite(ABC):
         Args:
             evaluation: one of `evaluations`, whose flags say how its scenes are made.
             task: one of its tasks.
-            actions: (steps, action dim), as recorded. After the last step the last action is repeated.
+            actions: `blind_actions`, (steps, action dim). After the last step the last action is repeated.
             episodes: how many; lerobot-eval's first has seed `EVALUATION_SEED`.
             episode_length: steps after which an episode counts as failed.
         """
