@@ -23,9 +23,9 @@ class ActionSpace:
     """Chunks (B, steps, size) as LeRobot has them, normalised and absolute; (B, steps, padded) as the
     network does.
 
-    `guard` holds what leaves the policy to the limits of the training data; None: nothing is held. What is the
-    same in all of them leaves it so, with and without a guard: for robosuite's arm controller (LIBERO) a turn
-    of exactly zero holds the hand's orientation, and one of a thousandth lets go of it.
+    `guard` holds what leaves the policy to the limits of the training data; None: nothing is held. What never
+    changes there stays as it is, with and without a guard: for robosuite's arm controller (LIBERO) a turn of
+    exactly zero holds the hand's orientation, and one of a thousandth lets go of it.
     """
 
     def __init__(self, config: Pi0Config):

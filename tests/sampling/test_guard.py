@@ -172,6 +172,16 @@ def test_every_way_out_of_the_policy_is_guarded():
     assert policy.select_action(observation).abs().max() <= 0.1201
 
 
+@pytest.mark.parametrize("chunk_guard", [True, False])
+def test_what_never_changes_in_the_data_leaves_the_policy_unchanged(chunk_guard):
+    limits = ActionLimits([-9.0] * ACTION, [9.0] * ACTION, None, [0.1] * ACTION, [0.2] * ACTION)
+    limits.low[1] = limits.high[1] = 3.0
+    policy = tiny_policy(action_limits=limits, chunk_guard=chunk_guard)
+    chunk = policy.predict_action_chunk(first(batch()), noise=noise(1))
+    assert torch.equal(chunk[..., 1], torch.full_like(chunk[..., 1], 3.0 * 0.1 + 0.2))
+    assert (chunk.diff(dim=1).abs().amax((0, 1)) > 0).tolist() == [True, False, True, True]
+
+
 def test_no_step_between_two_chunks_is_larger_than_the_datas():
     policy, observation = guarded(n_action_steps=2), first(batch())
     torch.manual_seed(0)
