@@ -44,7 +44,7 @@ class AlohaSuite(Suite):
     fps = FPS
     robot_type = "aloha"
     package = "gym_aloha"
-    install = "pip install 'lerobot[aloha]'"
+    install = "Install the extra: pip install 'lerobot_policy_pi0[aloha]', or run make aloha."
     preload = "lerobot_pi0.demo.aloha_env"
     defaults = Recording(
         suite="aloha",

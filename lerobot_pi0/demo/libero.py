@@ -53,7 +53,7 @@ class LiberoSuite(Suite):
     fps = FPS
     robot_type = "libero_panda"
     package = "libero"
-    install = "Install the extra: pip install 'lerobot-policy-pi0[libero]', or run make libero."
+    install = "Install the extra: pip install 'lerobot_policy_pi0[libero]', or run make libero."
     preload = "lerobot_pi0.demo.libero_env"
     defaults = Recording(
         suite="libero",
