@@ -21,10 +21,12 @@ from lerobot_pi0.lerobot_compat import (
     quiet_video_encoder,
     shorten_torchcodec_notice,
 )
+from lerobot_pi0.rendering import choose_renderer
 
 check_version()
 shorten_torchcodec_notice()
 quiet_video_encoder()
+choose_renderer()  # gym-aloha would choose one that needs a display
 prepare_libero()
 print_user_errors(sys.argv)
 check_command_line(sys.argv)

@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
 from gymnasium import spaces
-from libero.libero import benchmark, get_libero_path
-from libero.libero.envs.env_wrapper import ControlEnv
 
+from lerobot_pi0.demo.libero_installation import prepare_libero
 from lerobot_pi0.demo.libero_tasks import ACTION_NAMES, CAMERAS, FPS, SUITE_NAME, TASK_IDS
+from lerobot_pi0.rendering import choose_renderer
+
+choose_renderer()
+prepare_libero()
+import mujoco  # noqa: E402
+from libero.libero import benchmark, get_libero_path  # noqa: E402
+from libero.libero.envs.env_wrapper import ControlEnv  # noqa: E402
 
 BASKET = "basket"
 # What LeRobot does after a reset, so that objects settle.
