@@ -22,7 +22,7 @@ from lerobot_pi0.data.statistics import PREPROCESSOR
 from lerobot_pi0.tools.columns import Columns
 from lerobot_pi0.tools.doctor import checkpoint, environment, responses
 from lerobot_pi0.tools.doctor.checks import CHECKS, Answer, examine
-from lerobot_pi0.tools.doctor.conventions import state_is_the_policys
+from lerobot_pi0.tools.doctor.conventions import actions_are_the_policys, state_is_the_policys
 from lerobot_pi0.tools.doctor.finding import Severity
 from lerobot_pi0.tools.doctor.inputs import Inputs
 from lerobot_pi0.tools.doctor.orientation import ORIENTATIONS
@@ -420,6 +420,18 @@ def test_a_mistake_is_named_with_its_flag(recording, name):
     assert finding.severity in (Severity.ERROR, Severity.WARNING)
 
 
+def test_whatever_a_simulator_raises_is_a_finding(recording, monkeypatch):
+    """MuJoCo's FatalError, where there is no OpenGL, has no other base than Exception."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise Exception("gladLoadGL error")
+
+    monkeypatch.setattr(ArmEnvConfig, "create_envs", fail)
+    (answer,) = found(inputs_of(recording, ArmEnvConfig()))
+    assert answer.check.look is environment.environment_opens
+    assert answer.finding.evidence == "gladLoadGL error"
+
+
 def test_the_nearest_instruction_is_named(recording):
     inputs = inputs_of(recording, ArmEnvConfig(instruction="put the milk in the basket"))
     (answer,) = found(inputs)
@@ -457,6 +469,17 @@ def test_a_gripper_action_from_0_to_1(recording):
     answers = [of for of in found(inputs) if of.check.look.__name__ == "actions_are_the_policys"]
     assert "upper half" in answers[0].finding.what
     assert "--env.control_mode" in answers[0].finding.cure
+
+
+def test_a_gripper_from_0_to_1_where_the_environment_says_little(recording):
+    """gym-aloha's box is ±1, its joints go beyond and its grippers are 0 to 1; PushT's box begins at 0."""
+    action = recording.columns.action * [1, 1, 1, 0.5] + [0, 0, 0, 0.5]
+    inputs = inputs_of(recording, ArmEnvConfig(limit=0.5), columns=replace(recording.columns, action=action))
+    (finding,) = actions_are_the_policys(inputs)
+    assert finding.severity is Severity.FINE, finding
+    inputs.__dict__["opened_env"] = replace(inputs.opened_env, low=np.zeros(4), high=np.ones(4))
+    (finding,) = actions_are_the_policys(inputs)
+    assert finding.severity is Severity.FINE, finding
 
 
 def test_a_rate_that_a_dataset_only_says(recording, monkeypatch):

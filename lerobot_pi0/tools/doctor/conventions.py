@@ -165,7 +165,10 @@ def actions_are_the_policys(inputs: Inputs) -> Iterator[Finding]:
             cure,
         )
         return
-    middle, moves = (env.low + env.high) / 2, given.high - given.low > NEARLY_CONSTANT
+    # Of a box around zero that the arm keeps to: gym-aloha takes joints beyond it, and grippers from 0 to 1.
+    keeps = (largest[arm] < 1 + SLACK).all()
+    moves = (given.high - given.low > NEARLY_CONSTANT) & (env.low < 0) & keeps
+    middle = (env.low + env.high) / 2
     halves = [names[i] for i in hands if moves[i] and given.low[i] > middle[i] - SLACK * env.high[i]]
     if halves:
         yield error(
