@@ -6,7 +6,7 @@ UV = $(shell if [ -x .uv/bin/uv ]; then echo .uv/bin/uv; else echo uv; fi)
 RUN = $(UV) run --no-sync
 INPUTS = pyproject.toml .ci/constraints.txt .ci/setup.sh
 
-.PHONY: help setup demo libero aloha test test-next lint types pusht
+.PHONY: help setup demo libero aloha test test-libero test-aloha test-pusht test-next lint types pusht
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -25,6 +25,15 @@ aloha: .venv-aloha/ready  ## the same in ALOHA, in .venv-aloha
 
 test: .venv/ready  ## the tests, in two processes (ARGS=-n0: in one)
 	$(RUN) pytest -n 2 $(ARGS)
+
+test-libero: .venv-libero/ready  ## the tests that need LIBERO (ARGS: -m "not slow")
+	.venv-libero/bin/pytest tests/demo/test_libero.py tests/simulators/test_libero_pipeline.py $(ARGS)
+
+test-aloha: .venv-aloha/ready  ## the tests that need gym-aloha
+	.venv-aloha/bin/pytest tests/demo/test_aloha.py tests/simulators/test_aloha_pipeline.py $(ARGS)
+
+test-pusht: .venv-pusht/ready  ## the tests that need gym-pusht
+	.venv-pusht/bin/pytest tests/simulators/test_pusht_doctor.py $(ARGS)
 
 test-next: .venv/ready  ## the tests on a checkout of LeRobot, in .venv-next: make test-next LEROBOT=FOLDER
 	@.ci/setup.sh next "$(LEROBOT)"
