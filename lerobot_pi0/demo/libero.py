@@ -33,8 +33,9 @@ from lerobot_pi0.demo.suites import Evaluation, Frame, Recording, Seconds, Suite
 # Initial states of demonstrations; those before are for evaluation.
 RECORDED_STATES = range(20, 50)
 # Shares of demonstrations: in a scene of another task, if the object is there; with all in its place; that
-# begin late; that begin with a push.
-ELSEWHERE, UNMOVED, LATE, PUSHED = 0.35, 0.25, 0.55, 0.85
+# begin late; that begin with a push. Of the pushes: with fingers that close. A policy that has never seen an
+# empty closed hand carries it to the basket.
+ELSEWHERE, UNMOVED, LATE, PUSHED, CLOSING = 0.35, 0.25, 0.55, 0.85, 0.3
 # The expert's steps before a late beginning, the steps of a push and its strength (as an action).
 LATE_STEPS, PUSH_STEPS, PUSH = (0, 110), (4, 20), 1.2
 # Where a push turns back, in metres: x, y, z.
@@ -241,7 +242,7 @@ def _attempt(
         for _ in range(random.integers(*LATE_STEPS)):
             scene.step(expert_action(scene, task))
     if random.random() < PUSHED:
-        gripper = expert_action(scene, task)[6:]
+        gripper = [1.0] if random.random() < CLOSING else expert_action(scene, task)[6:]
         push = random.uniform(-PUSH, PUSH, 3)
         for _ in range(random.integers(*PUSH_STEPS)):
             push = np.where(scene.hand < LOW, abs(push), np.where(scene.hand > HIGH, -abs(push), push))
