@@ -25,8 +25,8 @@ from benchmarks.chunking import predictor
 from benchmarks.finetuning import DEMO_TASKS, percent
 from lerobot_pi0.demo.command import Command, Job, run
 from lerobot_pi0.demo.demo import TRAINING_ENVIRONMENT
-from lerobot_pi0.demo.metaworld import FPS, task_instructions
 from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv
+from lerobot_pi0.demo.metaworld_tasks import FPS, task_instructions
 from lerobot_pi0.demo.record import RecordConfig, record
 from lerobot_pi0.inputs.policy import LoadedPolicy, PolicyFlags, load_policy
 

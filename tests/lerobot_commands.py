@@ -12,7 +12,7 @@ from tiny_dataset import noise_episodes, write_dataset
 from tiny_policy import tiny_network
 
 from lerobot_pi0.checkpoints.layouts import to_openpi
-from lerobot_pi0.demo.metaworld import ACTION_NAMES, STATE_NAMES
+from lerobot_pi0.demo.metaworld_tasks import ACTION_NAMES, STATE_NAMES
 
 TASKS = ("open the faucet", "close the faucet")
 

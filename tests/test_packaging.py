@@ -68,7 +68,7 @@ DISCOVERED = {
     "lerobot_pi0.demo.libero_environment",
     "lerobot_pi0.demo.libero_installation",
     "lerobot_pi0.demo.libero_tasks",
-    "lerobot_pi0.demo.metaworld",
+    "lerobot_pi0.demo.metaworld_tasks",
     "lerobot_pi0.demo.suites",
     "lerobot_pi0.lerobot_compat",
     "lerobot_pi0.model",

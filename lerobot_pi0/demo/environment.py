@@ -18,7 +18,7 @@ from lerobot.envs import EnvConfig
 from lerobot.envs.utils import freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 
-from lerobot_pi0.demo.metaworld import (
+from lerobot_pi0.demo.metaworld_tasks import (
     ACTION_NAMES,
     FPS,
     OPPOSITES,

@@ -1,18 +1,24 @@
-"""Meta-World: its tasks, and as a suite of the demo.
+"""Meta-World as a suite of the demo.
 
 The expert's action is disturbed before it is executed and written down undisturbed (DART, Laskey et al.
 2017): the dataset visits states beside the expert's path and says how to come back from there.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from functools import cache
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
+from lerobot_pi0.demo.metaworld_tasks import (
+    ACTION_NAMES,
+    FPS,
+    OPPOSITES,
+    POSITION_NAMES,
+    STATE_NAMES,
+    parse_tasks,
+    task_instructions,
+)
 from lerobot_pi0.demo.suites import (
     EVALUATION_SEED,
     Evaluation,
@@ -21,47 +27,7 @@ from lerobot_pi0.demo.suites import (
     Seconds,
     Suite,
     SuiteName,
-    split_tasks,
 )
-
-# Meta-World's control rate: MuJoCo steps of 2.5 ms, five per action.
-FPS = 80
-
-
-ACTION_NAMES = ("hand_dx", "hand_dy", "hand_dz", "gripper_effort")
-
-
-POSITION_NAMES = ("hand_x", "hand_y", "hand_z", "gripper_effort")
-
-
-STATE_NAMES = ("hand_x", "hand_y", "hand_z", "gripper_opening")
-
-
-# Tasks in the same scene that ask for opposite things.
-OPPOSITES = {
-    "faucet-open-v3": "faucet-close-v3",
-    "faucet-close-v3": "faucet-open-v3",
-    "drawer-open-v3": "drawer-close-v3",
-    "drawer-close-v3": "drawer-open-v3",
-    "window-open-v3": "window-close-v3",
-    "window-close-v3": "window-open-v3",
-}
-
-
-@cache
-def task_instructions() -> dict[str, str]:
-    """Meta-World's tasks and LeRobot's sentence for each: {"faucet-open-v3": "Rotate the faucet ..."}."""
-    text = files("lerobot").joinpath("envs", "metaworld_config.json").read_text(encoding="utf-8")
-    return json.loads(text)["TASK_DESCRIPTIONS"]
-
-
-def parse_tasks(tasks: str) -> list[str]:
-    """Split "faucet-open-v3,plate-slide-v3" into names and check each of them.
-
-    Raises:
-        ValueError: if a name is unknown (the known ones are listed), given twice, or if there is none.
-    """
-    return split_tasks(tasks, task_instructions(), "Meta-World", "faucet-open-v3")
 
 
 class MetaworldSuite(Suite):

@@ -18,7 +18,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from lerobot_pi0.demo.metaworld import ACTION_NAMES, FPS, STATE_NAMES
+from lerobot_pi0.demo.metaworld_tasks import ACTION_NAMES, FPS, STATE_NAMES
 from lerobot_pi0.rendering import ADVICE, choose_renderer
 
 Observation = dict[str, np.ndarray]

@@ -14,8 +14,9 @@ from lerobot.envs.utils import NEW_ROLLOUT_OPTION
 
 from lerobot_pi0.demo import metaworld_env
 from lerobot_pi0.demo.environment import MetaworldFastEnvConfig
-from lerobot_pi0.demo.metaworld import SUITE, parse_tasks, task_instructions
+from lerobot_pi0.demo.metaworld import SUITE
 from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv, Simulation, scripted_expert
+from lerobot_pi0.demo.metaworld_tasks import parse_tasks, task_instructions
 
 DEFAULT_TASKS = parse_tasks(SUITE.defaults.tasks)
 STILL = np.zeros(4, np.float32)

@@ -12,8 +12,9 @@ from lerobot.datasets import LeRobotDataset
 
 from lerobot_pi0.demo import record as recorder
 from lerobot_pi0.demo.baseline import mean_demonstration, recorded_actions
-from lerobot_pi0.demo.metaworld import FPS, SUITE, task_instructions
+from lerobot_pi0.demo.metaworld import SUITE
 from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv, scripted_expert
+from lerobot_pi0.demo.metaworld_tasks import FPS, task_instructions
 from lerobot_pi0.demo.record import RecordConfig, record
 from lerobot_pi0.demo.suites import EVALUATION_SEED
 

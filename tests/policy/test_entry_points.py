@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_policy import SIZES
 
 from lerobot_pi0.checkpoints.layouts import from_published
-from lerobot_pi0.demo.metaworld import ACTION_NAMES, STATE_NAMES
+from lerobot_pi0.demo.metaworld_tasks import ACTION_NAMES, STATE_NAMES
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 __all__ = ["dataset", "in_tree_folder"]  # fixtures
