@@ -60,7 +60,7 @@ class AlohaSuite(Suite):
     quick_tasks = "transfer_cube"
     eval_episodes = 50
     eval_batch = 1
-    seconds = Seconds(record=300, train=1500, evaluate=2400, report=60)
+    seconds = Seconds(record=300, train=1100, evaluate=3100, report=60)
     quick_seconds = Seconds(record=30, train=30, evaluate=30, report=10)
     reading = (
         "The cube lies anywhere in a square of 20 cm, so that a motion replayed without a camera rarely "
