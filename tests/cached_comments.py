@@ -1,7 +1,8 @@
-"""Command lines are parsed in half the time, in the tests' process and in those that it forks.
+"""Command lines are parsed without reading the sources of their classes each time.
 
 For its help, draccus looks for the comment of each field in the source of its class, whether help is asked
-for or not, each time a command line is parsed. Once this module is imported, it looks once per process.
+for or not, each time a command line is parsed: most of the time that this takes. Once this module is
+imported, it looks once per process.
 """
 
 import functools

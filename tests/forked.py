@@ -13,6 +13,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,11 +26,22 @@ FORKS.set_forkserver_preload(
         "lerobot_pi0.modeling_pi0",
         "lerobot_pi0.processor_pi0",
         "lerobot_policy_pi0",
+        "comments_read",
         "peft",
         "safetensors.torch",
     ]
 )
 LIMIT = 600.0  # seconds that a program may take on a busy machine
+
+
+@cache
+def start_server() -> None:
+    """Start it with this folder where it looks for modules: the `sys.path` that it is given it ignores."""
+    import pytest  # not in what is forked
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        forkserver.ensure_running()
 
 
 class Program:
@@ -40,6 +53,7 @@ class Program:
     def __init__(self, log: Path, function: Callable[..., Any], *arguments: Any, **environment: str):
         self.log = log
         log.touch()
+        start_server()
         given = (log, os.environ | environment, function, arguments)
         self._process = FORKS.Process(target=_begin, args=given)
         self._process.start()
