@@ -30,7 +30,7 @@ test-libero: .venv-libero/ready  ## the tests that need LIBERO (ARGS: -m "not sl
 	.venv-libero/bin/pytest tests/demo/test_libero.py tests/simulators/test_libero_pipeline.py $(ARGS)
 
 test-aloha: .venv-aloha/ready  ## the tests that need gym-aloha
-	.venv-aloha/bin/pytest tests/demo/test_aloha.py tests/simulators/test_aloha_pipeline.py $(ARGS)
+	.venv-aloha/bin/pytest tests/demo/test_aloha_suite.py tests/simulators/test_aloha_pipeline.py $(ARGS)
 
 test-pusht: .venv-pusht/ready  ## the tests that need gym-pusht
 	.venv-pusht/bin/pytest tests/simulators/test_pusht_doctor.py $(ARGS)

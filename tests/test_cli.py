@@ -169,7 +169,7 @@ def test_a_command_of_lerobot_is_told_as_one(monkeypatch, capsys):
     ("flags", "message"),
     [
         (("--rooot=x",), "unrecognized arguments: --rooot=x"),
-        (("--root=x", "--seed=many"), "`seed`: Couldn't parse 'many' into an int"),
+        (("--root=x", "--seed=many"), "Couldn't parse 'many' into an int"),
         (("--root=x", "--tasks=facet-open-v3"), "Unknown Meta-World task facet-open-v3"),
         ((), "root"),
     ],

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from lerobot.configs import PolicyFeature
 from lerobot.utils.constants import ACTION
@@ -34,13 +33,15 @@ class ActionSpace:
         self.guard: ChunkGuard | None = None
         if config.chunk_guard and config.action_limits is not None:
             self.guard = ChunkGuard(config.action_limits, self.names)
-        # On the CPU: a policy that is loaded is made on torch's meta device. NaN: moves in the data.
-        self._constants = torch.full((self.size,), math.nan, device="cpu")
+        # The normalised action of each dimension that never changes in the training data.
+        self._constants: dict[int, float] = {}
         if (limits := config.action_limits) is not None:
-            limits_by_joint = zip(limits.low, limits.high, limits.gain, limits.offset, strict=False)
-            for i, (low, high, gain, offset) in zip(range(self.size), limits_by_joint, strict=False):
-                if low == high:
-                    self._constants[i] = low * gain + offset
+            by_dimension = zip(limits.low, limits.high, limits.gain, limits.offset, strict=False)
+            self._constants = {
+                i: low * gain + offset
+                for i, (low, high, gain, offset) in enumerate(by_dimension)
+                if low == high and i < self.size
+            }
 
     @property
     def names(self) -> list[str]:
@@ -76,8 +77,9 @@ class ActionSpace:
                 f"--policy.path={self.config.pretrained_path or '...'}` checks them"
             )
         held = self.held(on_host)
-        if not self._constants.isnan().all():
-            held = torch.where(self._constants.isnan(), held, self._constants.to(held.dtype))
+        if self._constants:
+            held = held.clone()
+            held[..., list(self._constants)] = held.new_tensor(list(self._constants.values()))
         return actions if held is on_host else held.to(actions.device)
 
     def first(self, actions: Tensor, state: Tensor) -> Tensor:

@@ -201,11 +201,11 @@ class Folded(nn.Module):
 
 
 class Scaled(RMSNorm):
-    """An RMS norm whose scale is computed once. It shares the weight of the norm that it stands for."""
+    """An RMS norm whose scale is computed once. It shares all else with its norm, hooks too."""
 
     def __init__(self, norm: RMSNorm):
-        nn.Module.__init__(self)
-        self.weight, self._scale = norm.weight, norm.scale()
+        vars(self).update(vars(norm))
+        self._scale = norm.scale()
 
     def scale(self) -> Tensor:
         return self._scale
