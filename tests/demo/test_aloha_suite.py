@@ -138,7 +138,7 @@ def test_the_experts_clean_labels_solve_the_scene_that_they_were_recorded_in_and
 @needs_simulator
 def test_attempts_are_disturbed_but_their_labels_are_not_and_equal_settings_give_equal_frames():
     recording = replace(SUITE.defaults, image_size=32, after_success=0)
-    seed = recording.seed
+    seed = recording.seed + 3  # one that the expert solves
     (frames,), (again,) = (SUITE.successes(TASK, recording, [seed]) for _ in range(2))
     for name in frames[0]:
         np.testing.assert_array_equal([frame[name] for frame in frames], [frame[name] for frame in again])
