@@ -56,6 +56,8 @@ importlib.import_module("cached_comments")
 # What takes longest starts first, so that no worker has one of these left when the others are done.
 LONGEST = (
     "simulated_robot/test_commands.py",
+    "benchmarks/test_bench.py",
+    "tools/test_plan.py",
     "tools/test_doctor.py",
     "control/test_rollout.py",
     "policy/test_entry_points.py",
