@@ -81,7 +81,8 @@ class RecordConfig:
     # Meta-World: write down where the hand is sent, in metres, instead of its displacement in centimetres.
     # Evaluate with --env.position_actions=true.
     position_actions: bool = False
-    # LIBERO: how far the target and the basket are displaced at most, in metres.
+    # How far objects are displaced at most along x and y, in metres: in LIBERO the target and the basket, in
+    # Meta-World beyond its own places.
     moved: float | None = None
 
     def __post_init__(self) -> None:

@@ -260,7 +260,7 @@ def expert_action(scene: Scene, target: str) -> np.ndarray:
 
 
 class LiberoVariedEnv(gym.Env[dict[str, Any], np.ndarray]):
-    """A scene of libero_object with other places, another target or another instruction.
+    """A scene of libero_object with other places or another instruction.
 
     Observations are those of LeRobot's LIBERO environment without the joints, so that LeRobot's processor
     takes them: pictures upside down, `robot_state` with the hand's pose and the fingers. Episodes begin in
@@ -277,7 +277,6 @@ class LiberoVariedEnv(gym.Env[dict[str, Any], np.ndarray]):
         scene: str,
         task_description: str,
         *,
-        target: str,
         moved: float,
         episode_length: int,
         image_size: int,
@@ -288,7 +287,7 @@ class LiberoVariedEnv(gym.Env[dict[str, Any], np.ndarray]):
         self.task = scene
         self.task_description = task_description
         self._max_episode_steps = episode_length  # the name under which lerobot-eval looks for it
-        self._target, self._moved, self._image_size = target, moved, image_size
+        self._moved, self._image_size = moved, image_size
         self._steps_per_picture = steps_per_picture
         self._next, self._stride = first, stride
         self._scene: Scene | None = None
@@ -323,7 +322,7 @@ class LiberoVariedEnv(gym.Env[dict[str, Any], np.ndarray]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         super().reset(seed=seed)
-        reset_evaluated(self.scene, self._target, self._next, self._moved)
+        reset_evaluated(self.scene, self.task, self._next, self._moved)
         self._next += self._stride
         self._steps = 0
         return self._observe(takes_pictures=True), {"is_success": False}
@@ -331,7 +330,7 @@ class LiberoVariedEnv(gym.Env[dict[str, Any], np.ndarray]):
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         self.scene.step(action)
         self._steps += 1
-        success = self.scene.solved(self._target)
+        success = self.scene.solved(self.task)
         truncated = not success and self._steps >= self._max_episode_steps
         ends = success or truncated
         observation = self._observe(ends or self._steps % self._steps_per_picture == 0)

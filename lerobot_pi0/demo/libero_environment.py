@@ -39,8 +39,6 @@ class LiberoVariedEnvConfig(LiberoEnv):
     # Tell the policy to pick up another object than the task's own: objects, separated by commas, of which
     # the first that stands in a task's scene is named there.
     instruction_of: str | None = None
-    # Whether success is the named object in the basket instead of the task's own.
-    target_is_named: bool = False
     # Control steps per picture; in between, observations hold the last one. Rendering takes most of the time,
     # and a policy looks only when it plans: give its n_action_steps.
     steps_per_picture: int = 1
@@ -120,7 +118,6 @@ class LiberoVariedEnvConfig(LiberoEnv):
         return {
             "scene": scene,
             "task_description": instruction(self.named(scene)),
-            "target": self.named(scene) if self.target_is_named else scene,
             "moved": self.moved,
             "episode_length": self.episode_length or EPISODE_LENGTH,
             "image_size": self.observation_height,

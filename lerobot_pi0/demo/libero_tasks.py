@@ -40,8 +40,6 @@ EPISODE_LENGTH = 280
 CAMERAS = {"image": "agentview", "image2": "robot0_eye_in_hand"}
 ACTION_NAMES = ("dx", "dy", "dz", "turn_x", "turn_y", "turn_z", "gripper")
 STATE_NAMES = ("x", "y", "z", "axis_x", "axis_y", "axis_z", "finger_left", "finger_right")
-# Initial states of demonstrations; those before are for evaluation.
-RECORDED_STATES = range(20, 50)
 
 
 def instruction(task: str) -> str:

@@ -13,6 +13,7 @@ from lerobot.utils.constants import OBS_IMAGES, OBS_STATE
 
 from lerobot_pi0.demo.libero import RECORDED_STATES, SUITE
 from lerobot_pi0.demo.libero_environment import LiberoVariedEnvConfig
+from lerobot_pi0.demo.libero_installation import prepare_libero
 from lerobot_pi0.demo.libero_tasks import CAMERAS, OTHERS, SUITE_NAME, TASK_IDS, instruction
 from lerobot_pi0.errors import UserError
 
@@ -83,6 +84,7 @@ def test_a_bad_setting_of_the_environment_names_its_flag(settings, flag):
 
 @needs_libero
 def test_names_instructions_and_neighbours_are_liberos():
+    prepare_libero()
     from libero.libero import benchmark
 
     suite = benchmark.get_benchmark_dict()[SUITE_NAME]()
