@@ -63,8 +63,6 @@ def letterbox(images: Float[Tensor, "n c h w"], size: int) -> Float[Tensor, "n c
         return images
     ratio = max(height, width) / size
     new_height, new_width = int(height / ratio), int(width / ratio)
-    resized = F.interpolate(
-        images, (new_height, new_width), mode="bilinear", antialias=True, align_corners=False
-    )
+    resized = F.interpolate(images, (new_height, new_width), mode="bilinear", antialias=True)
     top, left = (size - new_height) // 2, (size - new_width) // 2
     return F.pad(resized, (left, size - new_width - left, top, size - new_height - top))

@@ -61,9 +61,12 @@ class Siglip(nn.Module):
     def __init__(self, config: SiglipConfig, output_dim: int):
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
-        self.position_embedding = nn.Parameter(
-            torch.empty(config.num_tokens, config.width).normal_(std=config.width**-0.5)
-        )
+        # Waves along columns and rows, 2π to 20,000π long: untrained policies begin with near patches alike.
+        side = config.image_size // config.patch_size
+        phases = torch.outer(torch.arange(side), 1e-4 ** torch.linspace(0, 1, config.width // 4))
+        waves = torch.cat((phases.sin(), phases.cos()), 1)
+        waves = torch.cat((waves.repeat(side, 1), waves.repeat_interleave(side, 0)), 1)
+        self.position_embedding = nn.Parameter(F.pad(waves, (0, config.width % 4)))
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.depth))
         self.norm = LayerNorm(config.width)
         self.projector = Linear(config.width, output_dim)
@@ -77,7 +80,6 @@ class Siglip(nn.Module):
 
     def embed(self, images: Float[Tensor, "n 3 h w"], dtype: torch.dtype) -> Float[Tensor, "n t c"]:
         """Patches with their positions: computed in float32, what follows is `dtype`."""
-        embed = self.patch_embedding
-        bias = None if embed.bias is None else embed.bias.float()
-        patches = F.conv2d(images, embed.weight.float(), bias, stride=embed.stride)
+        weight, bias = (parameter.float() for parameter in self.patch_embedding.parameters())
+        patches = F.conv2d(images, weight, bias, stride=weight.shape[-1])
         return (patches.flatten(2).transpose(1, 2) + self.position_embedding.float()).to(dtype)

@@ -25,6 +25,7 @@ from lerobot_pi0.model import (
 )
 from lerobot_pi0.model.gemma import Cache
 from lerobot_pi0.model.observation import letterbox
+from lerobot_pi0.model.siglip import Siglip
 
 MINUS_INFINITY = -2.3819763e38  # what openpi puts where a token may not look
 
@@ -598,6 +599,17 @@ def test_twice_the_steps_divide_the_error_as_the_solvers_order_says(solver, rati
 
     assert error(16) / error(32) == pytest.approx(ratio, rel=0.1)
     assert error(32) < 0.02
+
+
+@pytest.mark.parametrize("width", [8, 18])
+def test_before_training_near_patches_have_like_positions_and_no_two_the_same(width):
+    tower = Siglip(SiglipConfig(image_size=12, patch_size=2, width=width, depth=1, mlp_dim=4, num_heads=2), 4)
+    places = tower.position_embedding.detach().unflatten(0, (6, 6))
+    assert places.shape == (6, 6, width)
+    for along in (places[2], places[:, 3]):
+        distances = (along - along[:1]).norm(dim=-1)
+        assert (distances[1:4] > distances[:3] + 0.1).all()
+    assert (torch.cdist(places.flatten(0, 1), places.flatten(0, 1)) + torch.eye(36)).min() > 0.1
 
 
 def test_letterbox_leaves_a_fitting_image_alone():
