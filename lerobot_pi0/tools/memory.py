@@ -202,7 +202,6 @@ def _run_step(policy: Pi0Policy, batch_size: int, device: Device) -> AllocationT
     tracker = AllocationTracker(policy.parameters())
     example = policy.config.example_observation(prompt_length=policy.config.tokenizer_max_length)
     # What garbage collection frees at some moment would be in the line of one batch size alone.
-    gc.collect()
     gc.disable()
     try:
         with attention_of(device), tracker:
