@@ -29,7 +29,7 @@ from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.tools import plan as planning
 from lerobot_pi0.tools.memory import AllocationTracker, MemoryEstimate, estimate_memory
-from lerobot_pi0.tools.plan import GIGABYTE, PlanConfig, Row, Schedule, choose
+from lerobot_pi0.tools.plan import GIGABYTE, Row, Schedule, choose
 from lerobot_pi0.tools.step_time import StepTimes, measure_rate
 
 LORA = PeftConfig()
@@ -374,17 +374,19 @@ def test_a_depth_camera_gets_no_slot(monkeypatch, capsys, caplog, dataset, tmp_p
         assert "left out: observation.images.depth" in text
 
 
-def test_without_peft_the_plan_says_so(monkeypatch, dataset):
+def test_without_peft_the_plan_says_so(monkeypatch, capsys, dataset):
     monkeypatch.setattr(planning, "find_spec", lambda _: None)
-    text = planning.main(PlanConfig(DatasetSource("me/pick", dataset), 24, policy=tiny_config(cameras={})))
+    code, text = plan(monkeypatch, capsys, *tiny(dataset), "--gpu-memory=24")
+    assert code == 0
     assert "pip install 'lerobot[peft]'" in text
     assert "LoRA, checkpointing" not in text
 
 
 def test_the_plan_measures_steps_here_on_request(monkeypatch, capsys, dataset):
+    monkeypatch.setattr(planning, "BATCH_SIZE", 3)
     code, text = plan(monkeypatch, capsys, *tiny(dataset), "--gpu_memory=24", "--measure")
     assert code == 0
-    assert re.search(r"time here +\d+ (min|h|days) on .*: [\d.e-]+ s per step of 32, ", text)
+    assert re.search(r"time here +\d+ (min|h|days) on .*: [\d.e-]+ s per step of 3, ", text)
     monkeypatch.setattr(planning, "free_bytes", lambda _: 1e6)
     code, text = plan(monkeypatch, capsys, *tiny(dataset), "--gpu_memory=24", "--measure")
     assert code == 0
