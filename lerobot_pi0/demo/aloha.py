@@ -1,7 +1,10 @@
 """ALOHA's transfer of a cube, as a suite of the demo: two arms in gym-aloha, LeRobot's `--env.type=aloha`.
 
-The expert's targets are disturbed before they are executed and written down undisturbed (DART, Laskey et al.
-2017): the dataset visits states beside the expert's path and says how to come back from there.
+Two things keep a policy from following the expert's path blindly. Most demonstrations begin after the expert
+has acted unseen on a place without a cube: where the hand is says nothing about where the cube is, and an
+empty closed hand goes back for it. And targets are disturbed before they are executed and written down
+undisturbed (DART, Laskey et al. 2017): the dataset visits states beside the expert's path and says how to
+come back from there.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,6 +37,12 @@ JOINTS = tuple(
 
 # The place above the cube, from which the hand is lowered, is scattered by so many times the noise.
 SCATTER_PER_NOISE = 1.25
+
+# The share of demonstrations that begin on the way to another place, and the steps until then: the expert
+# reaches such a place and closes the fingers in about 55.
+ELSEWHERE, UNSEEN_STEPS = 0.7, (5, 75)
+# The expert's runs whose mean is the blind baseline.
+BLIND_RUNS = 10
 
 
 class AlohaSuite(Suite):
@@ -88,10 +97,10 @@ class AlohaSuite(Suite):
         }
 
     def successes(self, task: str, recording: Recording, seeds: Iterable[int]) -> list[list[Frame]]:
-        """Episodes in gym-aloha's physics; seeds say where the cube lies, and how the expert is disturbed."""
+        """Episodes in gym-aloha's physics; a seed draws the cube's place, the beginning and disturbances."""
         from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
-        from lerobot_pi0.demo.aloha_env import Camera, Expert, Pushes, Simulation
+        from lerobot_pi0.demo.aloha_env import Camera, Expert, Pushes, Simulation, sample_box_pose
 
         simulation = Simulation()
         episodes = []
@@ -99,6 +108,12 @@ class AlohaSuite(Suite):
             for seed in seeds:
                 simulation.reset(seed)
                 rng = np.random.default_rng(seed)
+                if rng.random() < ELSEWHERE:
+                    elsewhere = sample_box_pose(int(rng.integers(2**31)))[:3]
+                    expert = Expert(simulation.state, rng, SCATTER_PER_NOISE * recording.noise)
+                    for _ in range(rng.integers(*UNSEEN_STEPS)):
+                        expert.step(simulation.state, elsewhere)
+                        simulation.step(expert.action())
                 expert = Expert(simulation.state, rng, SCATTER_PER_NOISE * recording.noise)
                 pushes = Pushes(rng, recording.noise)
                 frames: list[Frame] = []
@@ -148,6 +163,26 @@ class AlohaSuite(Suite):
             steps = (actions[min(step, len(actions) - 1)] for step in range(episode_length))
             solved.append(any(simulation.step(action) for action in steps))
         return solved
+
+    def blind_actions(self, task: str, recorded: list[np.ndarray]) -> np.ndarray:
+        """Demonstrations begin anywhere, so the expert runs again from the arms' own pose, undisturbed."""
+        del task, recorded
+        from lerobot_pi0.demo.aloha_env import Expert, Simulation
+        from lerobot_pi0.demo.baseline import mean_demonstration
+
+        simulation = Simulation()
+        runs = []
+        for seed in range(self.defaults.seed, self.defaults.seed + BLIND_RUNS):
+            simulation.reset(seed)
+            expert = Expert(simulation.state, np.random.default_rng(seed), 0.0)
+            actions: list[np.ndarray] = []
+            solved = False
+            while not solved and len(actions) < self.defaults.episode_length:
+                expert.step(simulation.state, simulation.cube)
+                actions.append(expert.action())
+                solved = simulation.step(actions[-1])
+            runs.append(np.stack(actions))
+        return mean_demonstration(runs)
 
 
 SUITE = AlohaSuite()

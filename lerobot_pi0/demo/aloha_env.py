@@ -16,6 +16,8 @@ from gym_aloha.tasks.sim import BOX_POSE, TransferCubeTask  # noqa: E402
 from gym_aloha.utils import sample_box_pose  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from lerobot_pi0.demo.meshes import merge_corners  # noqa: E402
+
 # The reward at which gym-aloha's episode ends: the left hand touches the cube, and the table does not.
 SOLVED = 4
 ARM = 7  # joints of an arm: waist, shoulder, elbow, forearm roll, wrist angle, wrist rotate, gripper
@@ -24,6 +26,8 @@ GRIPPERS = [ARM - 1, 2 * ARM - 1]
 # What LeRobot's environment renders, before a policy makes it smaller.
 CAMERA = "top"
 HEIGHT, WIDTH = 480, 640
+# The edge of the cubes to which the corners of a mesh are merged, in metres: a pixel is as large.
+MESH_CELL = 0.0025
 
 
 class UnseenTransferCube(TransferCubeTask):
@@ -67,17 +71,18 @@ class Simulation:
 class Camera:
     """Pictures as LeRobot's environment gives them to a policy that makes them smaller.
 
-    Rendered at the full size, but with a coarser map of shadows and without multisampling, which the smaller
-    picture hardly shows: a third of the time. `close` it before the interpreter ends.
+    Rendered at the full size, but with coarser arms and shadows and without multisampling, which the smaller
+    picture hardly shows: a sixth of the time. `close` it before the interpreter ends.
     """
 
     def __init__(self, simulation: Simulation, width: int) -> None:
         self.size = (width, width * HEIGHT // WIDTH)
         self._data = simulation.data
         visual = simulation.model.vis
-        visual.quality.shadowsize = 1024
+        visual.quality.shadowsize = 512
         visual.quality.offsamples = 0
         visual.global_.offheight, visual.global_.offwidth = HEIGHT, WIDTH
+        merge_corners(simulation.model, np.ones(simulation.model.ngeom, bool), MESH_CELL)
         self._renderer = mujoco.Renderer(simulation.model, HEIGHT, WIDTH)
 
     def picture(self) -> np.ndarray:
@@ -143,7 +148,7 @@ AWAY = (0.1, 0.0, 0.05)  # where the right hand goes in the end, from there
 SPEED = 0.01  # metres per step at most ...
 GAIN = 0.15  # ... and at most this share of what is left of the way
 GRIPPER_SPEED = 0.12  # per step
-HELD = 0.85  # a gripper that has stopped below this opening holds the cube ...
+HELD, EMPTY = 0.85, 0.4  # a gripper that has stopped between these openings holds the cube ...
 STOPPED = 0.004  # ... and it has stopped when the opening changes by less than this per step
 
 
@@ -153,7 +158,7 @@ class Hand:
     def __init__(self, arm: str, joints: np.ndarray) -> None:
         self.arm = arm
         self.tip, self.pitch = tip_of_joints(arm, joints)
-        self.roll, self.opening = 0.0, joints[-1]
+        self.roll, self.opening = joints[5], joints[-1]
 
     def lead(self, tip: np.ndarray, pitch: float, roll: float, opening: float) -> None:
         """Move on by a step towards a pose and an opening of the gripper."""
@@ -189,7 +194,8 @@ class Expert:
     def step(self, state: np.ndarray, cube: np.ndarray) -> None:
         """Choose both hands' motions by the measured joints (14,) and the cube (3,), and go on with them."""
         left, right = tip_of_joints("left", state[:ARM])[0], tip_of_joints("right", state[ARM:])[0]
-        left_holds, right_holds = (state[GRIPPERS] < HELD) & (np.abs(state - self._state)[GRIPPERS] < STOPPED)
+        openings, stopped = state[GRIPPERS], np.abs(state - self._state)[GRIPPERS] < STOPPED
+        left_holds, right_holds = stopped & (openings < HELD) & (openings > EMPTY)
         self._state = state
         grasp = np.array([cube[0], cube[1], GRASP_HEIGHT])
 
@@ -200,6 +206,8 @@ class Expert:
                 self.right_motion = "grasp"
             case "grasp" if right_holds:
                 self.right_motion = "carry"
+            case "grasp" | "carry" if openings[1] < EMPTY:  # the cube is not there, or was lost
+                self.right_motion, self.left_motion = "reach", "wait"
             case "carry" if self.left_motion == "take" and left_holds:
                 self.right_motion = self.left_motion = "leave"
         match self.right_motion:

@@ -147,3 +147,38 @@ def test_attempts_are_disturbed_but_their_labels_are_not_and_equal_settings_give
     # A label moves on by little; where a push has led to is far from where the label would have the joints.
     assert np.abs(np.diff(actions[:, :6], axis=0)).max() < 0.12
     assert np.abs(actions[:, 7:12] - states[:, 7:12]).max() > 0.1
+
+
+@needs_simulator
+def test_most_demonstrations_begin_with_the_hands_elsewhere_and_the_part_before_is_not_recorded(simulation):
+    recording = replace(SUITE.defaults, image_size=32, after_success=0)
+    episodes = SUITE.successes(TASK, recording, range(recording.seed, recording.seed + 6))
+    simulation.reset(0)
+    begin = np.stack([frames[0]["observation.state"] for frames in episodes])
+    away = np.abs(begin - simulation.state).max(axis=1) > 0.1
+    assert 2 <= away.sum() < len(episodes)
+    for frames in episodes:  # and the expert goes on from there
+        assert np.abs(frames[0]["action"] - frames[0]["observation.state"]).max() < 0.3
+
+
+@needs_simulator
+def test_the_expert_opens_a_hand_that_has_closed_on_nothing_and_solves_the_scene(simulation):
+    from lerobot_pi0.demo.aloha_env import Expert
+
+    simulation.reset(EVALUATION_SEED)
+    cube = simulation.cube
+    expert = Expert(simulation.state, np.random.default_rng(0), 0.0)
+    motions = []
+    while motions[-2:] != ["grasp", "reach"]:
+        expert.step(simulation.state, cube + np.array([-0.12, 0.12, 0.0]))
+        simulation.step(expert.action())
+        motions.append(expert.right_motion)
+        assert len(motions) < 150
+    assert simulation.state[13] < 0.5
+    solved, openings = False, []
+    while not solved:
+        expert.step(simulation.state, simulation.cube)
+        solved = simulation.step(expert.action())
+        openings.append(simulation.state[13])
+        assert len(openings) < 150
+    assert max(openings[:40]) > 0.9
