@@ -38,8 +38,8 @@ JOINTS = tuple(
 # The place above the cube, from which the hand is lowered, is scattered by so many times the noise.
 SCATTER_PER_NOISE = 1.25
 
-# The share of demonstrations that begin on the way to another place, and the steps until then: the expert
-# reaches such a place and closes the fingers in about 55.
+# The share of disturbed demonstrations that begin on the way to another place, and the steps until then: the
+# expert reaches such a place and closes the fingers in about 55.
 ELSEWHERE, UNSEEN_STEPS = 0.7, (5, 75)
 # The expert's runs whose mean is the blind baseline.
 BLIND_RUNS = 10
@@ -108,7 +108,7 @@ class AlohaSuite(Suite):
             for seed in seeds:
                 simulation.reset(seed)
                 rng = np.random.default_rng(seed)
-                if rng.random() < ELSEWHERE:
+                if recording.noise and rng.random() < ELSEWHERE:
                     elsewhere = sample_box_pose(int(rng.integers(2**31)))[:3]
                     expert = Expert(simulation.state, rng, SCATTER_PER_NOISE * recording.noise)
                     for _ in range(rng.integers(*UNSEEN_STEPS)):

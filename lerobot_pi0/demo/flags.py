@@ -69,7 +69,7 @@ class RecordConfig:
     # Width and height of the camera image in pixels; in ALOHA its width, of which the height is 3/4.
     image_size: int | None = None
     # How strongly the executed movement is disturbed. In Meta-World the standard deviation; actions lie in
-    # [-1, 1]. In ALOHA that of pushes of the hands, in metres.
+    # [-1, 1]. In ALOHA that of pushes of the hands, in metres; with 0, all begin in the arms' own pose, too.
     noise: float | None = None
     # Steps within which the expert has to succeed.
     episode_length: int | None = None
