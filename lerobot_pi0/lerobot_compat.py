@@ -537,15 +537,17 @@ def hide_slow_loop_notices() -> None:
     """Hide what LeRobot's control loop logs whenever one round took longer than a control step.
 
     It says so of each chunk that the loop waits for, and of rounds that no action was late by
-    (rollout/strategies/base.py, `run`). Called after LeRobot's `init_logging`, which makes the handlers.
+    (rollout/strategies/base.py, `run`; after 0.6.1 utils/cycle_timer.py). Called after LeRobot's
+    `init_logging`, which makes the handlers.
     """
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_no_slow_loop_notice)
 
 
 def _is_no_slow_loop_notice(record: logging.LogRecord) -> bool:
-    is_one = record.name.startswith("lerobot.rollout.strategies.")
-    return not (is_one and record.getMessage().startswith("Record loop is running slower"))
+    is_loops = record.name.startswith(("lerobot.rollout.strategies.", "lerobot.utils.cycle_timer"))
+    notices = ("Record loop is running slower", "Control loop is running slower")
+    return not (is_loops and record.getMessage().startswith(notices))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import threading
 from functools import reduce
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,11 +133,18 @@ SOURCES: dict[str, tuple[str | tuple[str, ...], ...]] = {
         "raise ParsingError(f\"Couldn't instantiate class",
     ),
     "lerobot.configs.parser:get_cli_overrides": ("args = sys.argv[1:]",),
-    "lerobot.rollout.strategies.base:BaseStrategy.run": ('f"Record loop is running slower',),
+    # After 0.6.1 a timer says it.
+    "lerobot.rollout.strategies.base:BaseStrategy.run": (
+        ('f"Record loop is running slower', "timer.tick(new_cycle="),
+    ),
     "lerobot.datasets.dataset_metadata:LeRobotDatasetMetadata.__init__": (
         "self.root = HF_LEROBOT_HOME / repo_id",
     ),
 }
+
+
+if find_spec("lerobot.utils.cycle_timer"):
+    SOURCES["lerobot.utils.cycle_timer:CycleTimer"] = ('f"Control loop is running slower',)
 
 
 def named(name: str) -> Any:
@@ -410,7 +418,14 @@ def test_the_video_encoder_logs_errors_alone_unless_it_is_set_otherwise(monkeypa
     assert os.environ["SVT_LOG"] == (given or "1")
 
 
-def test_lerobots_notices_of_slow_rounds_are_hidden():
+@pytest.mark.parametrize(
+    ("logger", "notice"),
+    [
+        ("lerobot.rollout.strategies.base", "Record loop is running slower"),
+        ("lerobot.utils.cycle_timer", "Control loop is running slower"),
+    ],
+)
+def test_lerobots_notices_of_slow_rounds_are_hidden(logger, notice):
     handler = logging.Handler()
     seen = []
     handler.emit = lambda record: seen.append(record.getMessage())
@@ -418,8 +433,8 @@ def test_lerobots_notices_of_slow_rounds_are_hidden():
     root.addHandler(handler)
     try:
         lerobot_compat.hide_slow_loop_notices()
-        log = logging.getLogger("lerobot.rollout.strategies.base")
-        log.warning("Record loop is running slower (3.0 Hz) than the target FPS (30 Hz)")
+        log = logging.getLogger(logger)
+        log.warning("%s (3.0 Hz) than the target FPS (30 Hz)", notice)
         log.warning("Could not return to initial position")
     finally:
         root.removeHandler(handler)
