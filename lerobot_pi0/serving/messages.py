@@ -31,6 +31,10 @@ class MessageError(UserError):
     """A message is not what the protocol says. The text says what it is."""
 
 
+class BrokenOffError(MessageError):
+    """The client stopped before the end of its observation."""
+
+
 class _Sealed(type):
     """A pickle can set attributes of what it names: not those of a class that the next one shares."""
 
@@ -167,11 +171,16 @@ def read_instructions(data: bytes) -> RemotePolicyConfig:
 def read_observation(
     requests: Iterable[Any], stopped: threading.Event, limit: int = MAX_BYTES
 ) -> TimedObservation:
-    """An observation from the parts that it is sent in. Raises MessageError."""
+    """An observation from the parts that it is sent in.
+
+    Raises:
+        BrokenOffError: if the last part is missing.
+        MessageError: if it is anything but an observation, or too large.
+    """
     what = "the observation"
     data = receive_bytes_in_chunks(_at_most(requests, limit), None, stopped, "")  # pyrefly: ignore[bad-argument-type]
     if data is None:
-        raise MessageError(f"{what} broke off before its end")
+        raise BrokenOffError(f"{what} broke off before its end")
     message = _unpickle(data, TimedObservation, what)
     for field, kind in {"timestamp": float, "timestep": int, "observation": dict, "must_go": bool}.items():
         _expect(message, field, kind, what)

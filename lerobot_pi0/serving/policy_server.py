@@ -31,7 +31,7 @@ from torch import Tensor
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.control.trace import Trace
 from lerobot_pi0.errors import UserError, printable
-from lerobot_pi0.serving.messages import read_instructions, read_observation
+from lerobot_pi0.serving.messages import BrokenOffError, read_instructions, read_observation
 from lerobot_pi0.serving.remote_robot import RemoteRobot, check_robot
 from lerobot_pi0.serving.served_policy import ServedPolicy
 
@@ -269,6 +269,9 @@ class PolicyServer:
             with self._changed:
                 session.calls -= 1
                 session.last_call = time.monotonic()
+            # gRPC wakes a method that reads before it runs the callbacks, and takes none once a call is over.
+            if not context.is_active():
+                self._lose(session)
 
     @contextmanager
     def _receiving(self, session: Session, context: grpc.ServicerContext) -> Iterator[None]:
@@ -296,6 +299,9 @@ class PolicyServer:
         timer.start()
         try:
             yield
+        except BrokenOffError:
+            self._lose(session)
+            raise
         finally:
             timer.cancel()
             with self._changed:

@@ -420,36 +420,37 @@ def test_an_observation_that_breaks_off_is_refused(robot):
 def test_a_client_that_dies_while_it_sends_makes_room_for_the_next(port, checkpoint, monkeypatch):
     dying = Client(port).greet(checkpoint)
     monkeypatch.setattr(policy_server, "SILENCE", 1000.0)
-    begun = threading.Event()
-
-    def part_of_an_observation() -> Iterator[Any]:
-        yield next(
-            send_bytes_in_chunks(pickle.dumps(observed(0, {"padding": bytes(3 * 2**20)})), wire.Observation)
-        )
-        begun.set()
-        threading.Event().wait(60)
-
-    unfinished = dying.stub.SendObservations.future(part_of_an_observation())
-    assert begun.wait(60)
+    unfinished, go_on = unfinished_observation(dying, monkeypatch)
     dying.close()
     assert unfinished.code() == grpc.StatusCode.CANCELLED
     assert eventually(lambda: Client(port).greet(checkpoint)).is_answered(0)
+    go_on.set()
 
 
-def unfinished_observation(client: Client, step: int = 0) -> Any:
-    """A call that has sent one part of an observation, and the event on which it sends the rest."""
+def unfinished_observation(
+    client: Client, monkeypatch: pytest.MonkeyPatch, step: int = 0
+) -> tuple[Any, threading.Event]:
+    """A call of which the server has read one part, and the event on which the client sends the rest."""
     data = pickle.dumps(observed(step, {"padding": bytes(3 * 2**20)}))
     first, *rest = send_bytes_in_chunks(data, wire.Observation)
-    begun, go_on = threading.Event(), threading.Event()
+    read, begun, go_on = messages.read_observation, threading.Event(), threading.Event()
 
     def parts() -> Iterator[Any]:
         yield first
-        begun.set()
         go_on.wait(60)
         yield from rest
 
-    call = client.stub.SendObservations.future(parts())
-    assert begun.wait(60)
+    def arriving(requests: Iterator[Any]) -> Iterator[Any]:
+        for request in requests:
+            begun.set()
+            yield request
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            policy_server, "read_observation", lambda requests, stop: read(arriving(requests), stop)
+        )
+        call = client.stub.SendObservations.future(parts())
+        assert begun.wait(60)
     return call, go_on
 
 
@@ -459,7 +460,7 @@ def test_an_observation_that_is_never_complete_is_given_up_and_the_robot_makes_r
     cut_off = Client(port).greet(checkpoint)
     monkeypatch.setattr(policy_server, "SILENCE", 1000.0)
     monkeypatch.setattr(policy_server, "RECEIVE_TIMEOUT", 0.3)
-    call, go_on = unfinished_observation(cut_off)
+    call, go_on = unfinished_observation(cut_off, monkeypatch)
     assert call.code() == grpc.StatusCode.CANCELLED
     assert "was not complete after 0.3 s" in caplog.text
     restarted = Client(port)
@@ -469,8 +470,8 @@ def test_an_observation_that_is_never_complete_is_given_up_and_the_robot_makes_r
     cut_off.close()
 
 
-def test_unfinished_observations_leave_room_for_answers(robot):
-    unfinished = [unfinished_observation(robot) for _ in range(policy_server.MAX_STREAMS)]
+def test_unfinished_observations_leave_room_for_answers(robot, monkeypatch):
+    unfinished = [unfinished_observation(robot, monkeypatch) for _ in range(policy_server.MAX_STREAMS)]
     code, details = status(robot.send, observed(1))
     assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert "are arriving already" in details
@@ -481,8 +482,8 @@ def test_unfinished_observations_leave_room_for_answers(robot):
     assert robot.is_answered(1)
 
 
-def test_an_older_observation_that_is_complete_later_does_not_replace_a_newer_one(robot):
-    call, go_on = unfinished_observation(robot, step=3)
+def test_an_older_observation_that_is_complete_later_does_not_replace_a_newer_one(robot, monkeypatch):
+    call, go_on = unfinished_observation(robot, monkeypatch, step=3)
     robot.send(observed(8))
     go_on.set()
     call.result()
