@@ -25,14 +25,16 @@ def context(**changes: Any) -> Context:
     return Context(Setup("tiny", Path(), Path(), threads=1, **changes))
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=["pi0", "pi05"])
+def report(request, tmp_path_factory) -> dict[str, Any]:
     """Of all sections but the slow one, as the command writes it; the text is in "text"."""
     file = tmp_path_factory.mktemp("bench") / "gpu.json"
     with pytest.MonkeyPatch.context() as patch:
         few = ("full, 2 cameras, batch 8", "LoRA, 2 cameras, batch 8")
         patch.setattr(training_steps, "CASES", {name: training_steps.CASES[name] for name in few})
-        text = bench.main(BenchConfig(device="cpu", size="tiny", json=file, threads=1))
+        text = bench.main(
+            BenchConfig(device="cpu", size="tiny", model=request.param, json=file, threads=1)
+        )
     return json.loads(file.read_text()) | {"text": text}
 
 
