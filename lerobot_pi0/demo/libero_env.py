@@ -30,6 +30,17 @@ IDLE_ACTION = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 IDLE_STEPS = 10
 # The edge of the cubes to which the corners of a mesh are merged, in metres: less than a pixel.
 MESH_CELL = 0.004
+# All that a picture depends on and that moves (MjData).
+DRAWN = (
+    "geom_xpos",
+    "geom_xmat",
+    "site_xpos",
+    "site_xmat",
+    "cam_xpos",
+    "cam_xmat",
+    "light_xpos",
+    "light_xdir",
+)
 # An action of 1 asks for a displacement of 5 cm, of which the arm makes a part in a control step.
 METRES_PER_ACTION = 0.06
 TOP_SPEED = 0.8
@@ -82,6 +93,7 @@ class Scene:
         }
         self.model: mujoco.MjModel = self._env.sim.model._model
         self.data: mujoco.MjData = self._env.sim.data._data
+        self._drawn = mujoco.MjData(self.model)
         self._options = mujoco.MjvOption()
         self._options.geomgroup[:] = 0
         self._options.geomgroup[1] = 1  # what is seen; 0 is what collides
@@ -172,13 +184,26 @@ class Scene:
         )
         return np.concatenate([self.hand, rotation, self.fingers]).astype(np.float32)
 
-    def pictures(self) -> dict[str, np.ndarray]:
-        """One per camera, {"image": (H, W, 3) uint8, ...}, turned as LeRobot's processor turns them."""
+    def moment(self) -> dict[str, np.ndarray]:
+        """What the pictures of now are drawn from, for later."""
+        return {name: np.array(getattr(self.data, name)) for name in DRAWN}
+
+    def pictures(self, moment: dict[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """One per camera, {"image": (H, W, 3) uint8, ...}, turned as LeRobot's processor turns them.
+
+        Args:
+            moment: an earlier `moment()` of this scene. None: now.
+        """
         if self._renderer is None:
             raise RuntimeError("This scene was made without pictures.")
+        drawn = self.data
+        if moment is not None:
+            drawn = self._drawn
+            for name, values in moment.items():
+                getattr(drawn, name)[:] = values
         pictures = {}
         for name, camera in CAMERAS.items():
-            self._renderer.update_scene(self.data, camera=camera, scene_option=self._options)
+            self._renderer.update_scene(drawn, camera=camera, scene_option=self._options)
             pictures[name] = np.ascontiguousarray(self._renderer.render()[:, ::-1])
         return pictures
 

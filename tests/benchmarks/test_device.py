@@ -32,9 +32,7 @@ def report(request, tmp_path_factory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         few = ("full, 2 cameras, batch 8", "LoRA, 2 cameras, batch 8")
         patch.setattr(training_steps, "CASES", {name: training_steps.CASES[name] for name in few})
-        text = bench.main(
-            BenchConfig(device="cpu", size="tiny", model=request.param, json=file, threads=1)
-        )
+        text = bench.main(BenchConfig(device="cpu", size="tiny", model=request.param, json=file, threads=1))
     return json.loads(file.read_text()) | {"text": text}
 
 

@@ -106,6 +106,21 @@ def test_a_scene_holds_its_object_and_the_others(scene):
 
 
 @needs_libero
+def test_pictures_of_an_earlier_moment_are_those_that_were_taken_then(scene):
+    from lerobot_pi0.demo.libero_env import expert_action
+
+    scene.reset(scene.initial_states[0])
+    taken = []
+    for _ in range(8):
+        scene.step(expert_action(scene, "ketchup"))
+        taken.append((scene.moment(), scene.pictures()))
+    for moment, pictures in taken:
+        for name, picture in scene.pictures(moment).items():
+            np.testing.assert_array_equal(picture, pictures[name])
+    assert (taken[0][1]["image2"] != taken[-1][1]["image2"]).any()
+
+
+@needs_libero
 def test_the_experts_run_succeeds_in_lerobots_environment_and_looks_the_same_there(scene):
     from lerobot.envs.libero import LiberoEnv
     from lerobot.envs.utils import preprocess_observation
