@@ -16,7 +16,7 @@ from gym_aloha.tasks.sim import BOX_POSE, TransferCubeTask  # noqa: E402
 from gym_aloha.utils import sample_box_pose  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from lerobot_pi0.demo.meshes import merge_corners  # noqa: E402
+from lerobot_pi0.demo.meshes import coarser  # noqa: E402
 
 # The reward at which gym-aloha's episode ends: the left hand touches the cube, and the table does not.
 SOLVED = 4
@@ -78,12 +78,11 @@ class Camera:
     def __init__(self, simulation: Simulation, width: int) -> None:
         self.size = (width, width * HEIGHT // WIDTH)
         self._data = simulation.data
-        visual = simulation.model.vis
-        visual.quality.shadowsize = 512
-        visual.quality.offsamples = 0
-        visual.global_.offheight, visual.global_.offwidth = HEIGHT, WIDTH
-        merge_corners(simulation.model, np.ones(simulation.model.ngeom, bool), MESH_CELL)
-        self._renderer = mujoco.Renderer(simulation.model, HEIGHT, WIDTH)
+        drawn = coarser(simulation.model, np.ones(simulation.model.ngeom, bool), MESH_CELL)
+        drawn.vis.quality.shadowsize = 512
+        drawn.vis.quality.offsamples = 0
+        drawn.vis.global_.offheight, drawn.vis.global_.offwidth = HEIGHT, WIDTH
+        self._renderer = mujoco.Renderer(drawn, HEIGHT, WIDTH)
 
     def picture(self) -> np.ndarray:
         """What the camera sees now, (H, W, 3) uint8."""

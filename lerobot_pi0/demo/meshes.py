@@ -1,20 +1,22 @@
 """Coarser meshes, for pictures that are too small to show the difference."""
 
+from copy import copy
+
 import mujoco
 import numpy as np
 
 
-def merge_corners(model: mujoco.MjModel, geoms: np.ndarray, cell: float) -> None:
-    """Merge the corners of meshes that lie in one cube, and drop triangles that vanish.
+def coarser(model: mujoco.MjModel, geoms: np.ndarray, cell: float) -> mujoco.MjModel:
+    """A model to draw, in which the corners of meshes that lie in one cube are one corner.
 
-    Software rendering takes as long as there are triangles, most of which a small picture does not show.
-    Collisions stay as they are. Call it before a renderer is made.
+    Software rendering takes as long as there are triangles, most of which a small picture does not show. The
+    copy is for a renderer alone: with meshes that collide, its physics is another.
 
     Args:
-        model: is changed.
         geoms: which geoms' meshes, (ngeom,) bool.
         cell: the cube's edge in metres.
     """
+    model = copy(model)
     for mesh in np.unique(model.geom_dataid[geoms & (model.geom_type == mujoco.mjtGeom.mjGEOM_MESH)]):
         corners = slice(model.mesh_vertadr[mesh], model.mesh_vertadr[mesh] + model.mesh_vertnum[mesh])
         points = model.mesh_vert[corners]
@@ -30,3 +32,4 @@ def merge_corners(model: mujoco.MjModel, geoms: np.ndarray, cell: float) -> None
         for part in (model.mesh_face, model.mesh_facenormal, model.mesh_facetexcoord):
             part[first : first + len(kept)] = part[kept]
         model.mesh_facenum[mesh] = len(kept)
+    return model

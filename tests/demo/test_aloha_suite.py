@@ -126,6 +126,8 @@ def test_the_joints_of_a_place_bring_the_finger_tips_there(simulation):
 
 @needs_simulator
 def test_the_experts_clean_labels_solve_the_scene_that_they_were_recorded_in_and_not_another():
+    from lerobot_pi0.demo.aloha_env import Simulation
+
     recording = replace(SUITE.defaults, noise=0.0, image_size=32, after_success=5)
     (frames,) = SUITE.successes(TASK, recording, [EVALUATION_SEED])
     names = {name for name in frames[0] if name != "task"}
@@ -133,6 +135,11 @@ def test_the_experts_clean_labels_solve_the_scene_that_they_were_recorded_in_and
     actions = np.stack([frame["action"] for frame in frames])
     (evaluation,) = SUITE.evaluations([TASK], recording, 250, 16)
     assert SUITE.replay(evaluation, TASK, actions, 2, 250) == [True, False]
+    simulation = Simulation()
+    simulation.reset(EVALUATION_SEED)
+    for frame in frames:
+        np.testing.assert_allclose(simulation.state, frame["observation.state"], atol=1e-3)
+        simulation.step(frame["action"])
 
 
 @needs_simulator
