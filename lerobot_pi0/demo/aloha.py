@@ -9,6 +9,7 @@ come back from there.
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,11 +165,10 @@ class AlohaSuite(Suite):
             solved.append(any(simulation.step(action) for action in steps))
         return solved
 
-    def blind_actions(self, task: str, recorded: list[np.ndarray]) -> np.ndarray:
+    def blind_runs(self, task: str, demonstrations: Path) -> list[np.ndarray]:
         """Demonstrations begin anywhere, so the expert runs again from the arms' own pose, undisturbed."""
-        del task, recorded
+        del task, demonstrations
         from lerobot_pi0.demo.aloha_env import Expert, Simulation
-        from lerobot_pi0.demo.baseline import mean_demonstration
 
         simulation = Simulation()
         runs = []
@@ -182,7 +182,7 @@ class AlohaSuite(Suite):
                 actions.append(expert.action())
                 solved = simulation.step(actions[-1])
             runs.append(np.stack(actions))
-        return mean_demonstration(runs)
+        return runs
 
 
 SUITE = AlohaSuite()

@@ -156,12 +156,11 @@ class Demo:
 
     def open_loop_baseline(self, evaluation: Evaluation) -> dict[str, float]:
         """Success of each task's average demonstration, replayed open-loop in the evaluated episodes."""
-        from lerobot_pi0.demo.baseline import recorded_actions
+        from lerobot_pi0.demo.baseline import mean_demonstration
 
         rates = {}
         for task in tqdm(evaluation.tasks, desc="Open-loop baseline", unit="task", leave=False):
-            recorded = recorded_actions(self.demonstrations, self.suite.instruction(task))
-            actions = self.suite.blind_actions(task, recorded)
+            actions = mean_demonstration(self.suite.blind_runs(task, self.demonstrations))
             solved = self.suite.replay(evaluation, task, actions, self.eval_episodes, self.episode_length)
             rates[task] = sum(solved) / len(solved)
         return rates

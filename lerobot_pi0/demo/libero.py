@@ -13,6 +13,7 @@ expert's answer to what nobody could foresee.
 
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -202,10 +203,9 @@ class LiberoSuite(Suite):
                 solved.append(scene.solved(task))
         return solved
 
-    def blind_actions(self, task: str, recorded: list[np.ndarray]) -> np.ndarray:
+    def blind_runs(self, task: str, demonstrations: Path) -> list[np.ndarray]:
         """Demonstrations begin anywhere, so the expert runs again in LIBERO's own states, undisturbed."""
-        del recorded
-        from lerobot_pi0.demo.baseline import mean_demonstration
+        del demonstrations
         from lerobot_pi0.demo.libero_env import Scene, expert_action
 
         runs = []
@@ -217,7 +217,7 @@ class LiberoSuite(Suite):
                     actions.append(expert_action(scene, task))
                     scene.step(actions[-1])
                 runs.append(np.stack(actions))
-        return mean_demonstration(runs)
+        return runs
 
 
 def _attempt(

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lerobot_pi0.errors import UserError
@@ -170,17 +171,16 @@ class Suite(ABC):
         del task_id
         return task_group
 
-    def blind_actions(self, task: str, recorded: list[Any]) -> Any:
-        """The actions of the blind baseline, (steps, action dim): the average demonstration.
+    def blind_runs(self, task: str, demonstrations: Path) -> list[Any]:
+        """The runs whose average is the blind baseline: the actions of each, (steps, action dim).
 
         Args:
             task: one of the recorded ones.
-            recorded: the actions of each of its demonstrations, (steps, action dim); the lengths differ.
+            demonstrations: the recorded dataset's root; its episodes are the runs, unless a suite has others.
         """
-        from lerobot_pi0.demo.baseline import mean_demonstration
+        from lerobot_pi0.demo.baseline import recorded_actions
 
-        del task
-        return mean_demonstration(recorded)
+        return recorded_actions(demonstrations, self.instruction(task))
 
     @abstractmethod
     def replay(
@@ -191,7 +191,7 @@ class Suite(ABC):
         Args:
             evaluation: one of `evaluations`, whose flags say how its scenes are made.
             task: one of its tasks.
-            actions: `blind_actions`, (steps, action dim). After the last step the last action is repeated.
+            actions: the mean of `blind_runs`, (steps, action dim). After its end the last one is repeated.
             episodes: how many; lerobot-eval's first has seed `EVALUATION_SEED`.
             episode_length: steps after which an episode counts as failed.
         """
