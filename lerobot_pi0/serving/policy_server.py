@@ -261,7 +261,8 @@ class PolicyServer:
                 )
             session.peer, session.lost = peer, False
             session.calls += 1
-        context.add_callback(lambda: None if returned.is_set() else self._lose(session))
+        if not context.add_callback(lambda: None if returned.is_set() else self._lose(session, peer)):
+            self._lose(session, peer)  # the call was over before it began here
         try:
             yield session
         finally:
@@ -269,9 +270,11 @@ class PolicyServer:
             with self._changed:
                 session.calls -= 1
                 session.last_call = time.monotonic()
-            # gRPC wakes a method that reads before it runs the callbacks, and takes none once a call is over.
+            # When a call is cancelled that reads observations, gRPC wakes the method first and runs callbacks
+            # later: this one then finds that the method has returned. Without this check a client that is
+            # gone would keep others out until SILENCE has passed.
             if not context.is_active():
-                self._lose(session)
+                self._lose(session, peer)
 
     @contextmanager
     def _receiving(self, session: Session, context: grpc.ServicerContext) -> Iterator[None]:
@@ -283,15 +286,16 @@ class PolicyServer:
                     f"{MAX_STREAMS} observations are arriving already: send the next one after them",
                 )
             self._streams += 1
+        peer = context.peer()
         call: Any = context  # `cancel` is not declared
 
         def give_up() -> None:
             self._log_error(
-                session.peer,
+                peer,
                 f"an observation was not complete after {RECEIVE_TIMEOUT:g} s: the connection is too slow, "
                 "or cut",
             )
-            self._lose(session)
+            self._lose(session, peer)
             call.cancel()
 
         timer = threading.Timer(RECEIVE_TIMEOUT, give_up)
@@ -300,16 +304,17 @@ class PolicyServer:
         try:
             yield
         except BrokenOffError:
-            self._lose(session)
+            self._lose(session, peer)
             raise
         finally:
             timer.cancel()
             with self._changed:
                 self._streams -= 1
 
-    def _lose(self, session: Session) -> None:
+    def _lose(self, session: Session, peer: str) -> None:
+        """A call of `peer` ended unanswered. The robot may have come back by another port since."""
         with self._changed:
-            if session is self._session and not session.lost:
+            if session is self._session and session.peer == peer and not session.lost:
                 session.lost = True
                 logger.info("%s is gone, after %d chunks", session.peer, session.num_chunks)
                 self._trace_stop(session, "the client is gone")

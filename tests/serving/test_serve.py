@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -534,13 +534,82 @@ def test_one_robot_at_a_time(robot, port, checkpoint, monkeypatch):
         assert code == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "one robot at a time" in details
     assert robot.is_answered(1)
-    monkeypatch.setattr(policy_server, "WAIT", 1000.0)
-    waiting = robot.stub.GetActions.future(wire.Empty())  # a client that is killed goes while it waits
-    time.sleep(0.2)
-    robot.close()
-    assert waiting.code() == grpc.StatusCode.CANCELLED
-    assert eventually(lambda: second.greet(checkpoint)).is_answered(0)
     second.close()
+
+
+def watch_get_actions(
+    monkeypatch: pytest.MonkeyPatch, first: Callable[[grpc.ServicerContext], None] = lambda _: None
+) -> tuple[threading.Event, threading.Event]:
+    """Events of servers that start later: a call of GetActions has reached one, a call has ended there.
+
+    `first` is called with the call's context before the server begins with it.
+    """
+    begun, ended = threading.Event(), threading.Event()
+    answer = policy_server.PolicyServer.GetActions
+
+    def watched(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
+        begun.set()
+        first(context)
+        try:
+            return answer(self, request, context)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(policy_server.PolicyServer, "GetActions", watched)
+    return begun, ended
+
+
+def until_cancelled(context: grpc.ServicerContext) -> None:
+    while context.is_active():
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("first", [lambda _: None, until_cancelled], ids=["waits", "has no thread yet"])
+def test_a_client_that_is_killed_while_it_waits_makes_room(checkpoint, monkeypatch, first):
+    monkeypatch.setattr(policy_server, "SILENCE", 1000.0)
+    begun, _ = watch_get_actions(monkeypatch, first)
+    with serving(ServeConfig(ControlPolicyFlags(path=str(checkpoint)), port=0)) as port:
+        killed, second = Client(port).greet(checkpoint), Client(port)
+        monkeypatch.setattr(policy_server, "WAIT", 1000.0)
+        waiting = killed.stub.GetActions.future(wire.Empty())
+        assert begun.wait(60)
+        killed.close()
+        assert waiting.code() == grpc.StatusCode.CANCELLED
+        eventually(lambda: second.greet(checkpoint))
+        second.close()
+
+
+def test_a_call_of_a_broken_connection_that_ends_late_does_not_lose_a_robot_that_has_come_back(
+    checkpoint, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(policy_server, "SILENCE", 1000.0)
+    computing, go_on = threading.Event(), threading.Event()
+    _, ended = watch_get_actions(monkeypatch)
+    chunk = served_policy.predict_chunk
+
+    def slow(*given: Any) -> Any:
+        computing.set()
+        go_on.wait(60)
+        return chunk(*given)
+
+    flags = ControlPolicyFlags(path=str(checkpoint))
+    with serving(ServeConfig(flags, port=0, trace=tmp_path)) as port:
+        monkeypatch.setattr(served_policy, "predict_chunk", slow)
+        robot, again, other = Client(port).greet(checkpoint), Client(port), Client(port)
+        robot.send(observed(0))
+        late = robot.stub.GetActions.future(wire.Empty())
+        assert computing.wait(60)
+        robot.close()
+        assert late.code() == grpc.StatusCode.CANCELLED
+        eventually(lambda: again.send(observed(1)))  # refused until the server knows of the broken connection
+        go_on.set()
+        assert ended.wait(60)
+        assert status(lambda: other.greet(checkpoint))[0] == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert again.actions()[0].timestep == 1
+        again.close()
+        other.close()
+    stops = [event["why"] for event in read_trace(tmp_path) if event["event"] == "stop"]
+    assert stops == ["the client is gone", "the server stops"]
 
 
 def test_a_client_that_falls_silent_makes_room(robot, port, checkpoint):
