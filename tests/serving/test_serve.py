@@ -745,27 +745,45 @@ def test_a_checkpoint_that_is_missing_is_an_error_at_the_start(tmp_path, monkeyp
     assert "there is no folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_server_and_frees_its_port(checkpoint, number):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
+def number(request) -> Iterator[int]:
+    """A signal that fails the test, and does not end pytest, where the server does not handle it."""
 
-    def stop_when_it_answers() -> None:
+    def unhandled(number: int, _: Any) -> None:
+        raise AssertionError(f"{signal.Signals(number).name} reached the test")
+
+    before = signal.signal(request.param, unhandled)
+    yield request.param
+    signal.signal(request.param, before)
+
+
+def test_a_signal_ends_the_server_and_frees_its_port(monkeypatch, number):
+    handler, ports = signal.getsignal(number), []
+
+    def stop(port: int) -> None:
         client = Client(port)
-        eventually(lambda: client.stub.Ready(wire.Empty()))
+        with contextlib.suppress(grpc.RpcError):
+            client.stub.Ready(wire.Empty(), timeout=60)
+            ports.append(port)
         client.close()
         os.kill(os.getpid(), number)
 
-    thread = threading.Thread(target=stop_when_it_answers)
-    thread.start()
-    assert (
-        main(ServeConfig(any_policy=True, port=port))
-        == f"{signal.Signals(number).name}: the server has stopped"
-    )
-    thread.join()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", port))
+    @contextlib.contextmanager
+    def stopped_when_it_answers(config: ServeConfig) -> Iterator[int]:
+        with serving(config) as port:
+            thread = threading.Thread(target=stop, args=(port,))
+            thread.start()
+            try:
+                yield port
+            finally:
+                thread.join()
+
+    monkeypatch.setattr(serve, "serving", stopped_when_it_answers)
+    said = main(ServeConfig(any_policy=True, port=0))
+    assert said == f"{signal.Signals(number).name}: the server has stopped"
+    assert signal.getsignal(number) is handler
+    (port,) = ports
+    socket.create_server(("127.0.0.1", port)).close()
 
 
 @pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
