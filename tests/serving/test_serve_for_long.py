@@ -1,6 +1,6 @@
 """Async control for a long time: LeRobot's own client drives the simulated robot, is killed and comes back.
 
-SOAK_SECONDS=600 pytest -m soak tests/control/test_serve_for_long.py -s -o faulthandler_timeout=0
+SOAK_SECONDS=600 pytest -m soak tests/serving/test_serve_for_long.py -s -o faulthandler_timeout=0
 """
 
 import itertools
