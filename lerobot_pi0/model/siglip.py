@@ -61,7 +61,7 @@ class Siglip(nn.Module):
     def __init__(self, config: SiglipConfig, output_dim: int):
         super().__init__()
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
-        # Waves along columns and rows, 2π to 20,000π long: untrained policies begin with near patches alike.
+        # Starts as sine-cosine of row and column, wavelengths 2π to 20,000π patches: near patches are alike.
         side = config.image_size // config.patch_size
         phases = torch.outer(torch.arange(side), 1e-4 ** torch.linspace(0, 1, config.width // 4))
         waves = torch.cat((phases.sin(), phases.cos()), 1)

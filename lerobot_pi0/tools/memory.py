@@ -201,7 +201,7 @@ def _run_step(policy: Pi0Policy, batch_size: int, device: Device) -> AllocationT
     """Forward and backward, the batch included; gradients stay, and are no part of what is held before."""
     tracker = AllocationTracker(policy.parameters())
     example = policy.config.example_observation(prompt_length=policy.config.tokenizer_max_length)
-    # What garbage collection frees at some moment would be in the line of one batch size alone.
+    # A collection during one of the two measured steps would distort the line fitted through them.
     gc.disable()
     try:
         with attention_of(device), tracker:
