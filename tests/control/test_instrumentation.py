@@ -1,4 +1,4 @@
-"""An instrumented engine of LeRobot: no chunk outlives a reset."""
+"""An instrumented engine of LeRobot: no chunk outlives a reset, and the delay is that of the last chunks."""
 
 import threading
 import time
@@ -23,11 +23,15 @@ class Echo:
     def __init__(self) -> None:
         self.takes = 0.0
         self.began = threading.Event()
+        self.delays: list[int | None] = []  # that it was given
 
     def reset(self) -> None: ...
 
-    def predict_action_chunk(self, batch: dict[str, torch.Tensor], **_: Any) -> torch.Tensor:
+    def predict_action_chunk(
+        self, batch: dict[str, torch.Tensor], inference_delay: int | None = None, **_: Any
+    ) -> torch.Tensor:
         self.began.set()
+        self.delays.append(inference_delay)
         time.sleep(self.takes)
         return batch["observation.state"].reshape(1, 1, 1).repeat(1, 50, 1)
 
@@ -60,15 +64,22 @@ def inner(policy: Any) -> RTCInferenceEngine:
 
 
 @pytest.fixture
-def engine(policy: Any, inner: RTCInferenceEngine) -> Iterator[InferenceEngine]:
-    """It, instrumented, started as LeRobot's strategies start it."""
-    cfg = SimpleNamespace(interpolation_multiplier=1, fps=30.0)
-    ctx: Any = SimpleNamespace(
-        runtime=SimpleNamespace(cfg=cfg),
+def ctx(inner: RTCInferenceEngine) -> Any:
+    return SimpleNamespace(
+        runtime=SimpleNamespace(cfg=SimpleNamespace(interpolation_multiplier=1, fps=30.0)),
         policy=SimpleNamespace(inference=inner, postprocessor=PIPELINE),
         hardware=SimpleNamespace(robot_wrapper=ThreadSafeRobot(ROBOT)),
     )
-    Instrumentation(ctx, policy, None, {"kind": "rtc"})
+
+
+@pytest.fixture
+def instrumentation(ctx: Any, policy: Any) -> Instrumentation:
+    return Instrumentation(ctx, policy, None, {"kind": "rtc"})
+
+
+@pytest.fixture
+def engine(ctx: Any, instrumentation: Instrumentation) -> Iterator[InferenceEngine]:
+    """LeRobot's engine, instrumented, started as LeRobot's strategies start it."""
     instrumented = ctx.policy.inference
     instrumented.reset()
     instrumented.start()
@@ -126,3 +137,16 @@ def test_an_observation_taken_just_before_a_reset_is_not_acted_on(engine, inner,
     go.set()
     time.sleep(0.1)
     assert actions(engine, state=3.0, number=40) == [3.0] * 40
+
+
+def test_one_slow_chunk_is_not_the_delay_of_all_that_follow(instrumentation, policy):
+    """LeRobot's own estimate, which is replaced, is the longest latency since the run began."""
+    batch = {"observation.state": torch.zeros(1)}
+    for seconds in [0.05, 1.2, *[0.05] * 5, 9.0]:
+        policy.predict_action_chunk(batch, inference_delay=36)
+        instrumentation.latencies.append(seconds)
+    policy.predict_action_chunk(batch, inference_delay=270)
+    # At 30 fps. The slow chunk counts for five; no delay is longer than the chunk of 50 has steps left.
+    assert policy.delays == [0, 2, *[36] * 5, 2, 49]
+    policy.predict_action_chunk(batch)
+    assert policy.delays[-1] is None  # a loop that waits for its chunks has no delay

