@@ -1,11 +1,11 @@
 """`lerobot-pi0 latency`: all stages are measured on an observation made of the checkpoint's features."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from hand_clock import HandClock
 from tiny_policy import MODELS
 from tiny_robot import save_checkpoint
 
@@ -39,11 +39,13 @@ def test_each_stage_is_measured_and_the_flags_can_be_pasted(checkpoint):
 
 
 def test_a_slow_stage_is_told_from_the_others_and_decides_what_is_suggested(checkpoint, monkeypatch):
-    plan = Pi0Policy.plan
+    clock, plan = HandClock(), Pi0Policy.plan
 
     def slow(self, *args, **kwargs):
-        time.sleep(0.2)
+        clock.run(0.2)
         return plan(self, *args, **kwargs)
+
+    monkeypatch.setattr(latency.time, "perf_counter", clock)
 
     monkeypatch.setattr(Pi0Policy, "plan", slow)
     monkeypatch.setattr(
@@ -51,9 +53,9 @@ def test_a_slow_stage_is_told_from_the_others_and_decides_what_is_suggested(chec
     )
     found = json.loads(main(LatencyConfig(ControlPolicyFlags(str(checkpoint)), fps=10, repeats=2, json=True)))
     stages = {stage: figures["p50_s"] for stage, figures in found["stages"].items()}
-    assert stages["denoise"] >= 0.2
-    assert stages["chunk"] >= 0.2
-    assert stages["encode"] < stages["denoise"]
+    assert stages["denoise"] == pytest.approx(0.2)
+    assert stages["chunk"] == pytest.approx(0.2)
+    assert stages["prepare"] == stages["encode"] == stages["finish"] == 0
     timing = found["suggestion"]["timing"]
     assert timing["delay"] >= 2
     # Half a chunk of 20 at 10 fps hides a second.
