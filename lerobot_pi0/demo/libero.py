@@ -76,7 +76,7 @@ class LiberoSuite(Suite):
     eval_episodes = 20
     eval_batch = 1
     # On an AMD EPYC, beside other work.
-    seconds = Seconds(record=2700, train=3600, evaluate=2400, report=500)
+    seconds = Seconds(record=3800, train=3600, evaluate=2400, report=500)
     quick_seconds = Seconds(record=120, train=60, evaluate=180, report=60)
     reading = (
         "The open-loop baseline is the expert's average run in LIBERO's states, replayed without looking. "
