@@ -59,7 +59,8 @@ class LiberoSuite(Suite):
     preload = "lerobot_pi0.demo.libero_env"
     defaults = Recording(
         suite="libero",
-        tasks="alphabet_soup,salad_dressing,ketchup,orange_juice",
+        # Each stands in the scene of another of them too, so that a scene is recorded with several names.
+        tasks="alphabet_soup,salad_dressing,ketchup,butter",
         episodes_per_task=168,
         repo_id="local/libero_demo",
         seed=0,

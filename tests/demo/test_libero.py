@@ -61,6 +61,14 @@ def test_instructions_are_swapped_where_another_recorded_object_stands(tasks, sw
     assert ("evaluate_swapped" in names) == swaps
 
 
+def test_each_object_is_recorded_in_two_scenes_and_each_scene_with_two_names():
+    """Otherwise a scene would tell the object, and nothing would have to read the instruction."""
+    tasks = SUITE.parse_tasks(SUITE.defaults.tasks)
+    for task in tasks:
+        assert set(OTHERS[task]) & set(tasks)
+        assert any(task in OTHERS[scene] for scene in tasks)
+
+
 def test_results_are_called_by_the_object():
     assert SUITE.task_name(SUITE_NAME, 4) == "ketchup"
 
