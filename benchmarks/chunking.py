@@ -14,7 +14,7 @@ from lerobot_pi0.model.flow import integrate
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.sampling.rtc import read_remainder
 
-# (processed batch, delay in steps, remainder (steps, size) or None) -> chunk (1, steps, size), normalised
+# (processed batch, delay in steps, remainder (steps, size) or None) -> chunk (1, steps, size), normalized
 Predict = Callable[[dict[str, Any], int, Tensor | None], Tensor]
 
 PREDICT = Pi0Policy.predict_action_chunk

@@ -1,4 +1,4 @@
-"""LeRobot's in-tree π0 or π0.5: built without its slow random initialisation, and the tasks that measure it.
+"""LeRobot's in-tree π0 or π0.5: built without its slow random initialization, and the tasks that measure it.
 
 What it computes is its own code throughout. Only sizes that this code has written into it (the vision tower,
 the vocabulary, the width to which images are projected) are changed where a row is not about the published.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lerobot_pi0.sampling.sampler import Sampler
-from lerobot_pi0.tools.memory import attention_of, loss_without_values
+from lerobot_pi0.tools.memory import attention_of, loss_on_meta_device
 from lerobot_pi0.tools.step_time import TrainingRun
 
 from . import inputs, ours
@@ -192,7 +192,7 @@ def count_step(point: Point) -> None:
     ).train()
     given = {key: x.to("meta") for key, x in inputs.batch(replace(point.setup, device="cpu")).items()}
     with attention_of("gpu" if point.setup.device != "cpu" else "cpu"):
-        loss_without_values(policy, given).backward()
+        loss_on_meta_device(policy, given).backward()
 
 
 def sentence(name: str, row: Row) -> str:

@@ -66,7 +66,7 @@ SUBCOMMANDS = {
     "doctor": _tool("doctor.command", "DoctorFlags", "what is wrong with a policy, data, robot or simulator"),
     "language": _tool("language", "LanguageConfig", "does a policy follow its instruction? Swap it and see"),
     "latency": _in(
-        "control", "latency", "LatencyConfig", "how long a chunk takes, and how to drive with that"
+        "control", "latency", "LatencyConfig", "how long a chunk takes, and which flags of rollout suit that"
     ),
     "merge": _in(
         "conversion", "merge", "MergeConfig", "one plain checkpoint of LoRA adapters and their base"
@@ -74,7 +74,9 @@ SUBCOMMANDS = {
     "plan": _tool("plan", "PlanFlags", "which fine-tuning fits a GPU, how long it takes, which command"),
     "record": _in("demo", "record", "RecordConfig", "record scripted experts as a LeRobotDataset"),
     "report": _tool(
-        "report.command", "ReportConfig", "compare a policy with recorded actions and naive guesses: a page"
+        "report.command",
+        "ReportConfig",
+        "compare actions with recorded ones and open-loop baselines: a page",
     ),
     "rollout": _in(
         "control", "rollout", "ROLLOUT_HELP", "lerobot-rollout with checks before it moves, and a trace"

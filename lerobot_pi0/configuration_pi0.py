@@ -46,11 +46,12 @@ SMALL_TOKENIZER = "small"  # ships with the package
 ABSOLUTE_JOINTS = ("gripper",)  # openpi's π0 learns all others relative to the state
 NUM_ALOHA_JOINTS = 14
 CAMERA_SLOTS = ("base", "left_wrist", "right_wrist")  # the order in which openpi's π0 sees its cameras
+WRIST_WORDS = ("wrist", "hand", "gripper")  # in the name of a camera: it goes to a wrist slot
 
 
 @dataclass(frozen=True)
 class ReferenceState:
-    """How a chunk of relative actions becomes absolute, in normalised units.
+    """How a chunk of relative actions becomes absolute, in normalized units.
 
     To dimension `actions[i]` of each action is added: dimension `states[i]` of the observation's state
     · `gain[i]` + `offset[i]`.
@@ -67,7 +68,7 @@ class ActionLimits:
     """What actions the training data has, dimension by dimension, in the robot's units (in openpi's, with
     `adapt_to_pi`).
 
-    A normalised action is action · `gain` + `offset`. `pose` gives the normalised action at which the robot
+    A normalized action is action · `gain` + `offset`. `pose` gives the normalized action at which the robot
     stays where it is; None where actions are no positions, or it is not known.
     """
 
@@ -140,7 +141,7 @@ class Pi0Config(PreTrainedConfig):
 
     # Kinds of features that it does not name have the default mode.
     normalization_mapping: dict[str, NormalizationMode] = field(default_factory=dict)
-    # Normalise by the dataset's statistics, or by those of the checkpoint that training starts from.
+    # Normalize by the dataset's statistics, or by those of the checkpoint that training starts from.
     statistics: StatisticsSource = "dataset"
 
     # Learn actions relative to the state of the observation that a chunk is predicted from, joint by joint as
@@ -279,22 +280,22 @@ class Pi0Config(PreTrainedConfig):
         for part in ("vision", "vlm", "expert"):
             for name, size in vars(getattr(self, part)).items():
                 if size < 1:
-                    raise UserError(f"{part}.{name} must be at least 1, got {size}")
+                    raise UserError(f"--policy.{part}.{name} must be at least 1, got {size}")
         vision, vlm = self.vision, self.vlm
         if vision.image_size % vision.patch_size or vision.width % vision.num_heads:
             raise UserError(
-                f"vision.image_size ({vision.image_size}) must be a multiple of vision.patch_size "
-                f"({vision.patch_size}), and vision.width ({vision.width}) of vision.num_heads "
+                f"--policy.vision.image_size ({vision.image_size}) must be a multiple of patch_size "
+                f"({vision.patch_size}), and --policy.vision.width ({vision.width}) of num_heads "
                 f"({vision.num_heads})"
             )
         if vlm.num_heads % vlm.num_kv_heads or vlm.head_dim % 2:
             raise UserError(
-                f"vlm.num_heads ({vlm.num_heads}) must be a multiple of vlm.num_kv_heads "
-                f"({vlm.num_kv_heads}), and vlm.head_dim ({vlm.head_dim}) must be even"
+                f"--policy.vlm.num_heads ({vlm.num_heads}) must be a multiple of num_kv_heads "
+                f"({vlm.num_kv_heads}), and --policy.vlm.head_dim ({vlm.head_dim}) must be even"
             )
         if self.expert.width % 2:
             raise UserError(
-                f"expert.width ({self.expert.width}) must be even: half sines, half cosines of time"
+                f"--policy.expert.width ({self.expert.width}) must be even: half sines, half cosines of time"
             )
 
     def _translate_retired(self) -> None:
@@ -532,7 +533,7 @@ def slots_by_name(keys: list[str]) -> dict[str, str]:
     and the rest where there is room.
     """
     chosen: dict[str, str] = {}
-    wrists = [key for key in keys if any(word in key.lower() for word in ("wrist", "hand", "gripper"))]
+    wrists = [key for key in keys if any(word in key.lower() for word in WRIST_WORDS)]
     others = [key for key in keys if key not in wrists]
     # Cameras with a side first: they know where they belong.
     for key in sorted(wrists, key=lambda key: "right" not in key.lower() and "left" not in key.lower()):

@@ -24,7 +24,7 @@ class Pi05Config(Pi0Config):
         "ACTION": NormalizationMode.QUANTILES,
     }
 
-    # Has no effect: the state goes into the prompt as it is, and is not padded.
+    # For conversion to LeRobot's pi05 alone: here the state goes into the prompt, and is not padded.
     max_state_dim: int = 32
     # Write the normalized state into the prompt, as integers from -1 to 255. Nothing else shows the state to
     # the network: with false, as openpi trained pi05_libero, it does not know where the robot's joints are.

@@ -3,7 +3,9 @@
 One function per place. Each says what it does, why, and where the other side is; LeRobot's files are relative
 to `lerobot/`. All of it holds on the versions in `TESTED` and `SNAPSHOTS`: `tests/test_lerobot_compat.py`
 lists every name and signature that is relied on, and fails with the name that is gone or has changed. The
-rest of the package uses public and documented names only.
+rest of the package uses LeRobot's public and documented names only. Internals of torch and PEFT are also used
+where the work is done: oneDNN's operators and parameters' versions in `sampling/`, adapters in
+`training/lora.py`, compilation, the average of the weights, and the estimate of memory.
 
 Where versions differ, a function asks for the name that only one of them has, never for a version. What is
 "after 0.6.1" below is so in the snapshot of LeRobot's main.

@@ -1,4 +1,4 @@
-"""LeRobot's contract (queue, loss, loading) over the network: the only place that knows LeRobot's keys."""
+"""LeRobot's contract (queue, loss, loading) over the network, which knows none of LeRobot's keys."""
 
 import logging
 from dataclasses import replace
@@ -45,7 +45,7 @@ Batch = dict[str, Any]
 class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
     """π0 as a LeRobot policy.
 
-    batch → Observation ─network→ (B, chunk, padded) ─action space→ chunk ─queue→ action, normalised
+    batch → Observation ─network→ (B, chunk, padded) ─action space→ chunk ─queue→ action, normalized
 
     It adapts LeRobot's batches and calls to what does the work:
     - `model`, the network
@@ -78,7 +78,7 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
     ):
         """LeRobot gives `dataset_stats` and `dataset_meta` when it trains; what else it gives is not used.
 
-        In `dataset_meta.stats`, where LeRobot looks next, it then finds the statistics to normalise by.
+        In `dataset_meta.stats`, where LeRobot looks next, it then finds the statistics to normalize by.
         `checkpoint`: where training starts, for its statistics on request.
         """
         super().__init__(config)
@@ -124,7 +124,7 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
     ) -> Self:
         """A policy with a checkpoint's weights: one of ours, or of a published layout (then with a `config`).
 
-        Built without initialisation and from memory-mapped files; loading is strict. Parameters are held in
+        Built without initialization and from memory-mapped files; loading is strict. Parameters are held in
         `config.dtype`. Those that train (LeRobot then passes `dataset_meta`) stay as the file has them until
         `get_optim_params` makes them float32, and on a CPU all do, because the sampler has its own copy of
         them. Raises FileNotFoundError or CheckpointError that says what is wrong; it never returns a policy
@@ -250,10 +250,10 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
         prev_chunk_left_over: Tensor | None = None,
         execution_horizon: int | None = None,
     ) -> Tensor:
-        """Actions (B, chunk, action size), normalised; `noise` (B, chunk, padded size) makes them repeatable.
+        """Actions (B, chunk, action size), normalized; `noise` (B, chunk, padded size) makes them repeatable.
 
         Real-time chunking, as LeRobot calls it: `prev_chunk_left_over` ((B,) steps, action size) are actions
-        of the last chunk, normalised, that were not executed when the observation was taken;
+        of the last chunk, normalized, that were not executed when the observation was taken;
         `inference_delay` of them will have been when these actions arrive. From there on the chunk continues
         the last one: by what the policy has learnt (`rtc_training_max_delay`), or else guided, over
         `execution_horizon` steps. With a delay and no such actions, it begins where the robot is
@@ -299,7 +299,7 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
     def select_action(  # pyrefly: ignore[bad-override]  # as above
         self, batch: Batch, *, noise: Tensor | None = None
     ) -> Tensor:
-        """The next action (B, action size), normalised; after `n_action_steps` a new chunk is predicted."""
+        """The next action (B, action size), normalized; after `n_action_steps` a new chunk is predicted."""
         if not self.action_queue:
             chunk, before = self.predict_action_chunk(batch, noise=noise), self.action_queue.last
             if before is None:

@@ -343,7 +343,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         else:
             why = str(error).strip().splitlines()[0]
         raise UnavailableError(
-            f"the tokenizer '{name}' cannot be had: {why}. Ways out: (1) accept the licence at "
+            f"the tokenizer '{name}' cannot be downloaded: {why}. Ways out: (1) accept the licence at "
             f"huggingface.co/{name} and run `hf auth login`; (2) --policy.tokenizer=FOLDER with a copy of "
             "its tokenizer.json; (3) start from a checkpoint of this policy, which carries its tokenizer: "
             "--policy.path=...; (4) for a small model from scratch, --policy.tokenizer=small"
@@ -359,7 +359,7 @@ Pipelines = tuple[
 def make_lerobot_pi0_pre_post_processors(
     config: Pi0Config, dataset_stats: Statistics | None = None
 ) -> Pipelines:
-    """The pipelines of a new policy. As in openpi raw values are normalised, then padded (by the policy).
+    """The pipelines of a new policy. As in openpi raw values are normalized, then padded (by the policy).
 
     Without statistics from a dataset, those of the checkpoint that the weights came from are taken.
     """

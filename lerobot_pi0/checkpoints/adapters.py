@@ -21,7 +21,7 @@ from lerobot_pi0.errors import CheckpointError, MissingFileError, UserError
 RANK = 16  # openpi's for the language model; its expert has twice that
 _LINEAR = r"(q|k|v|o|gate|up|down)_proj"
 _EXPERT = r"expert\..*"
-# The ways of initialising adapters that leave the base's weights as they are.
+# The ways of initializing adapters that leave the base's weights as they are.
 _INITS = (True, "gaussian", "orthogonal")
 
 

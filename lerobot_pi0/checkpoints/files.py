@@ -134,7 +134,7 @@ def find_checkpoint(name: str | Path, also: Sequence[str] = (), **download: Any)
                 )
             case _:
                 why = str(error).strip().partition("\n")[0]
-        raise MissingFileError(f"the checkpoint '{name}' cannot be had: {why}") from error
+        raise MissingFileError(f"the checkpoint '{name}' cannot be downloaded: {why}") from error
 
 
 class Checkpoint(Mapping[str, Tensor]):

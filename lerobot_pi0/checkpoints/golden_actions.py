@@ -35,7 +35,7 @@ TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}
 _STEPS, _SOLVER = "inference_steps", "solver"
 _MOST_STEPS = 1000  # a damaged file must not make loading take hours
 
-# (processed batch of one, noise (1, chunk, padded), steps, solver) → normalised (1, chunk, action size)
+# (processed batch of one, noise (1, chunk, padded), steps, solver) → normalized (1, chunk, action size)
 Predict = Callable[[dict[str, Tensor], Tensor, int, Solver], Tensor]
 
 
@@ -50,7 +50,7 @@ def fixed_input(config: Pi0Config) -> tuple[dict[str, Tensor], Tensor]:
 def golden_actions(
     config: Pi0Config, predict: Predict, inference_steps: int | None = None, solver: Solver | None = None
 ) -> Tensor:
-    """A chunk (steps, action size) for the fixed input, normalised: float32, on the CPU.
+    """A chunk (steps, action size) for the fixed input, normalized: float32, on the CPU.
 
     `predict` runs the network as it is written down (`Pi0Policy.predict_with_network`): that needs no other
     layout of the weights, so it fits where the policy does, in the middle of training too.
@@ -153,7 +153,7 @@ def check_golden_actions(
     else:
         logger.warning(
             "THIS POLICY ACTS DIFFERENTLY FROM HOW IT DID WHEN IT WAS SAVED. For the same input its actions "
-            "differ by %.2g (root mean square, relative; at most %.2g in one normalised number), where %.2g "
+            "differ by %.2g (root mean square, relative; at most %.2g in one normalized number), where %.2g "
             "would be rounding. What changed: %s. Do not run it on a robot before you know why: install the "
             "versions of %s, or evaluate it in a simulator",
             difference,

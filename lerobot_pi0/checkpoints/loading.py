@@ -23,7 +23,7 @@ from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.errors import CheckpointError
-from lerobot_pi0.lerobot_compat import build_new_processors
+from lerobot_pi0.lerobot_compat import build_new_processors, parsing_failure_line
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 
 logger = logging.getLogger(__name__)
@@ -172,10 +172,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         return PreTrainedConfig.from_pretrained(folder)
     except (ValueError, draccus.ParsingError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            f"{file} is damaged or of another version ({reason}): {COPY_AGAIN}, or install the version that "
-            "wrote it"
+            f"{file} is damaged or of another version ({parsing_failure_line(error)}): {COPY_AGAIN}, or "
+            "install the version that wrote it"
         ) from error
 
 

@@ -171,7 +171,7 @@ def _check_step(file: Path, step: dict[str, Any]) -> None:
             "from the file if the policy does not need it"
         )
     if state is not None and (not isinstance(state, str) or Path(state).name != state):
-        raise CheckpointError(f"{file} names the state file {state!r}, outside of its folder")
+        raise CheckpointError(f"{file} names the state file {state!r}, outside of its folder: {COPY_AGAIN}")
     if state is not None and not (file.parent / state).is_file():
         raise CheckpointError(f"{file.parent / state} is missing, which {file.name} names: {COPY_AGAIN}")
 

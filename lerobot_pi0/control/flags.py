@@ -17,7 +17,7 @@ All other flags are LeRobot's: `lerobot-rollout --help`, with --robot.type=... f
 
 @dataclass
 class LatencyConfig:
-    """How long a chunk of actions takes on this machine, and how to drive a robot with that."""
+    """How long a chunk of actions takes on this machine, and which flags of rollout suit that."""
 
     policy: ControlPolicyFlags = field(default_factory=ControlPolicyFlags)
     # Actions per second that the robot is to get; without it the training data's, or 30 where the checkpoint

@@ -31,7 +31,7 @@ from lerobot_pi0.inputs.policy import policy_class
 EXPERT_HEAD = "paligemma_with_expert.gemma_expert.lm_head.weight"
 # Policies of up to this many parameters are run in both implementations without being asked.
 _COMPARED = 200_000_000
-# Largest difference of normalised actions in float32 between two implementations, over the largest action:
+# Largest difference of normalized actions in float32 between two implementations, over the largest action:
 # the time embedding of another precision alone makes 2e-4.
 _TOLERANCE = 1e-3
 

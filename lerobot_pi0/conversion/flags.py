@@ -12,7 +12,7 @@ Layout = Literal["lerobot_pi0", "lerobot", "openpi-pytorch"]
 class ConvertConfig:
     """Convert a π0 or π0.5 between openpi (JAX, PyTorch), LeRobot's own, transformers' π0 and this package.
 
-    What SOURCE is, is recognised: a folder, or a repository on the hub. Weights are bit for bit those of the
+    What SOURCE is, is recognized: a folder, or a repository on the hub. Weights are bit for bit those of the
     source unless --dtype says otherwise.
     """
 

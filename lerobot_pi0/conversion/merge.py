@@ -20,7 +20,7 @@ from lerobot_pi0.inputs.policy import load_adapters, policy_class
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 from lerobot_pi0.training.lora import fold, trains_in_full
 
-# Beyond this difference of normalised actions something is wrong, and not rounding.
+# Beyond this difference of normalized actions something is wrong, and not rounding.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
@@ -30,7 +30,7 @@ def main(config: MergeConfig) -> str:
     return (
         f"{config.output} is a plain checkpoint. On a made-up observation, with the same noise, its actions "
         f"differ from those of base and adapters by at most {difference:.1e} (the largest is {largest:.2f}; "
-        "normalised)."
+        "normalized)."
     )
 
 
@@ -39,7 +39,7 @@ def merge(adapter: str, output: Path) -> tuple[float, float]:
 
     Sums are taken in float32. What adapters change keeps the base's dtype, or has the policy's if that is
     wider; what trained in full is float32; all else stays as it is in the base's file.
-    Returns the largest difference of the actions, normalised, and the largest action.
+    Returns the largest difference of the actions, normalized, and the largest action.
     Raises FileExistsError for an output that exists, CheckpointError where there are no adapters,
     RuntimeError when the actions differ.
     """

@@ -30,7 +30,10 @@ def openpi_jax_parts(leaves: Mapping[str, tuple[int, ...]]) -> dict[str, JaxPart
     known, parts = _jax_leaves(family), {}
     for path, shape in leaves.items():
         if path not in known:
-            raise CheckpointError(f"'{path}' {shape} is no leaf of openpi's plain {family.name} checkpoints")
+            raise CheckpointError(
+                f"'{path}' {shape} is no leaf of openpi's plain {family.name} checkpoints: this one has "
+                "another architecture, or is damaged; download it again"
+            )
         cuts = known[path].items()
         if "#" not in next(iter(cuts))[0]:
             parts |= {name: JaxPart(path, None, cut) for name, cut in cuts}

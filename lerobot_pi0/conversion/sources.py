@@ -9,13 +9,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from draccus.utils import ParsingError
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 from torch import Tensor
 
 from lerobot_pi0.checkpoints.files import Checkpoint, check_fit, find_checkpoint
 from lerobot_pi0.checkpoints.layouts import FAMILIES, PI0, PI05, Family
+from lerobot_pi0.checkpoints.loading import read_config
 from lerobot_pi0.checkpoints.published import TRAININGS, aloha_mask, as_flags, training_of
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json, read_steps
 from lerobot_pi0.configuration_pi0 import CAMERA_SLOTS, NUM_ALOHA_JOINTS, Pi0Config, Statistics
@@ -32,7 +32,6 @@ from lerobot_pi0.data.statistics import (
 )
 from lerobot_pi0.errors import CheckpointError, MissingFileError, UserError
 from lerobot_pi0.inputs.policy import policy_class
-from lerobot_pi0.lerobot_compat import parsing_failure_line
 from lerobot_pi0.model import ExpertConfig, GemmaConfig, SiglipConfig
 
 logger = logging.getLogger(__name__)
@@ -143,13 +142,7 @@ def _read_ours(source: _Source, flags: ConvertConfig) -> Policy:
         raise UserError(
             f"'{flags.source}' is a policy of ours already and keeps its processors: leave {given} out"
         )
-    try:
-        config = cast(Pi0Config, CONFIGS[source.family].from_pretrained(folder))
-    except (ValueError, ParsingError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'} cannot be read ({parsing_failure_line(error)}): copy or "
-            "download it again, or install the version that wrote it"
-        ) from error
+    config = cast(Pi0Config, read_config(folder))
     config.dtype, config.tokenizer = flags.dtype or config.dtype, flags.tokenizer or config.tokenizer
     check_fit(_network(config), source.meta)
     statistics = _statistics(folder, config, flags, LEROBOT_EPSILON)
@@ -421,7 +414,9 @@ def _sizes(
             "max_action_dim": shape["action_in_proj.weight"][1],
         }
     except KeyError as error:
-        raise CheckpointError(f"the checkpoint has no {error}: it is incomplete, or no π0") from error
+        raise CheckpointError(
+            f"the checkpoint has no {error}: it is incomplete (download it again), or no π0"
+        ) from error
     return sizes
 
 
@@ -501,14 +496,14 @@ def _statistics(
     statistics = _fitting(config, found, epsilon, str(folder))
     if differences := unnormalizer_differences(folder):
         raise CheckpointError(
-            f"{folder}: actions are not unnormalised as they were normalised: {'; '.join(differences)}. The "
+            f"{folder}: actions are not unnormalized as they were normalized: {'; '.join(differences)}. The "
             f"processors' files are of different checkpoints, or damaged: {COPY_AGAIN}"
         )
     return statistics
 
 
 def _fitting(config: Pi0Config, found: Statistics, epsilon: float, source: str) -> NormalizationStatistics:
-    """Statistics that normalise as the source did: its epsilon in them, and no floor.
+    """Statistics that normalize as the source did: its epsilon in them, and no floor.
 
     openpi's statistics may be longer than the robot's vectors, and are cut. Raises ValueError for others.
     """
@@ -525,7 +520,7 @@ def _fitting(config: Pi0Config, found: Statistics, epsilon: float, source: str) 
         lengths = {len(value) for value in of.values()}
         if missing:
             raise UserError(
-                f"{source} has no {' and '.join(missing)} for '{key}', by which this policy normalises "
+                f"{source} has no {' and '.join(missing)} for '{key}', by which this policy normalizes "
                 f"({mode.value}): compute the statistics again, with today's version of what wrote them, or "
                 "--statistics=false does without"
             )
@@ -543,7 +538,10 @@ def _fitting(config: Pi0Config, found: Statistics, epsilon: float, source: str) 
             low, high = (prepared[key][name] for name in NEEDED[mode])
             prepared[key][NEEDED[mode][1]] = np.maximum(high, np.nextafter(low, np.float32(np.inf)))
         if not all(np.isfinite(value).all() for value in prepared[key].values()):
-            raise UserError(f"{source}: the statistics of '{key}' hold NaN or infinite values")
+            raise UserError(
+                f"{source}: the statistics of '{key}' hold NaN or infinite values: compute "
+                "them again, or convert with --statistics=false and train"
+            )
     return NormalizationStatistics(prepared)
 
 

@@ -167,7 +167,7 @@ def write_openpi(policy: Policy, folder: Path, flags: ConvertConfig) -> list[str
         )
     if config.reference_state is not None:
         size = cast(PolicyFeature, config.action_feature).shape[0]
-        joints = _anchored(config)
+        joints = _relative_dimensions(config)
         mask = ["True" if i in joints else "False" for i in range(size)]
         summary.append(
             f"Actions are relative: openpi needs DeltaActions and AbsoluteActions with the mask "
@@ -199,7 +199,7 @@ def _in_tree_joints(config: Pi0Config) -> tuple[list[str], list[str] | None]:
     names = config.action_feature_names
     if config.reference_state is None:
         return config.absolute_joints, names
-    size, relative = cast(PolicyFeature, config.action_feature).shape[0], _anchored(config)
+    size, relative = cast(PolicyFeature, config.action_feature).shape[0], _relative_dimensions(config)
     names = names or [f"action {i:02}." for i in range(size)]
     for words in (config.absolute_joints, [name for i, name in enumerate(names) if i not in relative]):
         if [i for i in range(size) if not is_absolute(names, i, words)] == relative:
@@ -210,7 +210,7 @@ def _in_tree_joints(config: Pi0Config) -> tuple[list[str], list[str] | None]:
     )
 
 
-def _anchored(config: Pi0Config) -> list[int]:
+def _relative_dimensions(config: Pi0Config) -> list[int]:
     """The relative dimensions of actions. Raises ValueError unless each is relative to its own number."""
     reference = config.reference_state
     assert reference is not None
@@ -227,19 +227,23 @@ def _anchored(config: Pi0Config) -> list[int]:
 def _openpi_norm_stats(policy: Policy, statistics: NormalizationStatistics) -> dict[str, Any]:
     """openpi's file: what openpi adds to deviations and ranges is taken off again.
 
-    Raises UserError for a policy that normalises otherwise than openpi's of the same model.
+    Raises UserError for a policy that normalizes otherwise than openpi's of the same model.
     """
     config, found = policy.config, {}
     wanted = type(config).default_normalization
     for theirs, ours, kind in (("state", OBS_STATE, "STATE"), ("actions", ACTION, "ACTION")):
         if config.normalization_mapping[kind] is not wanted[kind]:
             raise UserError(
-                f"openpi's {policy.family.name} normalises {kind} by {wanted[kind].value}, and this policy "
-                f"by {config.normalization_mapping[kind].value}"
+                f"openpi's {policy.family.name} normalizes {kind} by {wanted[kind].value}, and this policy "
+                f"by {config.normalization_mapping[kind].value}. Use --to=lerobot, or train with openpi's "
+                "--policy.normalization_mapping"
             )
         of = {name: np.ravel(np.asarray(value, np.float64)) for name, value in statistics[ours].items()}
         if missing := {"mean", "std"} - of.keys():
-            raise UserError(f"the statistics of '{ours}' have no {sorted(missing)}, as openpi's file must")
+            raise UserError(
+                f"the statistics of '{ours}' have no {sorted(missing)}, as openpi's file must: train with a "
+                "dataset that has them (lerobot-edit-dataset --operation.type=recompute_stats)"
+            )
         saved = {"mean": of["mean"], "std": np.maximum(of["std"] - EPSILON, 0)}
         if {"q01", "q99"} <= of.keys():
             saved |= {"q01": of["q01"], "q99": np.maximum(of["q99"] - EPSILON, of["q01"])}

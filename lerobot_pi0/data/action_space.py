@@ -19,7 +19,7 @@ LARGEST = 1e8
 
 
 class ActionSpace:
-    """Chunks (B, steps, size) as LeRobot has them, normalised and absolute; (B, steps, padded) as the
+    """Chunks (B, steps, size) as LeRobot has them, normalized and absolute; (B, steps, padded) as the
     network does.
 
     `guard` holds what leaves the policy to the limits of the training data; None: nothing is held. What never
@@ -33,7 +33,7 @@ class ActionSpace:
         self.guard: ChunkGuard | None = None
         if config.chunk_guard and config.action_limits is not None:
             self.guard = ChunkGuard(config.action_limits, self.names)
-        # The normalised action of each dimension that never changes in the training data.
+        # The normalized action of each dimension that never changes in the training data.
         self._constants: dict[int, float] = {}
         if (limits := config.action_limits) is not None:
             by_dimension = zip(limits.low, limits.high, limits.gain, limits.offset, strict=False)
@@ -49,8 +49,8 @@ class ActionSpace:
         return self.config.action_feature_names or [str(i) for i in range(self.size)]
 
     def reference(self, state: Tensor) -> Tensor | None:
-        """What relative actions are relative to, of normalised states (B, state size): float32 (B, size),
-        normalised, zero where actions are absolute. None if all are.
+        """What relative actions are relative to, of normalized states (B, state size): float32 (B, size),
+        normalized, zero where actions are absolute. None if all are.
         """
         by = self.config.reference_state
         return None if by is None else self._of_state(state, by, 0.0)
@@ -83,7 +83,7 @@ class ActionSpace:
         return actions if held is on_host else held.to(actions.device)
 
     def first(self, actions: Tensor, state: Tensor) -> Tensor:
-        """A first chunk (B, steps, size), which begins near where the robot is by its normalised state.
+        """A first chunk (B, steps, size), which begins near where the robot is by its normalized state.
 
         As the config's `first_action` says. Raises UserError with the distance where that refuses.
         """
@@ -100,7 +100,7 @@ class ActionSpace:
         return self.guard.hold(actions, pose)
 
     def _of_state(self, state: Tensor, by: ReferenceState, elsewhere: float) -> Tensor:
-        """Normalised actions (B, size) that belong to normalised states (B, state size): float32."""
+        """Normalized actions (B, size) that belong to normalized states (B, state size): float32."""
         state = state.float()
         found = state.new_full((len(state), self.size), elsewhere)
         gain, offset = state.new_tensor(by.gain), state.new_tensor(by.offset)
@@ -116,5 +116,8 @@ def pad(batch: Mapping[str, Tensor], key: str, feature: PolicyFeature | None, si
     """A vector of a batch, zero-padded to float32 (…, size). Raises UserError if it is not the feature's."""
     vector, dims = batch[key].float(), cast(PolicyFeature, feature).shape[0]
     if vector.shape[-1] != dims:
-        raise UserError(f"'{key}' has {vector.shape[-1]} dimensions, the policy was made for {dims}")
+        raise UserError(
+            f"'{key}' has {vector.shape[-1]} dimensions, the policy was made for {dims}: give it those that "
+            "it was trained with, or train on data of this robot"
+        )
     return F.pad(vector, (0, size - dims))

@@ -19,7 +19,7 @@ EPSILON = 1e-6
 NEARLY_CONSTANT, FLOOR = 1e-4, 1e-2
 
 
-# What each mode normalises by: by the second, or by the second minus the first.
+# What each mode normalizes by: by the second, or by the second minus the first.
 NEEDED = {
     NormalizationMode.MEAN_STD: ("mean", "std"),
     NormalizationMode.MIN_MAX: ("min", "max"),
@@ -34,7 +34,7 @@ QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 class NormalizationStatistics(dict[str, dict[str, Any]]):
     """Statistics with epsilon and floor already applied: they are in the deviations and upper ends.
 
-    So normalising and unnormalising are exact inverses of one another. `raw`: the dataset's own.
+    So normalizing and unnormalizing are exact inverses of one another. `raw`: the dataset's own.
     LeRobot after 0.6.1 builds the processors with a copy of `dataset.meta.stats`, plain dicts in which the
     type is lost: `known` finds what a copy is of.
     """
@@ -67,7 +67,7 @@ def _digest(statistics: Statistics) -> bytes:
 
 
 def normalization_modes(config: Pi0Config) -> dict[str, NormalizationMode]:
-    """How each feature is normalised."""
+    """How each feature is normalized."""
     features = {**(config.input_features or {}), **(config.output_features or {})}
     return {
         key: config.normalization_mapping.get(feature.type.value, NormalizationMode.IDENTITY)
@@ -76,7 +76,7 @@ def normalization_modes(config: Pi0Config) -> dict[str, NormalizationMode]:
 
 
 def affine(config: Pi0Config, statistics: Statistics, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Gain and offset (dims,) of a feature's normalisation: x · gain + offset."""
+    """Gain and offset (dims,) of a feature's normalization: x · gain + offset."""
     mode = normalization_modes(config)[key]
     if mode is NormalizationMode.IDENTITY:
         feature = {**(config.input_features or {}), **(config.output_features or {})}[key]

@@ -56,7 +56,7 @@ def relative_joints(config: Pi0Config) -> list[tuple[int, int]]:
 
 
 def make_reference_state(config: Pi0Config, statistics: NormalizationStatistics) -> ReferenceState | None:
-    """What makes this config's relative actions absolute in normalised units; None if they are absolute."""
+    """What makes this config's relative actions absolute in normalized units; None if they are absolute."""
     return (
         reference_state_of(config, statistics, relative_joints(config)) if config.relative_actions else None
     )
@@ -67,8 +67,8 @@ def reference_state_of(
 ) -> ReferenceState:
     """What makes these dimensions of actions absolute, each relative to one of the state.
 
-    With actions normalised as a · gain_a + offset_a, and offset_a of the relative ones, the normalised
-    relative action is the normalised absolute one minus (raw state) · gain_a.
+    With actions normalized as a · gain_a + offset_a, and offset_a of the relative ones, the normalized
+    relative action is the normalized absolute one minus (raw state) · gain_a.
     """
     actions, states = [a for a, _ in joints], [s for _, s in joints]
     gain_of_action, _ = affine(config, statistics, ACTION)

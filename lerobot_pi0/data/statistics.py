@@ -1,6 +1,6 @@
 """Normalization statistics: where a run's are from, epsilon and floor applied, checked before they do harm.
 
-LeRobot normalises by `dataset.meta.stats`, and reads them after it has built the policy. So the policy leaves
+LeRobot normalizes by `dataset.meta.stats`, and reads them after it has built the policy. So the policy leaves
 there what `prepare_statistics` gives, and neither LeRobot's processors nor a fine-tune know of any others.
 """
 
@@ -51,7 +51,7 @@ def prepare_statistics(
     revision: str | None = None,
     episodes: Sequence[int] | None = None,
 ) -> NormalizationStatistics:
-    """The statistics that a run normalises by, all others of the dataset among them.
+    """The statistics that a run normalizes by, all others of the dataset among them.
 
     `dataset`: its metadata, whose data is read if actions are relative, or quantiles are needed that its
     statistics do not have: all of it, or `episodes`.
@@ -132,7 +132,7 @@ def read_statistics(checkpoint: str | Path, revision: str | None = None) -> Stat
         if buffers:
             return _nested(buffers)
     raise CheckpointError(
-        f"'{checkpoint}' carries no normalisation statistics (no policy_preprocessor.json with a normalizer, "
+        f"'{checkpoint}' carries no normalization statistics (no policy_preprocessor.json with a normalizer, "
         "no assets/*/norm_stats.json): train with --policy.statistics=dataset"
     )
 
@@ -196,11 +196,11 @@ def _check_dimensions(config: Pi0Config, dataset: Any) -> None:
 
 
 def check_statistics(config: Pi0Config, statistics: Statistics, source: str) -> None:
-    """Check that there are the statistics of state and action that the config normalises by.
+    """Check that there are the statistics of state and action that the config normalizes by.
 
     `source` says where they are from, as in "the dataset". Raises UserError for one that is missing, of
     another size than the robot's vector, NaN or infinite. LeRobot would pass the values on without
-    normalising them, or fail in mid-batch.
+    normalizing them, or fail in mid-batch.
     """
     modes = normalization_modes(config)
     for kind, key, feature in (
@@ -347,7 +347,7 @@ def _prepare(config: Pi0Config, key: str, of: dict[str, Any]) -> dict[str, np.nd
 
 
 def _log_largest(config: Pi0Config, statistics: Statistics, data: Statistics) -> None:
-    """Log where the data's ends, normalised, are farthest from zero: dimensions to look at in the data."""
+    """Log where the data's ends, normalized, are farthest from zero: dimensions to look at in the data."""
     found = []
     for key, mode in normalization_modes(config).items():
         if (
@@ -365,7 +365,7 @@ def _log_largest(config: Pi0Config, statistics: Statistics, data: Statistics) ->
         ]
     if found:
         found.sort(reverse=True)
-        logger.info("largest normalised values in the data: %s", "; ".join(text for _, text in found[:3]))
+        logger.info("largest normalized values in the data: %s", "; ".join(text for _, text in found[:3]))
 
 
 def _nested(flat: dict[str, np.ndarray]) -> Statistics:

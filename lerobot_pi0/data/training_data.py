@@ -27,7 +27,7 @@ MOST_TASKS = 500  # instructions that a policy keeps of its data
 def check_first_batch(
     config: Pi0Config, statistics: NormalizationStatistics, dataset: Any, batch: dict[str, Any]
 ) -> None:
-    """Check that a processed batch is normalised by these statistics, against the dataset's raw frames.
+    """Check that a processed batch is normalized by these statistics, against the dataset's raw frames.
 
     `dataset` is its metadata. Without data on disk (streaming), or without `batch["index"]`, nothing can be
     checked. Raises UserError that names the dimension that differs most and both of its values, or the frame
@@ -72,7 +72,7 @@ def check_first_batch(
             )
     if message:
         raise UserError(
-            f"the batch is not normalised by the statistics that this run computed: {message}. A resumed run "
+            f"the batch is not normalized by the statistics that this run computed: {message}. A resumed run "
             "needs the dataset and the settings that it began with. To go on with others, start a run from "
             "its last checkpoint: --policy.path=…/checkpoints/last/pretrained_model"
         )
@@ -82,7 +82,7 @@ def describe_training(
     config: Pi0Config, dataset_stats: Statistics | None, dataset: Any, checkpoint: str | Path | None
 ) -> NormalizationStatistics | None:
     """Write into the config what a run takes from its dataset, and into the dataset's metadata the statistics
-    that the run normalises by, which are returned. The arguments are those of `prepare_statistics`.
+    that the run normalizes by, which are returned. The arguments are those of `prepare_statistics`.
 
     Without a dataset nothing trains, and nothing is written. Raises UserError for settings of the other case.
     """

@@ -1,8 +1,8 @@
 """ALOHA's transfer of a cube, as a suite of the demo: two arms in gym-aloha, LeRobot's `--env.type=aloha`.
 
-Two things keep a policy from following the expert's path blindly. Most demonstrations begin after the expert
-has acted unseen on a place without a cube: where the hand is says nothing about where the cube is, and an
-empty closed hand goes back for it. And targets are disturbed before they are executed and written down
+Two things keep a policy from following the expert's path without looking. Most demonstrations begin after
+the expert has acted unseen on a place without a cube: where the hand is says nothing about where the cube is,
+and an empty closed hand goes back for it. And targets are disturbed before they are executed and written down
 undisturbed (DART, Laskey et al. 2017): the dataset visits states beside the expert's path and says how to
 come back from there.
 """
@@ -42,8 +42,8 @@ SCATTER_PER_NOISE = 1.25
 # The share of disturbed demonstrations that begin on the way to another place, and the steps until then: the
 # expert reaches such a place and closes the fingers in about 55.
 ELSEWHERE, UNSEEN_STEPS = 0.7, (5, 75)
-# The expert's runs whose mean is the blind baseline.
-BLIND_RUNS = 10
+# The expert's runs whose mean is the open-loop baseline.
+BASELINE_RUNS = 10
 
 
 class AlohaSuite(Suite):
@@ -165,14 +165,14 @@ class AlohaSuite(Suite):
             solved.append(any(simulation.step(action) for action in steps))
         return solved
 
-    def blind_runs(self, task: str, demonstrations: Path) -> list[np.ndarray]:
+    def baseline_runs(self, task: str, demonstrations: Path) -> list[np.ndarray]:
         """Demonstrations begin anywhere, so the expert runs again from the arms' own pose, undisturbed."""
         del task, demonstrations
         from lerobot_pi0.demo.aloha_env import Expert, Simulation
 
         simulation = Simulation()
         runs = []
-        for seed in range(self.defaults.seed, self.defaults.seed + BLIND_RUNS):
+        for seed in range(self.defaults.seed, self.defaults.seed + BASELINE_RUNS):
             simulation.reset(seed)
             expert = Expert(simulation.state, np.random.default_rng(seed), 0.0)
             actions: list[np.ndarray] = []

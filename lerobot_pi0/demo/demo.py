@@ -160,7 +160,7 @@ class Demo:
 
         rates = {}
         for task in tqdm(evaluation.tasks, desc="Open-loop baseline", unit="task", leave=False):
-            actions = mean_demonstration(self.suite.blind_runs(task, self.demonstrations))
+            actions = mean_demonstration(self.suite.baseline_runs(task, self.demonstrations))
             solved = self.suite.replay(evaluation, task, actions, self.eval_episodes, self.episode_length)
             rates[task] = sum(solved) / len(solved)
         return rates

@@ -43,8 +43,8 @@ LATE_STEPS, PUSH_STEPS, PUSH = (0, 110), (4, 20), 1.2
 LOW, HIGH = np.array([-0.32, -0.42, 0.04]), np.array([0.25, 0.42, 0.42])
 # How far the second table of the evaluation moves objects, in metres, whatever was recorded.
 MOVED = 0.05
-# The expert's runs whose mean is the blind baseline.
-BLIND_RUNS = 10
+# The expert's runs whose mean is the open-loop baseline.
+BASELINE_RUNS = 10
 
 
 class LiberoSuite(Suite):
@@ -204,14 +204,14 @@ class LiberoSuite(Suite):
                 solved.append(scene.solved(task))
         return solved
 
-    def blind_runs(self, task: str, demonstrations: Path) -> list[np.ndarray]:
+    def baseline_runs(self, task: str, demonstrations: Path) -> list[np.ndarray]:
         """Demonstrations begin anywhere, so the expert runs again in LIBERO's own states, undisturbed."""
         del demonstrations
         from lerobot_pi0.demo.libero_env import Scene, expert_action
 
         runs = []
         with closing(Scene(task)) as scene:
-            for number in RECORDED_STATES[:BLIND_RUNS]:
+            for number in RECORDED_STATES[:BASELINE_RUNS]:
                 scene.reset(scene.initial_states[number])
                 actions: list[np.ndarray] = []
                 while not scene.solved(task) and len(actions) < EPISODE_LENGTH:

@@ -75,7 +75,7 @@ class Simulation:
     numbers.
 
     `moved`: how far objects are moved along x and y at most, in metres, beyond where Meta-World places them.
-    There the places of a task are so alike that many a motion without eyes solves it.
+    There the places of a task are so alike that many a fixed motion solves it.
     """
 
     def __init__(self, task: str, moved: float = 0.0) -> None:

@@ -81,7 +81,7 @@ class Evaluation:
     meaning: str  # what the column shows, in a sentence
     tasks: tuple[str, ...]  # in the order in which lerobot-eval runs them
     flags: tuple[str, ...]  # of lerobot-eval: --env.*
-    # Whether its tasks are to be solved: then the blind baseline is computed in its episodes, too.
+    # Whether its tasks are to be solved: then the open-loop baseline is computed in its episodes, too.
     has_baseline: bool = True
     # How far its objects are moved, as in `Recording`; for `Suite.replay`.
     moved: float = 0.0
@@ -127,7 +127,7 @@ class Suite(ABC):
     # In full, and with --quick.
     seconds: Seconds
     quick_seconds: Seconds
-    # A sentence or two for the page: how to read the blind baseline and the other columns here.
+    # A sentence or two for the page: how to read the open-loop baseline and the other columns here.
     reading: str
 
     @abstractmethod
@@ -171,8 +171,8 @@ class Suite(ABC):
         del task_id
         return task_group
 
-    def blind_runs(self, task: str, demonstrations: Path) -> list[Any]:
-        """The runs whose average is the blind baseline: the actions of each, (steps, action dim).
+    def baseline_runs(self, task: str, demonstrations: Path) -> list[Any]:
+        """The runs whose average is the open-loop baseline: the actions of each, (steps, action dim).
 
         Args:
             task: one of the recorded ones.
@@ -186,12 +186,12 @@ class Suite(ABC):
     def replay(
         self, evaluation: Evaluation, task: str, actions: Any, episodes: int, episode_length: int
     ) -> list[bool]:
-        """The blind baseline: whether fixed actions solve the evaluated episodes.
+        """The open-loop baseline: whether fixed actions solve the evaluated episodes.
 
         Args:
             evaluation: one of `evaluations`, whose flags say how its scenes are made.
             task: one of its tasks.
-            actions: the mean of `blind_runs`, (steps, action dim). After its end the last one is repeated.
+            actions: the mean of `baseline_runs`, (steps, action dim). After its end the last one is repeated.
             episodes: how many; lerobot-eval's first has seed `EVALUATION_SEED`.
             episode_length: steps after which an episode counts as failed.
         """

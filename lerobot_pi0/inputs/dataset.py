@@ -19,7 +19,7 @@ from lerobot_pi0.inputs.flags import DatasetFlags, DatasetSource, check_dataset_
 
 
 def read_dataset(source: DatasetSource) -> LeRobotDatasetMetadata:
-    """A dataset's metadata, local or from the hub. Raises FileNotFoundError or ValueError with the cure."""
+    """A dataset's metadata, local or from the hub. Raises FileNotFoundError or ValueError with the fix."""
     if source.root is not None:
         check_dataset_root(source.root)
     try:

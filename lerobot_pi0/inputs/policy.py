@@ -4,22 +4,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from draccus.utils import ParsingError
-from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.device_utils import is_torch_device_available
 from lerobot.utils.import_utils import require_package
 
+from lerobot_pi0.checkpoints import loading
 from lerobot_pi0.checkpoints.adapters import put_in, read_settings
 from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, find_checkpoint
 from lerobot_pi0.checkpoints.processors import PIPELINES, check_processors
-from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json, read_state, read_steps
+from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_state, read_steps
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.data.statistics import check_statistics
 from lerobot_pi0.errors import CheckpointError, UserError
 from lerobot_pi0.inputs.flags import PolicyFlags
-from lerobot_pi0.lerobot_compat import parsing_failure_line
 from lerobot_pi0.modeling_pi0 import Pi0Policy
 
 
@@ -45,22 +43,19 @@ def read_config(flags: PolicyFlags) -> tuple[Pi0Config, Path]:
         raise UserError("which policy? Name its checkpoint: --policy.path=outputs/…/pretrained_model")
     folder = find_checkpoint(flags.path, revision=flags.revision)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"'{flags.path}' has no config.json: it is no checkpoint of this policy")
-    try:
-        read_json(folder / "config.json")  # LeRobot's errors on what is no JSON object do not say so
-        config = PreTrainedConfig.from_pretrained(folder)
-    except (ValueError, ParsingError) as error:
         raise CheckpointError(
-            f"the config.json of '{flags.path}' cannot be read ({parsing_failure_line(error)}): "
-            "copy or download it again, or install the version that wrote it"
-        ) from error
+            f"'{flags.path}' has no config.json: it is no checkpoint of this policy. Name the folder that "
+            "lerobot-train saved (outputs/…/checkpoints/last/pretrained_model), or convert openpi's weights "
+            "first: lerobot-pi0 convert SOURCE TARGET"
+        )
+    config = loading.read_config(folder)
     if not isinstance(config, Pi0Config):
-        cure = (
+        fix = (
             f"To make one of ours of its weights: lerobot-pi0 convert {flags.path} TARGET"
             if config.type in ("pi0", "pi05")
             else "That is another model, which LeRobot's own commands run"
         )
-        raise CheckpointError(f"'{flags.path}' is a policy of type '{config.type}'. {cure}")
+        raise CheckpointError(f"'{flags.path}' is a policy of type '{config.type}'. {fix}")
     given = {name: value for name, value in vars(flags).items() if value is not None}
     if flags.device is not None:
         _check_device(flags.device)

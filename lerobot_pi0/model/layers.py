@@ -21,7 +21,7 @@ class Linear(nn.Linear):
     """A linear layer that computes in the dtype of its input, whatever the dtype of its weights."""
 
     def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.in_features**-0.5)  # LeCun, as flax initialises openpi
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)  # LeCun, as flax initializes openpi
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

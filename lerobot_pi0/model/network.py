@@ -24,7 +24,7 @@ class Network(nn.Module, ABC):
 
     It has a vision tower, a language model, its embedding, and an action expert of as many layers, which
     attends to the language model's keys and values. Its other children are linear layers around the expert.
-    It computes in `dtype`; norms, rotary angles, time and action head stay float32. Actions are normalised
+    It computes in `dtype`; norms, rotary angles, time and action head stay float32. Actions are normalized
     and padded.
     """
 
@@ -130,6 +130,6 @@ class Network(nn.Module, ABC):
         num_steps: int,
         solver: Solver = "euler",
     ) -> Float[Tensor, "b a e"]:
-        """A chunk of normalised actions for each observation, as plainly as it can be said."""
+        """A chunk of normalized actions for each observation, as plainly as it can be said."""
         context = self.with_state(self.prefix(observation), observation.state)
         return integrate(lambda x, time: self.velocity(context, x, time), noise, num_steps, solver=solver)

@@ -21,7 +21,7 @@ class Observation:
     image_mask: Bool[Tensor, "b v"] | None
     tokens: Int[Tensor, "b l"]
     token_mask: Bool[Tensor, "b l"] | None
-    state: Float[Tensor, "b e"]  # normalised, padded with zeros
+    state: Float[Tensor, "b e"]  # normalized, padded with zeros
 
     def mask(self, tokens_per_image: int) -> Bool[Tensor, "b p"] | None:
         """Which tokens of the prefix are real, images and then prompt; None: all."""

@@ -1,6 +1,6 @@
 """Action limits: actions are clamped to the range and the step size of the training data.
 
-It knows chunks of normalised actions (b batch, a steps, d dimensions) and limits, and nothing of the policy.
+It knows chunks of normalized actions (b batch, a steps, d dimensions) and limits, and nothing of the policy.
 """
 
 import logging
@@ -51,7 +51,7 @@ def check_observation(batch: Mapping[str, Tensor], features: Mapping[str, Sequen
         if bad := not_finite(batch[key], names):
             raise UserError(
                 f"'{key}' of the observation is NaN or infinite in {bad}; no action was sent. Look at the "
-                "robot's sensor or camera, and at the statistics that normalise it"
+                "robot's sensor or camera, and at the statistics that normalize it"
             )
         if batch[key].ndim == 4 and batch[key].is_floating_point() and batch[key].max() > MAX_LEVEL:
             raise UserError(
@@ -68,7 +68,7 @@ def _is_fine(values: Tensor) -> Tensor:
     return (low > -torch.inf) & (high <= MAX_LEVEL)
 
 
-CURE = "Copy or download the checkpoint again"
+COPY_AGAIN = "Copy or download the checkpoint again"
 
 
 class ChunkGuard:
@@ -86,13 +86,13 @@ class ChunkGuard:
         if wrong := {name: len(values) for name, values in given.items() if len(values) != len(names)}:
             raise UserError(
                 f"action_limits in the policy's config.json have other sizes than the {len(names)} actions: "
-                f"{wrong}. {CURE}"
+                f"{wrong}. {COPY_AGAIN}"
             )
         for values in given.values():
             if bad := not_finite(torch.tensor(values, device="cpu")[None], names):
                 raise UserError(
                     f"action_limits in the policy's config.json are NaN or infinite for {bad}: actions "
-                    f"cannot be held to them. {CURE}, or train it again with data that has finite actions"
+                    f"cannot be held to them. {COPY_AGAIN}, or train again with data that has finite actions"
                 )
         if (
             any(low > high for low, high in zip(limits.low, limits.high, strict=True))
@@ -101,7 +101,7 @@ class ChunkGuard:
         ):
             raise UserError(
                 "action_limits in the policy's config.json allow no action: 'low' is above 'high', a 'gain' "
-                f"is 0 or a 'step' is negative. {CURE}"
+                f"is 0 or a 'step' is negative. {COPY_AGAIN}"
             )
         low, high, self._gain, self._offset = (
             torch.tensor(values, device="cpu")  # a policy that is loaded is made on torch's meta device
@@ -115,7 +115,7 @@ class ChunkGuard:
             self._step = (step + (MARGIN * step).clamp(min=LEAST)).maximum(SMALL_STEP * (high - low))
 
     def hold(self, chunk: Tensor, before: Tensor | None = None) -> Tensor:
-        """The chunk (b, a, d), normalised, where it keeps to the limits; at the limit where it does not.
+        """The chunk (b, a, d), normalized, where it keeps to the limits; at the limit where it does not.
 
         `before` (b, d) is the action that it follows, if it follows one; NaN where it does not. Computed on
         the CPU, whatever the device of the chunk: there it takes less time than a GPU's kernels take to

@@ -112,14 +112,14 @@ class Int8(Backend):
         self.bias = _side_by_side(biases) if biases else None
 
     @classmethod
-    def quantise(cls, x: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(cls, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (..., in) as unsigned integers, and the scale (..., 1) of each row."""
         # 126 and not 127: in bfloat16 the quotient of the largest element may be rounded up by one.
         scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 126
         return (x / scale).round_().add_(cls.ZERO).to(torch.uint8), scale
 
     def multiply(self, integers: Tensor, scale: Tensor) -> Tensor:
-        """The product with quantised rows, in the dtype of their scale."""
+        """The product with quantized rows, in the dtype of their scale."""
         product = torch.ops.onednn.qlinear_pointwise(
             integers,
             1.0,
@@ -138,14 +138,14 @@ class Int8(Backend):
         return product if self.bias is None else product.add_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(*self.quantise(x))
+        return self.multiply(*self.quantize(x))
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
         return self(x).add_(residual)
 
     def gated(self, up: nn.Module | None, x: Tensor) -> Tensor:
         assert isinstance(up, Int8)
-        rows = self.quantise(x)
+        rows = self.quantize(x)
         return F.gelu(self.multiply(*rows), approximate="tanh").mul_(up.multiply(*rows))
 
 
@@ -160,18 +160,18 @@ class Fp8(Fused):
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()):
         nn.Module.__init__(self)
-        weight, scale = self.quantise(_side_by_side(weights))
+        weight, scale = self.quantize(_side_by_side(weights))
         self.weight, self.scale = nn.Parameter(weight, requires_grad=False), scale.mT.contiguous()
         self.bias = nn.Parameter(_side_by_side(biases), requires_grad=False) if biases else None
 
     @classmethod
-    def quantise(cls, x: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(cls, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (rows, in) as 8-bit floats, and the float32 scale (rows, 1) of each row."""
         scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / cls.LARGEST
         return (x / scale).to(torch.float8_e4m3fn), scale
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, scale = self.quantise(x.flatten(0, -2))
+        rows, scale = self.quantize(x.flatten(0, -2))
         by_row = F.ScalingType.RowWise
         y = F.scaled_mm(rows, self.weight.mT, scale, by_row, self.scale, by_row, bias=self.bias)
         return y.unflatten(0, x.shape[:-1])

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class PolicySampler:
-    """Chunks of normalised actions, padded, from a network that may be trained or edited between them.
+    """Chunks of normalized actions, padded, from a network that may be trained or edited between them.
 
     It builds a `Sampler`, which keeps the weights in the layout of the config's backend, at the first chunk,
     and again when the parameters have changed. A copy (deepcopy, pickle) builds its own.

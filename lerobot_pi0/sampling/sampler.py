@@ -26,7 +26,7 @@ from lerobot_pi0.sampling.swap import swapped, with_modulations_ahead
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-type Chunk = Float[Tensor, "b a e"]  # of normalised actions, or of noise
+type Chunk = Float[Tensor, "b a e"]  # of normalized actions, or of noise
 # What a network prepares of each step's time and, last, of time 0, which committed actions have.
 type Prepared = Float[Tensor, "n _ ..."]
 
@@ -90,7 +90,7 @@ class Sampler:
 
     @gradient_free
     def actions(self, context: Context, noise: Chunk, num_steps: int, solver: Solver = "euler") -> Chunk:
-        """A chunk of normalised actions from noise."""
+        """A chunk of normalized actions from noise."""
         return self._run(self._denoise, (num_steps, solver), context.buffer, noise)
 
     @gradient_free
@@ -102,7 +102,7 @@ class Sampler:
         by: ActionPrefix | Guidance | None = None,
         solver: Solver = "euler",
     ) -> Chunk:
-        """A chunk of normalised actions for each observation.
+        """A chunk of normalized actions for each observation.
 
         It goes on from committed actions, or is along the guided velocity, which the network computes over
         its own linear layers.

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 class ServedPolicy:
     """A checkpoint under the server's flags, or under what the client asks for where they say nothing.
 
-    All that touches the policy runs in one thread: a captured graph belongs to the thread that captured it,
-    and every further thread that computes has worker threads and memory of its own.
+    All that touches the policy runs in one thread: loading and prediction never overlap, and every further
+    thread that computes would have worker threads and memory of its own.
     """
 
     def __init__(self, flags: ControlPolicyFlags):

@@ -99,7 +99,7 @@ def main(config: LanguageConfig) -> str:
             task: plan(loaded, prepare(loaded, item, instructions[task]), noise) for task in {own, *tasks}
         }
         swaps += compare(recording, int(frames[i]), planned)
-    pairs = summarise(swaps)
+    pairs = summarize(swaps)
     lines = verdict(pairs, everything := pooled(swaps))
     if config.json:
         numbers = {
@@ -157,7 +157,7 @@ def compare(recording: Recording, frame: int, planned: dict[int, np.ndarray]) ->
     return swaps
 
 
-def summarise(swaps: list[Swap]) -> list[Pair]:
+def summarize(swaps: list[Swap]) -> list[Pair]:
     """Both directions of each pair of instructions together. Raises ValueError if there was none to swap."""
     if not swaps:
         raise UserError(ONE_TASK)

@@ -45,7 +45,6 @@ class MemoryEstimate:
     """
 
     trained: int  # parameters
-    total: int
     weights: int  # bytes: float32 what trains, the rest in the policy's dtype
     ema: int  # bytes of the EMA of the weights
     adapter: bool
@@ -85,13 +84,13 @@ class MemoryEstimate:
 def estimate_memory(
     config: Pi0Config, peft: PeftConfig | None = None, device: Device = "gpu"
 ) -> MemoryEstimate:
-    """The footprint of LeRobot's training with this policy (validated features), or with adapters on it.
+    """The memory of LeRobot's training with this policy (validated features), or with adapters on it.
 
     Prompts are as long as they may be. On a CPU weights are taken to be mapped from a bfloat16 file, so that
     those that no operation reads, rows of the vocabulary above all, are not in memory.
     Raises ImportError when there is no PEFT to make adapters with.
     """
-    policy = without_values(config, peft)
+    policy = on_meta_device(config, peft)
     policy.get_optim_params()
     policy.train()
     parameters = list(policy.parameters())
@@ -105,7 +104,6 @@ def estimate_memory(
     in_memory = (p for p in parameters if device == "gpu" or p.requires_grad or _key(p) in two.read)
     return MemoryEstimate(
         trained=trained,
-        total=sum(p.numel() for p in parameters),
         weights=sum(_nbytes(p) for p in in_memory),
         ema=FLOAT32 * trained if config.ema_decay else 0,
         adapter=peft is not None,
@@ -185,7 +183,7 @@ def attention_of(device: Device) -> Iterator[None]:
         F.scaled_dot_product_attention = torchs
 
 
-def without_values(config: Pi0Config, peft: PeftConfig | None = None) -> Pi0Policy:
+def on_meta_device(config: Pi0Config, peft: PeftConfig | None = None) -> Pi0Policy:
     """The policy as LeRobot's training makes it, on the meta device, with adapters if there are any."""
     with torch.device("meta"):
         policy = policy_class(config)(config)
@@ -210,7 +208,7 @@ def _run_step(policy: Pi0Policy, batch_size: int, device: Device) -> AllocationT
                 key: _empty(batch_size, *x.shape[1:]).to(torch.float32 if x.dtype == torch.uint8 else x.dtype)
                 for key, x in example.items()
             }
-            loss_without_values(policy, batch).backward()
+            loss_on_meta_device(policy, batch).backward()
     finally:
         gc.enable()
     for parameter in policy.parameters():
@@ -218,7 +216,7 @@ def _run_step(policy: Pi0Policy, batch_size: int, device: Device) -> AllocationT
     return tracker
 
 
-def loss_without_values(policy: Pi0Policy, batch: dict[str, Tensor]) -> Tensor:
+def loss_on_meta_device(policy: Pi0Policy, batch: dict[str, Tensor]) -> Tensor:
     """`Pi0Policy.forward` without what takes little and waits for values."""
     config, observation = policy.config, policy.observation(batch)
     prefix = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
 from lerobot_pi0.tools.made_up_weights import MadeUpWeights
-from lerobot_pi0.tools.memory import without_values
+from lerobot_pi0.tools.memory import on_meta_device
 from lerobot_pi0.training.randomness import normal_of
 
 
@@ -54,7 +54,7 @@ class TrainingRun:
     def __init__(self, config: Pi0Config, peft: PeftConfig | None = None, device: str = "cpu"):
         self.config = replace(config, device=device)
         self.device = torch.device(device)
-        self.policy = without_values(self.config, peft)
+        self.policy = on_meta_device(self.config, peft)
         MadeUpWeights(device).fill(self.policy, self.policy.model.dtype)
         self.optimizer = self.config.get_optimizer_preset().build(self.policy.get_optim_params())
 

@@ -1,4 +1,4 @@
-"""Parameters that FSDP has cut into shards, one for each process: recognised, and gathered to be saved."""
+"""Parameters that FSDP has cut into shards, one for each process: recognized, and gathered to be saved."""
 
 from typing import cast
 

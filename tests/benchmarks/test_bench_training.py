@@ -68,7 +68,7 @@ def test_both_sides_have_the_same_loss_and_gradients(tiny, in_tree, our):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_in_tree_built_without_initialisation_is_in_tree(tiny, dtype):
+def test_in_tree_built_without_initialization_is_in_tree(tiny, dtype):
     setup = replace(tiny, dtype=dtype)
     quick = intree.build(setup, complete=True, train_expert_only=True).train()
     with intree.built_in_sizes(setup):

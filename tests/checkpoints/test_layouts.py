@@ -437,12 +437,12 @@ def test_jax_lora_leaves_are_refused_by_name():
         ("π0-FAST", ["model.pi0_paligemma.language_model.model.norm.weight"]),
     ],
 )
-def test_other_families_are_recognised_by_name(family, names):
+def test_other_families_are_recognized_by_name(family, names):
     with pytest.raises(CheckpointError, match=f"{family}.*not π0"):
         from_published({name: torch.zeros(1) for name in names})
 
 
-def test_other_families_are_recognised_in_jax():
+def test_other_families_are_recognized_in_jax():
     with pytest.raises(CheckpointError, match=r"π0-FAST.*not π0"):
         from_openpi_jax({"PaliGemma/llm/layers/attn/q_einsum/w": np.zeros((2, 4, 10, 3))})
 
@@ -463,7 +463,7 @@ def test_other_families_are_recognised_in_jax():
         (PI0, [f"{EXPERT_MODEL}layers.0.input_layernorm.weight"]),
     ],
 )
-def test_the_model_is_recognised_by_any_tensor_that_the_other_has_not(family, names):
+def test_the_model_is_recognized_by_any_tensor_that_the_other_has_not(family, names):
     assert family_of(names) is family
 
 

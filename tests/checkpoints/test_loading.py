@@ -233,7 +233,7 @@ def response(status: int) -> httpx.Response:
         ),
         (
             HfHubHTTPError("500 Server Error\nmore", response=response(500)),
-            r"cannot be had: 500 Server Error$",
+            r"cannot be downloaded: 500 Server Error$",
         ),
         (HFValidationError("bad name"), r"no folder me/pi0, and it is no name of a repository"),
     ],
@@ -485,7 +485,7 @@ def test_statistics_of_old_lerobots_buffers(tmp_path):
 
 
 def test_checkpoint_without_statistics_says_to_take_the_datasets(published):
-    with pytest.raises(CheckpointError, match=r"no normalisation statistics.*--policy.statistics=dataset"):
+    with pytest.raises(CheckpointError, match=r"no normalization statistics.*--policy.statistics=dataset"):
         read_statistics(str(published))
 
 

@@ -167,7 +167,7 @@ def test_running_a_converted_policy_keeps_no_weights_in_memory(in_tree, tmp_path
 
 
 @of_both
-def test_lerobots_own_policy_loads_and_normalises_the_same(family, ours, in_tree, tmp_path, capsys):
+def test_lerobots_own_policy_loads_and_normalizes_the_same(family, ours, in_tree, tmp_path, capsys):
     """By its own loader and its own processors; the actions are compared by the conversion itself."""
     copy(ours, tmp_path / "ours")
     copy(in_tree, tmp_path / "in_tree")
@@ -297,7 +297,7 @@ def unnormalizer(folder: Path) -> Path:
     return file
 
 
-def unnormalise_otherwise(folder: Path) -> None:
+def unnormalize_otherwise(folder: Path) -> None:
     file = unnormalizer(folder)
     save_file(load_file(file) | {"action.std": 2 * load_file(file)["action.std"]}, file)
 
@@ -306,7 +306,7 @@ def lose_the_postprocessor(folder: Path) -> None:
     (folder / "policy_postprocessor.json").unlink()
 
 
-def unnormalise_by_another_mode(folder: Path) -> None:
+def unnormalize_by_another_mode(folder: Path) -> None:
     file = folder / "policy_postprocessor.json"
     file.write_text(file.read_text().replace('"MEAN_STD"', '"MIN_MAX"'))
 
@@ -325,8 +325,8 @@ def have_another_robots_statistics(folder: Path) -> None:
         (be_another_type, "a policy of type 'act', not π0"),
         (lose_statistics, "has no statistics.*--statistics=false"),
         (lambda folder: unnormalizer(folder).write_bytes(b""), "unnormalizer_processor.* damaged or cut off"),
-        (unnormalise_otherwise, r"not unnormalised as they were normalised: action.std is"),
-        (unnormalise_by_another_mode, "norm_map is MEAN_STD in the normalizer, MIN_MAX in the unnormalizer"),
+        (unnormalize_otherwise, r"not unnormalized as they were normalized: action.std is"),
+        (unnormalize_by_another_mode, "norm_map is MEAN_STD in the normalizer, MIN_MAX in the unnormalizer"),
         (lose_the_postprocessor, "policy_postprocessor.json has no statistics of the action"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json holds list, expected"),
         (lambda folder: (folder / "policy_preprocessor.json").write_text("{}"), "has no list of 'steps'"),
@@ -421,7 +421,7 @@ def test_other_sizes_than_published_ones_cannot_be_said_elsewhere(ours, tmp_path
 def test_a_normalization_that_openpi_does_not_have_cannot_be_said_to_it(family, tmp_path):
     mode = NormalizationMode.QUANTILES if family is PI0 else NormalizationMode.MEAN_STD
     ours = save(tmp_path / "ours", family, normalization_mapping=dict.fromkeys(("STATE", "ACTION"), mode))
-    with pytest.raises(UserError, match=f"openpi's {family.name} normalises .* this policy by {mode.value}"):
+    with pytest.raises(UserError, match=f"openpi's {family.name} normalizes .* this policy by {mode.value}"):
         run(ours, tmp_path / "openpi", to="openpi-pytorch")
 
 

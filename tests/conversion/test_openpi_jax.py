@@ -207,7 +207,7 @@ def tokenizer(tmp_path) -> str:
     return str(tmp_path / "tokenizer")
 
 
-def test_pi05_normalises_by_quantiles_as_openpi_does(tokenizer, tmp_path):
+def test_pi05_normalizes_by_quantiles_as_openpi_does(tokenizer, tmp_path):
     run(GOLDEN[PI05] / "golden_checkpoint", tmp_path / "ours", **OF_BOTH[PI05] | {"tokenizer": tokenizer})
     config = PreTrainedConfig.from_pretrained(tmp_path / "ours")
     prepare, finish = make_pre_post_processors(config, pretrained_path=str(tmp_path / "ours"))
@@ -224,7 +224,7 @@ def test_pi05_normalises_by_quantiles_as_openpi_does(tokenizer, tmp_path):
     torch.testing.assert_close(actions[0].double(), golden["out_actions"], rtol=1e-5, atol=1e-5)
 
 
-def test_processors_normalise_as_openpi_does_near_constant_dimensions_too(tokenizer, tmp_path):
+def test_processors_normalize_as_openpi_does_near_constant_dimensions_too(tokenizer, tmp_path):
     flags = {**FLAGS, "tokenizer": tokenizer, "cameras": {"base": "front"}}
     run(PLAIN, tmp_path / "ours", **flags)
     config = PreTrainedConfig.from_pretrained(tmp_path / "ours")

@@ -171,20 +171,20 @@ class Perfect:
 
 
 def assert_relative(run: Run, dataset: LeRobotDataset) -> None:
-    """The normaliser holds the statistics of relative actions for relative joints, the gripper's own."""
+    """The normalizer holds the statistics of relative actions for relative joints, the gripper's own."""
     relative, (actions, states, _) = brute_force(dataset), columns(dataset)
     mean, std = actions.mean(0), actions.std(0)
     mean[[a for a, _ in JOINTS]], std[[a for a, _ in JOINTS]] = relative.mean(0), relative.std(0)
-    assert_normalises(run, mean, std, states)
+    assert_normalizes(run, mean, std, states)
 
 
 def assert_absolute(run: Run, dataset: LeRobotDataset) -> None:
     actions, states, _ = columns(dataset)
-    assert_normalises(run, actions.mean(0), actions.std(0), states)
+    assert_normalizes(run, actions.mean(0), actions.std(0), states)
     assert run[0].config.reference_state is None
 
 
-def assert_normalises(run: Run, mean: np.ndarray, std: np.ndarray, states: np.ndarray) -> None:
+def assert_normalizes(run: Run, mean: np.ndarray, std: np.ndarray, states: np.ndarray) -> None:
     _, preprocess, postprocess, _ = run
     for value in (0.0, 1.0):
         found = postprocess(torch.full((1, ACTION), value))[0]
@@ -385,10 +385,10 @@ def test_queued_actions_stay_anchored_at_the_observation_of_their_chunk(dataset)
     assert torch.equal(following, policy.predict_action_chunk(later, noise=start_at)[:, 0])
 
 
-# LeRobot's ways: a new run, a checkpoint of ours, resume. The normaliser must hold the right numbers.
+# LeRobot's ways: a new run, a checkpoint of ours, resume. The normalizer must hold the right numbers.
 
 
-def test_new_run_normalises_by_relative_statistics(dataset, tmp_path):
+def test_new_run_normalizes_by_relative_statistics(dataset, tmp_path):
     run = start(relative_config(), dataset)
     assert_relative(run, dataset)
     saved = json.loads((save(run, tmp_path) / "config.json").read_text())
@@ -457,7 +457,7 @@ def test_absolute_actions_are_not_measured_by_a_checkpoints_relative_statistics(
     caplog.clear()
     with caplog.at_level("INFO", "lerobot_pi0.data.statistics"):
         start(again(folder, "--statistics=checkpoint"), dataset)
-    (message,) = (text for text in caplog.messages if text.startswith("largest normalised values"))
+    (message,) = (text for text in caplog.messages if text.startswith("largest normalized values"))
     assert "of action" not in message
 
 
@@ -512,7 +512,7 @@ def test_first_batch_of_a_run_passes_and_another_does_not(dataset, mode):
         check_first_batch(policy.config, meta.stats, meta, batch)
 
 
-def test_first_batch_normalised_by_other_statistics_is_refused_by_name(dataset):
+def test_first_batch_normalized_by_other_statistics_is_refused_by_name(dataset):
     """What LeRobot does to its own relative actions: the dataset's absolute statistics over the run's."""
     policy, _, _, meta = start(relative_config(), dataset)
     preprocess, _ = make_pre_post_processors(tiny_config(**NAMES), dataset_stats=metadata(dataset).stats)
@@ -629,8 +629,8 @@ def test_lerobot_train_saves_absolute_statistics_again(ran, dataset):
 @pytest.mark.slow
 def test_lerobot_train_tells_the_largest_values_before_training(ran):
     log = (ran / "log.txt").read_text()
-    assert log.index("relative actions: pan, lift, roll") < log.index("largest normalised values in the data")
-    assert log.index("largest normalised values in the data") < log.index("Start offline training")
+    assert log.index("relative actions: pan, lift, roll") < log.index("largest normalized values in the data")
+    assert log.index("largest normalized values in the data") < log.index("Start offline training")
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The statistics that a run normalises by: where they are from, the floor under them, refusals."""
+"""The statistics that a run normalizes by: where they are from, the floor under them, refusals."""
 
 import copy
 import gc
@@ -90,7 +90,7 @@ def test_dimensions_that_move_are_not_warned_of(caplog):
 
 
 @pytest.mark.parametrize("mode", ["MEAN_STD", *RANGES])
-def test_unnormalising_is_the_exact_inverse_where_dimensions_hardly_move_too(mode):
+def test_unnormalizing_is_the_exact_inverse_where_dimensions_hardly_move_too(mode):
     stats = statistics()
     for name in ("std", "max", "q99", "q90"):
         stats["action"][name][0] = stats["action"][
@@ -179,12 +179,12 @@ def test_three_dimensions_with_the_largest_values_are_told_by_name(caplog):
     with caplog.at_level(logging.INFO, "lerobot_pi0.data.statistics"):
         prepare_statistics(tiny_config(**names), stats)
     assert caplog.messages == [
-        "largest normalised values in the data: 249.5 in b of action; 50.5 in z of observation.state; "
+        "largest normalized values in the data: 249.5 in b of action; 50.5 in z of observation.state; "
         "24.5 in y of observation.state"
     ]
 
 
-def test_nothing_is_told_where_nothing_is_normalised(caplog):
+def test_nothing_is_told_where_nothing_is_normalized(caplog):
     with caplog.at_level(logging.INFO, "lerobot_pi0.data.statistics"):
         prepare_statistics(tiny_config(normalization_mapping=mapping("IDENTITY")), statistics())
     assert not caplog.records

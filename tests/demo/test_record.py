@@ -210,7 +210,7 @@ def test_positions_say_where_the_displacements_lead(root, tmp_path):
     assert success
 
 
-def test_a_recording_of_an_earlier_version_is_recognised(root, tmp_path):
+def test_a_recording_of_an_earlier_version_is_recognized(root, tmp_path):
     earlier = tmp_path / "door"
     shutil.copytree(root / "meta", earlier / "meta")
     settings = earlier / recorder.SETTINGS_FILE

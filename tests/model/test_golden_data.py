@@ -132,7 +132,7 @@ def processors(golden, mode, dims=8):
     )
 
 
-def normalised(golden, mode, dims=8):
+def normalized(golden, mode, dims=8):
     """State and actions of the golden file as the preprocessor hands them to the policy."""
     stored = golden("transforms.npz")
     batch = processors(golden, mode, dims)[0](
@@ -150,9 +150,9 @@ MODES = {"z": NormalizationMode.MEAN_STD, "q": NormalizationMode.QUANTILES}
 
 @pytest.mark.parametrize("form", MODES)
 @pytest.mark.parametrize(("dims", "suffix"), [(8, ""), (5, "_first5")])
-def test_normalisation_but_for_the_floor_under_near_constant_dimensions(golden, form, dims, suffix):
+def test_normalization_but_for_the_floor_under_near_constant_dimensions(golden, form, dims, suffix):
     stored = golden("transforms.npz")
-    for ours, name in zip(normalised(golden, MODES[form], dims), ("state", "actions"), strict=True):
+    for ours, name in zip(normalized(golden, MODES[form], dims), ("state", "actions"), strict=True):
         expected = stored[f"{form}_norm_{name}{suffix}"]
         # openpi computes in float64, LeRobot in float32: roundings of the value, the statistics and their
         # difference are divided by a spread of as little as 1e-6.
@@ -170,29 +170,29 @@ def test_normalisation_but_for_the_floor_under_near_constant_dimensions(golden, 
         assert (ours.double() - expected).abs()[..., moving].max() < 1e-5
 
 
-def assert_unnormalised_as_in_openpi(golden, form, ours, expected, normalised_actions):
+def assert_unnormalized_as_in_openpi(golden, form, ours, expected, normalized_actions):
     stored = golden("transforms.npz")
     low, high = (stored[name] for name in (("mean", "std") if form == "z" else ("q01", "q99")))
-    rounding = 2 * FLOAT32 * (low.abs() + high.abs() * (1 + normalised_actions.double().abs()))
+    rounding = 2 * FLOAT32 * (low.abs() + high.abs() * (1 + normalized_actions.double().abs()))
     moving = (high if form == "z" else high - low) >= NEARLY_CONSTANT
     assert ((ours.double() - expected).abs() <= rounding)[..., moving].all()
 
 
 @pytest.mark.parametrize("form", MODES)
-def test_unnormalisation_of_predicted_actions(golden, form):
+def test_unnormalization_of_predicted_actions(golden, form):
     stored = golden("transforms.npz")
     predicted = stored["pred_actions_32"][:, :8]
     ours = processors(golden, MODES[form])[1](predicted.clone())
     expected = stored[f"{form}_unnorm_pred_actions_32"][:, :8]
-    assert_unnormalised_as_in_openpi(golden, form, ours, expected, predicted)
+    assert_unnormalized_as_in_openpi(golden, form, ours, expected, predicted)
 
 
 @pytest.mark.parametrize("form", MODES)
-def test_normalised_actions_come_back_in_robot_units(golden, form):
-    _, actions = normalised(golden, MODES[form])
+def test_normalized_actions_come_back_in_robot_units(golden, form):
+    _, actions = normalized(golden, MODES[form])
     ours = processors(golden, MODES[form])[1](actions.clone())
     expected = golden("transforms.npz")[f"{form}_roundtrip_actions"]
-    assert_unnormalised_as_in_openpi(golden, form, ours, expected, actions)
+    assert_unnormalized_as_in_openpi(golden, form, ours, expected, actions)
 
 
 def test_state_is_padded_with_zeros(golden):

@@ -23,7 +23,7 @@ def sizes() -> tuple[SiglipConfig, GemmaConfig, ExpertConfig]:
 
 @pytest.fixture(scope="session")
 def randomise() -> Callable[[nn.Module], None]:
-    """Every parameter random: initialisers leave norms and biases at values that hide mistakes."""
+    """Every parameter random: initializers leave norms and biases at values that hide mistakes."""
 
     def fill(module: nn.Module) -> None:
         generator = torch.Generator().manual_seed(0)

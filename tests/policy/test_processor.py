@@ -138,7 +138,7 @@ def test_tokenizer_without_a_beginning_token_is_refused(tmp_path):
 
 def test_gated_default_tokenizer_offline_names_the_ways_out():
     with pytest.raises(
-        OSError, match=r"google/paligemma-3b-pt-224' cannot be had: it is not in the local cache"
+        OSError, match=r"google/paligemma-3b-pt-224' cannot be downloaded: it is not in the local cache"
     ) as error:
         processors(tokenizer="google/paligemma-3b-pt-224")
     for way in ("hf auth login", "--policy.tokenizer=FOLDER", "--policy.path=", "--policy.tokenizer=small"):
@@ -156,7 +156,7 @@ def test_hub_error_for_the_tokenizer_is_told_apart(monkeypatch, error, message):
         raise error("no such file", response=response)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    with pytest.raises(OSError, match=f"me/tokens' cannot be had: .*{message}.*Ways out"):
+    with pytest.raises(OSError, match=f"me/tokens' cannot be downloaded: .*{message}.*Ways out"):
         load_tokenizer("me/tokens")
 
 
@@ -234,7 +234,7 @@ def test_postprocessor_takes_single_actions_and_chunks(shape):
     )
 
 
-def test_actions_come_back_from_normalisation():
+def test_actions_come_back_from_normalization():
     preprocess, postprocess = processors()
     raw = raw_batch()
     torch.testing.assert_close(postprocess(preprocess(raw)["action"]), raw["action"], atol=1e-6, rtol=1e-6)
@@ -342,7 +342,7 @@ def test_an_instruction_without_end_is_cut_in_the_text_too_and_shown_in_part(cap
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
-def test_whole_numbers_are_normalised_as_floats_are(dtype):
+def test_whole_numbers_are_normalized_as_floats_are(dtype):
     raw = raw_batch()
     for key in ("observation.state", "action"):
         raw[key] = (20 + 3 * raw[key]).round()

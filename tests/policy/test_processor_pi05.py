@@ -160,7 +160,7 @@ def test_prompts_are_padded_to_the_longest_of_the_batch():
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
-def test_whole_numbers_are_normalised_as_floats_are(dtype):
+def test_whole_numbers_are_normalized_as_floats_are(dtype):
     raw = raw_batch()
     for key in ("observation.state", "action"):
         raw[key] = (20 + 3 * raw[key]).round()

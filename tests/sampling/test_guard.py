@@ -30,7 +30,7 @@ LIMITS = ActionLimits(
 )
 
 
-def normalised(chunk) -> torch.Tensor:
+def normalized(chunk) -> torch.Tensor:
     return torch.tensor(chunk) * torch.tensor(LIMITS.gain) + torch.tensor(LIMITS.offset)
 
 
@@ -45,7 +45,7 @@ def still(steps: int = 5) -> list[list[float]]:
 def test_what_the_data_has_passes_bit_for_bit():
     chunk = still()
     chunk[2] = [9.0, -4.0, 5.9, 7.009]
-    chunk = normalised([chunk])
+    chunk = normalized([chunk])
     assert ChunkGuard(LIMITS, NAMES).hold(chunk) is not None
     assert torch.equal(ChunkGuard(LIMITS, NAMES).hold(chunk), chunk)
 
@@ -54,7 +54,7 @@ def test_range_with_a_margin_of_a_tenth():
     limits = ActionLimits(LIMITS.low, LIMITS.high, None, LIMITS.gain, LIMITS.offset)
     chunk = still()
     chunk[1:3] = [[119.0, 0.0, -2.0, 7.0], [500.0, -200.0, 5.0, 8.0]]
-    held = raw(ChunkGuard(limits, NAMES).hold(normalised([chunk])))[0]
+    held = raw(ChunkGuard(limits, NAMES).hold(normalized([chunk])))[0]
     assert held[1].tolist() == pytest.approx([119, 0, -1, 7], abs=1e-4)
     assert held[2].tolist() == pytest.approx([120, -60, 5, 7.01], abs=1e-4)
 
@@ -62,12 +62,12 @@ def test_range_with_a_margin_of_a_tenth():
 def test_steps_are_no_larger_than_the_datas_and_a_tenth():
     chunk = still(6)
     chunk[2:] = [[60.0, 0.0, 5.0, 7.0]] * 4
-    held = raw(ChunkGuard(LIMITS, NAMES).hold(normalised([chunk])))[0]
+    held = raw(ChunkGuard(LIMITS, NAMES).hold(normalized([chunk])))[0]
     assert held[:, 0].tolist() == pytest.approx([0, 0, 11, 22, 33, 44], abs=1e-4)
 
 
 def test_only_what_is_too_fast_changes():
-    chunk = normalised([[[0.1 * i, 0.7 * i, 5 + 0.1 * i, 7.0] for i in range(20)]])
+    chunk = normalized([[[0.1 * i, 0.7 * i, 5 + 0.1 * i, 7.0] for i in range(20)]])
     chunk[:, 10:, 0] += 3.0
     held = ChunkGuard(LIMITS, NAMES).hold(chunk)
     assert torch.equal(held[..., 1:], chunk[..., 1:])
@@ -79,8 +79,8 @@ def test_a_chunk_begins_no_further_from_the_action_before_it_than_the_data_steps
     chunk = still()
     for action in chunk[2:]:
         action[0] = 40.0
-    before = normalised([[0.0, 0.0, 5.0, 7.0]])
-    assert guard.hold(normalised([chunk[2:]]), before)[0, :, 0].tolist() == pytest.approx([0.11, 0.22, 0.33])
+    before = normalized([[0.0, 0.0, 5.0, 7.0]])
+    assert guard.hold(normalized([chunk[2:]]), before)[0, :, 0].tolist() == pytest.approx([0.11, 0.22, 0.33])
 
 
 def test_what_never_moves_within_an_episode_may_do_so_a_little():
@@ -88,7 +88,7 @@ def test_what_never_moves_within_an_episode_may_do_so_a_little():
     limits = ActionLimits(LIMITS.low, LIMITS.high, [0.0] * ACTION, LIMITS.gain, LIMITS.offset)
     chunk = still(4)
     chunk[1][0], chunk[2][0], chunk[3][0] = 3.9, 0.0, 50.0
-    held = raw(ChunkGuard(limits, NAMES).hold(normalised([chunk])))[0]
+    held = raw(ChunkGuard(limits, NAMES).hold(normalized([chunk])))[0]
     assert held[:, 0].tolist() == pytest.approx([0, 3.9, 0, 4], abs=1e-4)  # a fiftieth of the range
 
 
@@ -97,13 +97,13 @@ def wild(guard: ChunkGuard, num_chunks: int, joint: int = 1) -> None:
     for step in chunk:
         step[joint] = 80.0
     for _ in range(num_chunks):
-        guard.hold(normalised([chunk]))
+        guard.hold(normalized([chunk]))
 
 
 def test_clamped_chunks_are_summed_up_ever_less_often(caplog):
     guard = ChunkGuard(LIMITS, NAMES)
     for _ in range(30):
-        guard.hold(normalised([still()]))
+        guard.hold(normalized([still()]))
     assert caplog.messages == []
     assert guard.summary == ""
     wild(guard, 1, joint=2)
@@ -119,7 +119,7 @@ def test_clamped_chunks_are_summed_up_ever_less_often(caplog):
 
 def test_a_summary_names_three_joints(caplog):
     guard = ChunkGuard(LIMITS, NAMES)
-    guard.hold(normalised([[[900.0, 900.0, 900.0, 900.0]]]))
+    guard.hold(normalized([[[900.0, 900.0, 900.0, 900.0]]]))
     assert "pan.pos in 1, lift.pos in 1, wrist.pos in 1 and 1 more. The last of pan.pos" in guard.summary
 
 
@@ -137,8 +137,8 @@ def test_a_chunk_that_is_clamped_again_for_the_action_before_it_counts_once(capl
     chunk = still()
     for step in chunk:
         step[1] = 80.0
-    held = guard.hold(normalised([chunk, still()]))
-    before = normalised([[50.0, 0.0, 5.0, 7.0]] * 2)
+    held = guard.hold(normalized([chunk, still()]))
+    before = normalized([[50.0, 0.0, 5.0, 7.0]] * 2)
     guard.hold(held, before)  # clamps the first joint of both
     assert (guard.num_clamped, guard.num_chunks) == (2, 2)
     assert guard.num_held == {"pan.pos": 2, "lift.pos": 1}

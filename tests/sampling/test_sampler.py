@@ -135,11 +135,11 @@ def test_int8_points_where_float32_does(model, observation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_quantised_to_their_largest_element(dtype):
+def test_rows_are_quantized_to_their_largest_element(dtype):
     x = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
     x *= torch.logspace(-4, 4, 64)[:, None]
     x[3] = 0
-    integers, scale = Int8.quantise(x)
+    integers, scale = Int8.quantize(x)
     assert integers.dtype == torch.uint8
     error = ((integers.float() - Int8.ZERO) * scale - x.float()).abs()
     assert (error <= 0.51 * scale.float() + 2**-8 * x.float().abs()).all()
@@ -150,7 +150,7 @@ def test_int8_product_is_that_of_the_rounded_factors():
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(7, 64, generator=generator), torch.randn(48, 64, generator=generator)
     bias = torch.randn(48, generator=generator)
-    integers, scale = Int8.quantise(x)
+    integers, scale = Int8.quantize(x)
     weight_scale = weight.abs().amax(1, keepdim=True) / 127
     rounded = (weight / weight_scale).round() * weight_scale
     torch.testing.assert_close(Int8([weight], [bias])(x), (integers.float() - 128) * scale @ rounded.T + bias)
@@ -160,7 +160,7 @@ def test_rows_are_rounded_to_8_bit_floats_by_their_largest_element():
     x = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
     x *= torch.logspace(-4, 4, 64)[:, None]
     x[3] = 0
-    eights, scale = Fp8.quantise(x)
+    eights, scale = Fp8.quantize(x)
     assert eights.dtype == torch.float8_e4m3fn
     assert eights.float().abs().amax(1)[:3].tolist() == [Fp8.LARGEST] * 3
     error = (eights.float() * scale - x.float()).abs()

@@ -664,7 +664,7 @@ def test_the_client_names_the_checkpoint_where_the_server_does_not(checkpoint, t
         for name, reason in (
             (tmp_path / "nowhere", "there is no folder"),
             (tmp_path, "has no config.json"),
-            ("user/unknown", "cannot be had"),
+            ("user/unknown", "cannot be downloaded"),
         ):
             code, details = status(lambda name=name: client.greet(name))
             assert code == grpc.StatusCode.INVALID_ARGUMENT

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from async_control import remote_client, sent, server
+from attempts import attempts
 from lerobot.datasets import LeRobotDataset
 from lerobot_commands import checkpoint, run
 from tiny_policy import SIZES
 
 from lerobot_pi0.control.trace import read_trace
 from lerobot_pi0.modeling_pi0 import Pi0Policy
-from lerobot_pi0.simulated_robot.attempts import attempts
 from lerobot_pi0.simulated_robot.simulation import HOME, JOINTS
 
 pytestmark = pytest.mark.slow

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from attempts import NEAR, attempts, detect_success
 from lerobot.robots import make_robot_from_config
 from lerobot.utils.errors import DeviceAlreadyConnectedError, DeviceNotConnectedError
 
 import lerobot_pi0
 from lerobot_pi0.control.trace import read_trace
-from lerobot_pi0.simulated_robot.attempts import NEAR, attempts, detect_success
 from lerobot_pi0.simulated_robot.config_simulated_so101 import SimulatedSO101Config
 from lerobot_pi0.simulated_robot.kinematics import joints_for_tip
 from lerobot_pi0.simulated_robot.simulated_so101 import SimulatedSO101

@@ -615,8 +615,8 @@ def test_on_the_dataset_that_it_was_trained_on_the_cure_is_more_training(case):
     content = {"dataset": {"repo_id": "local/data", "root": str(case.dataset)}}
     (case.checkpoint / "train_config.json").write_text(json.dumps(content))
     _, answers = case.examine()
-    cures = {answer.check.name: answer.finding.cure for answer in answers}
-    assert "train for more steps" in cures["policy.loss_is_below_baseline"]
+    fixes = {answer.check.name: answer.finding.fix for answer in answers}
+    assert "train for more steps" in fixes["policy.loss_is_below_baseline"]
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -630,7 +630,7 @@ def test_a_planted_fault_is_named_first(case, name):
     assert first.check.name == check, page(inputs, answers)
     assert first.finding.severity in (Severity.ERROR, Severity.WARNING)
     assert first.finding.evidence
-    assert first.finding.cure
+    assert first.finding.fix
 
 
 @pytest.mark.parametrize(
@@ -644,16 +644,16 @@ def test_what_is_healthy_gets_a_clean_page(healthy, policy, dataset, robot):
 
 
 def test_only_joints_in_their_places_may_be_called_otherwise(case):
-    """The cure for other names, pasted where joints were swapped, would move each by another's actions."""
-    for names_, cure in (
+    """The fix for other names, pasted where joints were swapped, would move each by another's actions."""
+    for names_, fix in (
         ([*JOINTS[:2], "jaw.pos"], True),
         ([JOINTS[1], JOINTS[0], "jaw.pos"], False),
         (["jaw.pos", *JOINTS[:2]], False),
     ):
         case.robot = arm(joints=names_)
         _, answers = case.examine()
-        assert ("--policy.state_feature_names" in answers[0].finding.cure) is cure
-        assert (answers[0].finding.severity is Severity.WARNING) is cure
+        assert ("--policy.state_feature_names" in answers[0].finding.fix) is fix
+        assert (answers[0].finding.severity is Severity.WARNING) is fix
 
 
 @pytest.mark.parametrize("does", ["nothing", "the same everywhere"])
@@ -728,14 +728,14 @@ def test_averaged_quantiles_are_not_called_stale(healthy):
     (found,) = scales.recorded_statistics_are_the_datas(quantiles)
     assert found.severity is Severity.WARNING
     assert "averages" in found.what
-    assert "--policy.normalization_mapping" in found.cure
-    assert "--operation" not in found.cure
+    assert "--policy.normalization_mapping" in found.fix
+    assert "--operation" not in found.fix
 
 
 def test_the_cure_for_stale_statistics_cures_them_where_they_are(case, monkeypatch):
     statistics_of_an_older_version(case)
     (found,) = scales.recorded_statistics_are_the_datas(inputs_of(case))
-    monkeypatch.setattr("sys.argv", found.cure.split())
+    monkeypatch.setattr("sys.argv", found.fix.split())
     lerobot_edit_dataset.main()
     (found,) = scales.recorded_statistics_are_the_datas(inputs_of(case))
     assert found.severity is Severity.FINE
@@ -840,7 +840,7 @@ def test_a_new_policy_on_short_episodes_or_wide_pictures(case, tmp_path):
     short = Case(record(tmp_path / "short", episodes=2, length=30), case.checkpoint)
     inputs, answers = short.examine(policy=False)
     assert answers[0].check.name == "time.chunks_fit_episodes", page(inputs, answers)
-    flags = re.findall(r"--policy\.(\w+)=(\d+)", answers[0].finding.cure)
+    flags = re.findall(r"--policy\.(\w+)=(\d+)", answers[0].finding.fix)
     settings: Any = {name: int(value) for name, value in flags}
     Pi0Config(device="cpu", **settings)  # which takes them together
     pictures(case, lambda images: images.update({key: frames[:, :20] for key, frames in images.items()}))

@@ -141,7 +141,7 @@ def test_an_episode_that_ends_with_the_release(named):
     change = inputs.columns.lengths[0] - 4
     assert f"episode 0, frame {change}" in finding.evidence
     assert "4 frames (0.20 s)" in finding.evidence
-    assert "--after_success" in finding.cure
+    assert "--after_success" in finding.fix
 
 
 def test_a_grasp_that_waits_for_a_time():
@@ -153,7 +153,7 @@ def test_a_grasp_that_waits_for_a_time():
     assert f"episode 0, frame {rows[0] - inputs.columns.episodes[0].start}" in finding.evidence
     length = int(finding.evidence.split("for ")[1].split(" frames")[0])
     assert 12 <= length <= 15
-    assert f"--policy.n_action_steps={length}" in finding.cure
+    assert f"--policy.n_action_steps={length}" in finding.fix
 
 
 def test_a_pause_whose_end_a_camera_shows():
@@ -190,7 +190,7 @@ def test_two_leaders_with_opposite_signs(seen):
         assert len(pairs) == 3
         assert all((int(a) + int(b)) % 2 for a, b in pairs), "one of each leader"
         assert "'put it into the basket'" in finding.evidence
-        assert "modify_tasks" in finding.cure
+        assert "modify_tasks" in finding.fix
 
 
 def test_one_narrow_tube():

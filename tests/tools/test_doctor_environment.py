@@ -403,7 +403,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str]] = {
         {},
         "environment_opens",
         "does not open",
-        "pip install 'lerobot[doctors_arm_env]'",
+        "brings --env.type=doctors_arm_env",
     ),
 }
 
@@ -416,7 +416,7 @@ def test_a_mistake_is_named_with_its_flag(recording, name):
     assert {of.check.look.__name__ for of in answers} == {check}, [of.finding for of in answers]
     finding = answers[0].finding
     assert says in finding.what or says in finding.evidence
-    assert flag in finding.cure
+    assert flag in finding.fix
     assert finding.severity in (Severity.ERROR, Severity.WARNING)
 
 
@@ -468,7 +468,7 @@ def test_a_gripper_action_from_0_to_1(recording):
     inputs = inputs_of(recording, ArmEnvConfig(), columns=replace(recording.columns, action=action))
     answers = [of for of in found(inputs) if of.check.look.__name__ == "actions_are_the_policys"]
     assert "upper half" in answers[0].finding.what
-    assert "--env.control_mode" in answers[0].finding.cure
+    assert "--env.control_mode" in answers[0].finding.fix
 
 
 def test_a_gripper_from_0_to_1_where_the_environment_says_little(recording):
@@ -487,7 +487,7 @@ def test_a_rate_that_a_dataset_only_says(recording, monkeypatch):
     inputs = inputs_of(recording, ArmEnvConfig())
     inputs.__dict__["metadata"] = SimpleNamespace(fps=10)
     (answer,) = found(inputs)
-    assert answer.finding.cure == "--env.fps=10"
+    assert answer.finding.fix == "--env.fps=10"
     monkeypatch.setitem(environment.RECORDED_AT, ("doctors_arm_env", 10), FPS)
     assert found(inputs) == []
 
@@ -510,7 +510,7 @@ def test_old_pictures(recording):
     config.__dict__["steps_per_picture"] = 5
     (answer,) = found(inputs_of(recording, config))
     assert answer.check.look is environment.episodes_are_long_enough
-    assert "--env.steps_per_picture=3" in answer.finding.cure
+    assert "--env.steps_per_picture=3" in answer.finding.fix
 
 
 def test_lerobot_evals_rename_map_is_its_own(recording):
@@ -520,8 +520,8 @@ def test_lerobot_evals_rename_map_is_its_own(recording):
     inputs = inputs_of(recording, env)
     inputs.__dict__["rename_map"] = names
     (answer,) = found(inputs)
-    assert f'"{OBS_IMAGES}.eye_in_hand": "{WRIST}"' in answer.finding.cure
-    assert f'"{OBS_IMAGES}.agentview": "{FRONT}"' in answer.finding.cure
+    assert f'"{OBS_IMAGES}.eye_in_hand": "{WRIST}"' in answer.finding.fix
+    assert f'"{OBS_IMAGES}.agentview": "{FRONT}"' in answer.finding.fix
     assert found(inputs_of(recording, env, given_rename_map=names)) == []
 
 

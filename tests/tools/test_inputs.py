@@ -1,16 +1,19 @@
 """What a tool is given and cannot use is said in a sentence."""
 
 import json
+from typing import get_args
 
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny_dataset import make_checkpoint
 from tiny_policy import tiny_policy
 
+from lerobot_pi0 import configuration_pi0
 from lerobot_pi0.errors import CheckpointError
-from lerobot_pi0.inputs import policy
+from lerobot_pi0.inputs import flags, policy
 from lerobot_pi0.inputs.dataset import DatasetFlags, dataset_metadata
 from lerobot_pi0.inputs.policy import PolicyFlags, load_policy
+from lerobot_pi0.model import flow
 
 
 @pytest.mark.parametrize(
@@ -19,17 +22,22 @@ from lerobot_pi0.inputs.policy import PolicyFlags, load_policy
 def test_a_config_that_cannot_be_read_is_an_error_with_its_place(tmp_path, text):
     tiny_policy().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=f"config.json of '{tmp_path}' cannot be read"):
+    with pytest.raises(CheckpointError, match=f"{tmp_path / 'config.json'} is damaged"):
         load_policy(PolicyFlags(path=str(tmp_path)))
 
 
+def test_flags_that_import_no_lerobot_offer_what_the_policy_has():
+    assert get_args(flags.Backend) == get_args(configuration_pi0.Backend)
+    assert get_args(flags.Solver) == get_args(flow.Solver)
+
+
 @pytest.mark.parametrize(
-    ("kind", "cure"),
+    ("kind", "fix"),
     [("pi0", "lerobot-pi0 convert"), ("pi05", "lerobot-pi0 convert"), ("act", "another model")],
 )
-def test_another_policy_is_refused_by_its_type(tmp_path, kind, cure):
+def test_another_policy_is_refused_by_its_type(tmp_path, kind, fix):
     (tmp_path / "config.json").write_text(json.dumps({"type": kind}))
-    with pytest.raises(CheckpointError, match=rf"is a policy of type '{kind}'.*{cure}"):
+    with pytest.raises(CheckpointError, match=rf"is a policy of type '{kind}'.*{fix}"):
         load_policy(PolicyFlags(path=str(tmp_path)))
 
 

@@ -16,7 +16,7 @@ from lerobot_pi0.tools.language import (
     Swap,
     compare,
     pooled,
-    summarise,
+    summarize,
     verdict,
 )
 from lerobot_pi0.tools.open_loop import Recording
@@ -60,7 +60,7 @@ def swaps_of(obedience: float, recording: Recording, noise: float = 0.3) -> list
 )
 def test_how_far_a_policy_follows_is_measured(obedience, kind, sentence):
     swaps = swaps_of(obedience, two_tasks())
-    (pair,) = summarise(swaps)
+    (pair,) = summarize(swaps)
     assert pair.followed == pytest.approx(obedience, abs=1e-6)
     assert pair.low == pytest.approx(obedience, abs=1e-6)
     assert (pair.verdict, pair.frames, pair.tasks) == (kind, len(FRAMES), (0, 1))
@@ -74,7 +74,7 @@ def test_policy_whose_actions_change_at_random_does_not_follow():
         shape = (SAMPLES, CHUNK, len(recording.scale))
         planned = {task: recording.scale * generator.standard_normal(shape) for task in (0, 1)}
         swaps += compare(recording, frame, planned)
-    (pair,) = summarise(swaps)
+    (pair,) = summarize(swaps)
     assert pair.change == pytest.approx(pair.noise, rel=0.2)
     assert pair.verdict != FOLLOWS
 
@@ -86,7 +86,7 @@ def test_tasks_that_are_demonstrated_alike_are_not_judged():
     actions = (np.tile(once, (4, 1)) + noise).astype(np.float32)
     alike = Recording(**vars(recording) | {"actions": actions, "states": np.roll(actions, 1, axis=0)})
     swaps = swaps_of(0.0, alike)
-    (pair,) = summarise(swaps)
+    (pair,) = summarize(swaps)
     assert pair.verdict == SAME
     assert "nothing that an instruction could change" in verdict([pair], pooled(swaps))[0]
 
@@ -101,7 +101,7 @@ def test_one_task_alone_is_refused():
     recording = two_tasks()
     planned = {0: np.zeros((SAMPLES, CHUNK, 3))}
     with pytest.raises(ValueError, match="no other instruction"):
-        summarise(compare(recording, 0, planned))
+        summarize(compare(recording, 0, planned))
     with pytest.raises(ValueError, match="num_samples must be at least 2"):
         LanguageConfig(num_samples=1)
 

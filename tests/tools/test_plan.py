@@ -84,7 +84,7 @@ CASES = [
 
 @pytest.mark.parametrize(("peft", "changes"), CASES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_peak_of_real_steps_is_what_was_computed_without_values(peft, changes, dtype):
+def test_the_peak_of_real_steps_is_what_was_computed_on_meta_device(peft, changes, dtype):
     """Weights, moments, average, gradients and activations of two whole steps of LeRobot's loop."""
     changes: dict[str, Any] = {"dtype": dtype, "augmentation": False, **changes}
     model = changes.pop("model", "pi0")
@@ -275,7 +275,7 @@ def test_the_command_of_each_recipe_trains_what_it_says(monkeypatch, capsys, dat
 def row(recipe: Any, fixed: float, per_sample: float, checkpointing: bool = False) -> Row:
     """A recipe that takes so many bytes for a step."""
     growth = np.array([[fixed, per_sample]])
-    made = MemoryEstimate(1, 1, 0, 0, False, growth, 1)
+    made = MemoryEstimate(1, 0, 0, False, growth, 1)
     return Row(recipe, checkpointing, (), cast(Any, None), made)
 
 

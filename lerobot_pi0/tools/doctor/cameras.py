@@ -10,14 +10,19 @@ import torch
 from lerobot.utils.constants import OBS_IMAGES
 from torch import Tensor
 
-from lerobot_pi0.configuration_pi0 import Pi0Config, assign_cameras, image_height_width, num_channels
+from lerobot_pi0.configuration_pi0 import (
+    WRIST_WORDS,
+    Pi0Config,
+    assign_cameras,
+    image_height_width,
+    num_channels,
+)
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.dataset import fit_to
 from lerobot_pi0.model.observation import letterbox
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
 from lerobot_pi0.tools.doctor.inputs import Inputs
 
-WRIST = ("wrist", "hand", "gripper")  # as cameras are assigned to slots
 DARK = 6 / 255  # mean of a picture: a lens cap, or a lamp that is off
 FLAT = 4 / 255  # standard deviation of a picture: nothing on it
 STILL = 0.5 / 255  # mean difference of two pictures: less than what compression changes
@@ -89,18 +94,16 @@ def slots_fit_names(inputs: Inputs) -> Iterator[Finding]:
     wrong = []
     for slot, key in cameras.items():
         name = _short(key).lower()
-        if slot == "base" and any(word in name for word in WRIST):
+        if slot == "base" and any(word in name for word in WRIST_WORDS):
             wrong.append(f"slot base is given '{key}', a wrist camera by its name")
         for side, other in (("left", "right"), ("right", "left")):
             if side in slot and other in name and side not in name:
                 wrong.append(f"slot {slot} is given '{key}', of the {other} by its name")
     if wrong:
         right = assign_cameras(list(cameras.values()), {})
-        cure = (
-            f"train with --policy.cameras='{json.dumps(right)}'" if right != cameras else "see the pictures"
-        )
+        fix = f"train with --policy.cameras='{json.dumps(right)}'" if right != cameras else "see the pictures"
         yield warning(
-            "a camera stands in a slot that its name does not fit", listed(wrong), f"{cure} (--output=FOLDER)"
+            "a camera stands in a slot that its name does not fit", listed(wrong), f"{fix} (--output=FOLDER)"
         )
 
 

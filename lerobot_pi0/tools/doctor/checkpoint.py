@@ -9,8 +9,9 @@ from lerobot.configs import NormalizationMode
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, Checkpoint
+from lerobot_pi0.checkpoints.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint
 from lerobot_pi0.checkpoints.processors import PIPELINES, tokenizer_step
+from lerobot_pi0.checkpoints.published import training_of
 from lerobot_pi0.checkpoints.reading import read_steps, read_tensors
 from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.data.normalization import NEEDED
@@ -18,17 +19,10 @@ from lerobot_pi0.data.statistics import unnormalizer_differences
 from lerobot_pi0.tools.doctor.finding import TRAIN_LONGER, Finding, error, fine, listed, note, warning
 from lerobot_pi0.tools.doctor.inputs import Inputs
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-COPY_AGAIN = (
+COPY_FOLDER_AGAIN = (
     "copy the whole folder again (lerobot-train: outputs/…/checkpoints/last/pretrained_model): LeRobot's "
     "files belong together"
 )
-# Actions in a chunk of published π0.5 weights, by openpi's configurations.
-HORIZONS = {
-    "lerobot/pi05_base": 50,
-    "lerobot/pi05_libero_base": 10,
-    "lerobot/pi05_droid": 15,
-}
 # Share of the loss of a predictor that ignores the observation.
 NO_BETTER, HARDLY = 1.1, 0.85
 
@@ -41,7 +35,7 @@ def files_are_there(inputs: Inputs) -> Iterator[Finding]:
     states = {step["registry_name"]: step.get("state_file") for step in steps if "registry_name" in step}
     for needs, what in (
         (tokenizer_step(inputs.config), "tokenizer"),
-        ("normalizer_processor", "statistics to normalise by"),
+        ("normalizer_processor", "statistics to normalize by"),
         ("unnormalizer_processor", "statistics to give actions back their unit"),
     ):
         file = states.get(needs)
@@ -53,12 +47,12 @@ def files_are_there(inputs: Inputs) -> Iterator[Finding]:
         yield error(
             f"the checkpoint lacks {listed(missing)}",
             f"{folder} holds {listed(sorted(path.name for path in folder.iterdir()), 8)}",
-            COPY_AGAIN,
+            COPY_FOLDER_AGAIN,
         )
 
 
 def statistics_are_whole(inputs: Inputs) -> Iterator[Finding]:
-    """Statistics are finite and of this policy's size, and what normalises is undone by what comes after."""
+    """Statistics are finite and of this policy's size, and what normalizes is undone by what comes after."""
     folder, config = inputs.folder, inputs.config
     carried = inputs.statistics
     for kind, key, feature in (
@@ -73,7 +67,7 @@ def statistics_are_whole(inputs: Inputs) -> Iterator[Finding]:
         if missing:
             yield error(
                 f"the checkpoint has no {listed(missing)} of '{key}'",
-                f"it normalises by {mode.value}, and LeRobot would pass the values on as they are",
+                f"it normalizes by {mode.value}, and LeRobot would pass the values on as they are",
                 "train it again with a dataset, or take the processors' files of its last checkpoint",
             )
             continue
@@ -83,7 +77,7 @@ def statistics_are_whole(inputs: Inputs) -> Iterator[Finding]:
                 f"the checkpoint's statistics of '{key}' are those of another robot",
                 f"{listed(NEEDED[mode])} have {' and '.join(map(str, sorted(sizes)))} dimensions, in "
                 f"config.json it has {feature.shape[0]}",
-                "the processors' files are of another checkpoint: " + COPY_AGAIN,
+                "the processors' files are of another checkpoint: " + COPY_FOLDER_AGAIN,
             )
             continue
         wrong = [name for name in NEEDED[mode] if not np.isfinite(np.asarray(of[name], np.float64)).all()]
@@ -101,7 +95,7 @@ def statistics_are_whole(inputs: Inputs) -> Iterator[Finding]:
         yield error(
             "actions are not unnormalized as they were normalized",
             listed(differences),
-            "the two processors' files are of different checkpoints: " + COPY_AGAIN,
+            "the two processors' files are of different checkpoints: " + COPY_FOLDER_AGAIN,
         )
 
 
@@ -131,8 +125,8 @@ def state_is_in_the_prompt(inputs: Inputs) -> Iterator[Finding]:
 def horizon_is_that_of_the_base(inputs: Inputs) -> Iterator[Finding]:
     """A policy from published π0.5 weights predicts as many actions as these were trained on."""
     config = inputs.config
-    trained = HORIZONS.get(config.base_checkpoint or "")
-    if trained and trained != config.chunk_size:
+    named = training_of(config.base_checkpoint or "")
+    if named and (trained := named[1].chunk_size) != config.chunk_size:
         yield note(
             f"chunks have {config.chunk_size} actions, those of '{config.base_checkpoint}' {trained}",
             "no file of those weights says so; with another number their own actions are of no use, and a "
@@ -179,7 +173,7 @@ def weights_are_trained(inputs: Inputs) -> Iterator[Finding]:
 def policy_loads(inputs: Inputs) -> Iterator[Finding]:
     """Every parameter comes from the file."""
     if inputs.load_error:
-        yield error("the policy cannot be loaded", inputs.load_error, COPY_AGAIN)
+        yield error("the policy cannot be loaded", inputs.load_error, COPY_FOLDER_AGAIN)
         return
     policy = inputs.loaded.policy
     total = sum(parameter.numel() for parameter in policy.parameters())

@@ -81,7 +81,7 @@ def state_is_the_policys(inputs: Inputs) -> Iterator[Finding]:
         return
     size, expected = state.shape[1], len(trained.low)
     names = config.state_feature_names or [str(i) for i in range(expected)]
-    cure = (
+    fix = (
         f"the state is made by the processors of --env.type={inputs.env.type} (get_env_processors): give it "
         "there as it was recorded, or train on data that has it as it is here"
     )
@@ -91,7 +91,7 @@ def state_is_the_policys(inputs: Inputs) -> Iterator[Finding]:
             f"the environment's state has {size} dimensions, the policy's {expected}"
             + (f": it looks like {meant}" if meant else ""),
             f"after a reset it is {_vector(state[0])}; the policy: {listed(names, 8)}",
-            cure,
+            fix,
         )
         return
     learned = policy_columns(config, {OBS_STATE: state})[OBS_STATE]  # with adapt_to_pi, openpi's joints
@@ -102,7 +102,7 @@ def state_is_the_policys(inputs: Inputs) -> Iterator[Finding]:
             "the environment's state is not what the policy was trained on"
             + (f": it looks like {meant}" if meant else ""),
             _misses(learned, trained, missed, names, "in training"),
-            cure,
+            fix,
         )
         return
     # Within the range but nowhere near where demonstrations begin: a gripper that counts otherwise.
@@ -116,7 +116,7 @@ def state_is_the_policys(inputs: Inputs) -> Iterator[Finding]:
             yield error(
                 f"the environment's state is not what the policy was trained on: it looks like {meant}",
                 _misses(state, starts, missed, names, "where demonstrations begin"),
-                cure,
+                fix,
             )
             return
     yield fine(f"the state after a reset ({size} dimensions) is within what the policy was trained on")
@@ -127,7 +127,7 @@ def actions_are_the_policys(inputs: Inputs) -> Iterator[Finding]:
     assert inputs.env is not None
     env, config = inputs.opened_env, inputs.config
     size, expected = len(env.low), config.action_feature.shape[0] if config.action_feature else len(env.low)
-    cure = (
+    fix = (
         f"{takes(inputs)} says how the environment takes actions: is it as they were recorded? If not, train "
         "on data of this environment"
     )
@@ -136,7 +136,7 @@ def actions_are_the_policys(inputs: Inputs) -> Iterator[Finding]:
         yield error(
             f"the environment takes {size} actions, the policy gives {expected}",
             f"the policy's: {given}",
-            cure,
+            fix,
         )
         return
     reference = inputs.reference
@@ -162,7 +162,7 @@ def actions_are_the_policys(inputs: Inputs) -> Iterator[Finding]:
         yield error(
             f"actions are in other units: the policy's are much {more} than what the environment takes",
             evidence,
-            cure,
+            fix,
         )
         return
     # Of a box around zero that the arm keeps to: gym-aloha takes joints beyond it, and grippers from 0 to 1.
@@ -174,7 +174,7 @@ def actions_are_the_policys(inputs: Inputs) -> Iterator[Finding]:
         yield error(
             f"the gripper's action ({listed(halves)}) uses the upper half of what the environment takes",
             evidence,
-            cure,
+            fix,
         )
         return
     yield fine(f"{size} actions, in the units of the environment")

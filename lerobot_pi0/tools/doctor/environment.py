@@ -14,17 +14,25 @@ LOOKS = 3  # at the scene, in an episode of median length
 # Environment, and what its datasets say → the rate that they were recorded at. openpi's conversion of LIBERO
 # and those made by it say 10; the simulator ran at 20, and at another rate displacements are others.
 RECORDED_AT = {("libero", 10): 20}
+# Simulators that have an environment of their own in a clone of this repository, by --env.type.
+SETUPS = {"libero": "libero", "libero_varied": "libero", "aloha": "aloha", "pusht": "pusht"}
 
 
 def environment_opens(inputs: Inputs) -> Iterator[Finding]:
     """It can be made and reset."""
     assert inputs.env is not None
     if inputs.env_error:
-        extra = f"pip install 'lerobot[{inputs.env.type}]', if that is what is missing; "
+        name = inputs.env.type
+        setup = SETUPS.get(name)
+        install = (
+            f".ci/setup.sh {setup} makes an environment with it, .venv-{setup}"
+            if setup
+            else f"install the one that brings --env.type={name}, as for lerobot-eval"
+        )
         yield error(
-            f"the environment --env.type={inputs.env.type} does not open",
+            f"the environment --env.type={name} does not open",
             inputs.env_error,
-            f"{extra}lerobot-eval needs the same",
+            f"if a package is missing: {install}",
         )
         return
     env = inputs.opened_env

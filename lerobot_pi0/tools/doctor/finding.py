@@ -1,10 +1,10 @@
-"""Findings of checks: severity, description, evidence and cure."""
+"""Findings of checks: severity, description, evidence and fix."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-# The cure of a symptom on the data that the policy was trained on.
+# The fix of a symptom on the data that the policy was trained on.
 TRAIN_LONGER = "the policy was trained on this dataset and has not learned it yet: train for more steps"
 
 
@@ -19,27 +19,27 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One result of a check. FINE is a result too, without evidence or cure."""
+    """One result of a check. FINE is a result too, without evidence or fix."""
 
     severity: Severity
     what: str
     evidence: str = ""
-    cure: str = ""
+    fix: str = ""
 
 
-def error(what: str, evidence: str, cure: str) -> Finding:
+def error(what: str, evidence: str, fix: str) -> Finding:
     """It cannot work so."""
-    return Finding(Severity.ERROR, what, evidence, cure)
+    return Finding(Severity.ERROR, what, evidence, fix)
 
 
-def warning(what: str, evidence: str, cure: str) -> Finding:
+def warning(what: str, evidence: str, fix: str) -> Finding:
     """It may work, with reduced quality."""
-    return Finding(Severity.WARNING, what, evidence, cure)
+    return Finding(Severity.WARNING, what, evidence, fix)
 
 
-def note(what: str, evidence: str = "", cure: str = "") -> Finding:
+def note(what: str, evidence: str = "", fix: str = "") -> Finding:
     """For information."""
-    return Finding(Severity.NOTE, what, evidence, cure)
+    return Finding(Severity.NOTE, what, evidence, fix)
 
 
 def fine(what: str) -> Finding:

@@ -1,4 +1,4 @@
-"""The inputs under test: a checkpoint, a dataset, a robot. Each is opened once, when needed.
+"""The inputs under test: a checkpoint, a dataset, a robot, an environment. Each is opened once, when needed.
 
 Columns of all frames are read from parquet; pictures are decoded for `EPISODES` × `MOMENTS` frames only.
 """

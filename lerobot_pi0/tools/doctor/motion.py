@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lerobot_pi0.data.normalization import NEARLY_CONSTANT
+from lerobot_pi0.tools.columns import named_grippers
 from lerobot_pi0.tools.doctor.finding import Finding, error, fine, listed, note, warning
 from lerobot_pi0.tools.doctor.inputs import Inputs
 
@@ -101,7 +102,7 @@ def joints_move(inputs: Inputs) -> Iterator[Finding]:
         still = _of(pair.names, still_action & still_state)
     else:
         still = [name for _, values, names in _vectors(inputs) for name in _of(names, _still(values))]
-    grippers = [name for name in still if "grip" in name.lower()]
+    grippers = [still[i] for i in named_grippers(still)]
     if grippers:
         yield warning(
             f"the gripper never moves in the data ({listed(grippers)})",
@@ -166,7 +167,7 @@ def actions_leave_their_limits(inputs: Inputs) -> Iterator[Finding]:
     _, values, names = _vectors(inputs)[1]
     for joint, name in enumerate(names):
         column = values[:, joint]
-        if "grip" in name.lower() or len(np.unique(column)) <= DISCRETE:
+        if named_grippers([name]) or len(np.unique(column)) <= DISCRETE:
             continue
         for end in (column.min(), column.max()):
             share = float((column == end).mean())
@@ -204,15 +205,15 @@ def episodes_are_no_waiting(inputs: Inputs) -> Iterator[Finding]:
     share = min(1.0, idle_frames / columns.lengths.sum())
     start, end = np.median(starts) / fps, np.median(ends) / fps
     paused = float((np.array(pauses) / fps > LONG_PAUSE).mean())
-    cure = (
+    fix = (
         "cut them: record from the first movement to the last one. A policy that starts in a pause learns "
         "to pause (it sees a still robot and predicts a still robot)"
     )
     numbers = f"{share:.0%} of all frames are idle: no joint moves by 1 % of its range in half a second"
     if start > LONG_START:
-        yield warning(f"episodes begin with a pause of {start:.1f} s (median)", numbers, cure)
+        yield warning(f"episodes begin with a pause of {start:.1f} s (median)", numbers, fix)
     if end > LONG_END:
-        yield warning(f"episodes end with a pause of {end:.1f} s (median)", numbers, cure)
+        yield warning(f"episodes end with a pause of {end:.1f} s (median)", numbers, fix)
     if paused > PAUSED:
         yield warning(
             f"{paused:.0%} of the episodes pause for more than {LONG_PAUSE:g} s in between",

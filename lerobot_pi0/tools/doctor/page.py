@@ -18,9 +18,7 @@ def page(inputs: Inputs, answers: list[Answer]) -> str:
     for number, answer in enumerate(_of(answers, Severity.ERROR, Severity.WARNING, Severity.NOTE), 1):
         finding = answer.finding
         title = fill(f"{number}. {finding.severity.upper()}  {finding.what}", WIDTH, subsequent_indent="   ")
-        rows = [
-            _row(name, text, 3) for name, text in (("", finding.evidence), ("cure", finding.cure)) if text
-        ]
+        rows = [_row(name, text, 3) for name, text in (("", finding.evidence), ("fix", finding.fix)) if text]
         parts.append("\n".join([title, *rows]))
     if fine := _of(answers, Severity.FINE):
         rows, last = [], ""
@@ -35,14 +33,14 @@ def page(inputs: Inputs, answers: list[Answer]) -> str:
 
 
 def as_json(inputs: Inputs, answers: list[Answer]) -> str:
-    """The same for machines: {"examined": {…}, "findings": [{check, severity, what, evidence, cure}, …]}."""
+    """The same for machines: {"examined": {…}, "findings": [{check, severity, what, evidence, fix}, …]}."""
     findings: list[dict[str, Any]] = [
         {
             "check": answer.check.name,
             "severity": answer.finding.severity,
             "what": answer.finding.what,
             "evidence": answer.finding.evidence,
-            "cure": answer.finding.cure,
+            "fix": answer.finding.fix,
         }
         for answer in answers
     ]

@@ -22,7 +22,9 @@ DEGREES = 180 / np.pi
 WIDE, WIDER, NARROW = 3.0, 8.0, 1 / 8
 OFF, FARTHER = 1.5, 3.0
 STALE = 0.02  # difference of recorded and computed statistics, in standard deviations
-MODES = "--policy.normalization_mapping='{VISUAL: IDENTITY, STATE: MEAN_STD, ACTION: MEAN_STD}'"
+MODES = (
+    """--policy.normalization_mapping='{"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}'"""
+)
 
 
 def actions_are_of_the_policys_kind(inputs: Inputs) -> Iterator[Finding]:
@@ -120,7 +122,7 @@ def recorded_statistics_are_the_datas(inputs: Inputs) -> Iterator[Finding]:
     elif averaged:
         averaged.sort(reverse=True)
         yield warning(
-            "the quantiles to normalise by are not those of all of the data: LeRobot 0.6 averages them over "
+            "the quantiles to normalize by are not those of all of the data: LeRobot 0.6 averages them over "
             "episodes",
             listed([text for _, text in averaged], 3),
             "its recompute_stats averages too. Train with mean and standard deviation, which it merges "
@@ -131,7 +133,7 @@ def recorded_statistics_are_the_datas(inputs: Inputs) -> Iterator[Finding]:
 
 
 def policy_has_the_datas_statistics(inputs: Inputs) -> Iterator[Finding]:
-    """What the policy normalises by fits this data: same unit, same range, joint by joint."""
+    """What the policy normalizes by fits this data: same unit, same range, joint by joint."""
     config, carried = inputs.config, inputs.statistics
     apart: list[Apart] = []
     for key, values in _learned_columns(inputs).items():
@@ -154,7 +156,7 @@ def policy_has_the_datas_statistics(inputs: Inputs) -> Iterator[Finding]:
         worst = sorted({*wide, *off}, key=lambda a: -max(a.ratio, 1 / a.ratio, abs(a.offset)))
         bad = any(a.ratio > WIDER or abs(a.offset) > FARTHER for a in worst)
         yield (error if bad else warning)(
-            "the policy normalises by statistics of other data than this: "
+            "the policy normalizes by statistics of other data than this: "
             + listed([f"{a.name} ({a.key})" for a in worst], 3),
             listed([a.text for a in worst], 3),
             "run it on the robot and in the units that it was trained with. To train on this data: "

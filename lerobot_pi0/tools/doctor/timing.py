@@ -54,18 +54,18 @@ def chunks_fit_episodes(inputs: Inputs) -> Iterator[Finding]:
     covers = f"a chunk of {config.chunk_size} actions covers {seconds:.2f} s at {fps} per second"
     better = max(1, min(round(fps), int(lengths.min())))
     executed = min(config.n_action_steps, better)
-    cure = f"train with --policy.chunk_size={better} --policy.n_action_steps={executed}"
+    fix = f"train with --policy.chunk_size={better} --policy.n_action_steps={executed}"
     if short > SOME:
         yield (warning if short > MANY else note)(
             f"{short:.0%} of the episodes are shorter than a chunk",
             f"{covers}; episodes have {lengths.min()} to {lengths.max()} frames",
-            cure,
+            fix,
         )
     if not CHUNK_SECONDS[0] <= seconds <= CHUNK_SECONDS[1]:
         yield warning(
             f"a chunk covers {seconds:.2f} s, which is {'little' if seconds < 1 else 'long'}",
             f"{covers}; openpi's cover about 1 s",
-            cure + ", or check the dataset's fps",
+            fix + ", or check the dataset's fps",
         )
     yield fine(f"{covers}; {config.n_action_steps} are executed ({run:.2f} s) before the next is predicted")
 

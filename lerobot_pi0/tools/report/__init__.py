@@ -1,1 +1,1 @@
-"""`lerobot-pi0 report`: a policy beside recorded actions and naive baselines, as a page."""
+"""`lerobot-pi0 report`: a policy beside recorded actions and open-loop baselines, as a page."""

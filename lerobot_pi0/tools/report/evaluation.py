@@ -47,10 +47,10 @@ class Joint:
 
     name: str
     error: float  # robot units
-    normalised: float  # in standard deviations of the data
-    by_phase: list[float | None]  # normalised
-    baselines: dict[str, float]  # normalised
-    discontinuity: float | None  # mean at chunk boundaries, normalised
+    normalized: float  # in standard deviations of the data
+    by_phase: list[float | None]  # normalized
+    baselines: dict[str, float]  # normalized
+    discontinuity: float | None  # mean at chunk boundaries, normalized
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Report:
     error: float  # in standard deviations of the data, mean over joints and steps
     comparisons: list[Comparison]
     joints: list[Joint]
-    horizon: dict[str, list[float | None]]  # normalised error at each step of a chunk, by who made it
+    horizon: dict[str, list[float | None]]  # normalized error at each step of a chunk, by who made it
     phases: dict[str, list[float | None]]  # at the start, middle and end of an episode
     spread: float  # standard deviation over noise samples, in those of the data
     spread_by_step: list[float | None]
@@ -97,8 +97,8 @@ class Report:
 
     @property
     def worst_joint(self) -> Joint:
-        """The joint with the largest normalised error."""
-        return max(self.joints, key=lambda joint: joint.normalised)
+        """The joint with the largest normalized error."""
+        return max(self.joints, key=lambda joint: joint.normalized)
 
     def verdict(self) -> list[str]:
         """The findings as sentences, the most important first."""
@@ -119,7 +119,7 @@ class Report:
         worst = self.worst_joint
         lines.append(
             f"Worst joint: {worst.name}, off by {worst.error:.3g} on average, "
-            f"{worst.normalised:.2f} of its standard deviation in the data."
+            f"{worst.normalized:.2f} of its standard deviation in the data."
         )
         if self.discontinuity:
             d = self.discontinuity
@@ -170,7 +170,7 @@ def evaluate(recording: Recording, frames: np.ndarray, planned: np.ndarray, stri
         Joint(
             name=name,
             error=float(errors["policy"][valid][:, j].mean() * recording.scale[j]),
-            normalised=float(errors["policy"][valid][:, j].mean()),
+            normalized=float(errors["policy"][valid][:, j].mean()),
             by_phase=[_mean(errors["policy"][..., j], where) for where in inside],
             baselines={guess: float(errors[guess][valid][:, j].mean()) for guess in guesses},
             discontinuity=float(boundary_steps[:, j].mean() / recording.scale[j])

@@ -115,10 +115,10 @@ def _comparison(report: Report) -> list[list[Cell]]:
 
 
 def _joints(report: Report) -> list[list[Cell]]:
-    most = max(joint.normalised for joint in report.joints) or 1
+    most = max(joint.normalized for joint in report.joints) or 1
     rows = []
     for joint in report.joints:
-        errors = [joint.normalised, *joint.by_phase]
+        errors = [joint.normalized, *joint.by_phase]
         shades = [round(0.45 * min(value / most, 1), 2) if value is not None else 0.0 for value in errors]
         cells = [Cell(_number(value), shade=shade) for value, shade in zip(errors, shades, strict=True)]
         others = min(joint.baselines.values()), joint.discontinuity
