@@ -119,6 +119,9 @@ def measure(
             rest = actions[0, half:][: config.rtc_config.execution_horizon]  # as LeRobot cuts it
             left = {"inference_delay": delay, "prev_chunk_left_over": rest}
             chunk(**left)  # makes what it needs once
+            if policy.sampler.records:  # also of prompts of the length to which these are padded now
+                chunk()
+                policy.plan(policy.encode(prepare()))
         for _ in range(repeats):  # in turns: what else the machine does is the same for all
             timed("chunk", chunk)
             if left is not None:

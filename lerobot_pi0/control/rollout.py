@@ -183,6 +183,16 @@ def check_flags(cfg: RolloutConfig) -> None:
             "--inference.rtc.mode=trained is for LeRobot's own π0.5. This policy goes on from the last chunk "
             "as it was trained to (--policy.rtc_training_max_delay) without a flag: leave it out"
         )
+    if cfg.dataset is not None and cfg.dataset.fps != cfg.fps:
+        raise UserError(
+            f"the robot would run at {cfg.fps:g} actions per second and its recording would say "
+            f"{cfg.dataset.fps}: give both, --fps={cfg.fps:g} --dataset.fps={cfg.fps:g}"
+        )
+    if cfg.dataset is not None and cfg.dataset.single_task != cfg.task:
+        raise UserError(
+            f"--task='{cfg.task}' and --dataset.single_task='{cfg.dataset.single_task}' differ, and LeRobot "
+            "would give the policy the second: leave one of them out"
+        )
     if cfg.dataset is not None and not cfg.resume:
         user, slash, name = cfg.dataset.repo_id.rpartition("/")
         if not cfg.dataset.repo_id.split("/", 1)[-1].startswith("rollout_"):

@@ -9,7 +9,7 @@ from lerobot.configs import PolicyFeature, PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.utils.constants import ACTION, OBS_STATE
 
-from lerobot_pi0.checkpoints.layouts import PI05
+from lerobot_pi0.checkpoints.layouts import PI0, PI05
 from lerobot_pi0.configuration_pi0 import NUM_ALOHA_JOINTS, Pi0Config
 from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.conversion.flags import ConvertConfig
@@ -274,6 +274,12 @@ def _summary(policy: Policy) -> list[str]:
         lines.append(
             "If these 14 joints are ALOHA's: openpi adapts them unless told otherwise, which the files do "
             "not say. Convert it with --adapt_to_pi=true then."
+        )
+    elif policy.family is PI0 and policy.layout not in (*OURS, *IN_TREE) and policy.statistics is not None:
+        relative = config.reference_state.actions if config.reference_state else "none"
+        lines.append(
+            f"Actions relative to the state: {relative} (--delta_mask). openpi's files do not say which are; "
+            "its training config does (make_bool_mask)."
         )
     if policy.statistics is None:
         lines.append("Without statistics: fine-tune it before it drives a robot.")

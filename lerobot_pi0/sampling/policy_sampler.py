@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import is_
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,9 @@ from lerobot_pi0.training.lora import adapted_layers, adapter_state
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+# With several environments at once, lerobot-eval calls one policy from several threads.
+_BUILDING = Lock()
 
 
 class PolicySampler:
@@ -68,12 +72,14 @@ class PolicySampler:
 
     @property
     def linear_backend(self) -> BackendName:
-        """The linear backend for the config's `backend` on its device."""
-        wanted, on_cpu = self.config.backend, self.config.device == "cpu"
+        """The linear backend for the config's `backend` where the network is."""
+        # Callers move a policy and leave its config's device as it was. A network on the meta device is only
+        # counted, for the device that the config names.
+        is_meta = self.device.type == "meta"
+        device = self.config.device if is_meta else str(self.device)
+        wanted, on_cpu = self.config.backend, device == "cpu"
         if wanted == "int8" and not on_cpu:
-            raise UserError(
-                f"--policy.backend=int8 is for CPUs, and this policy runs on '{self.config.device}'"
-            )
+            raise UserError(f"--policy.backend=int8 is for CPUs, and this policy runs on '{device}'")
         if wanted == "fp8":
             if not Fp8.runs(self.device, self.network.dtype):
                 raise UserError(
@@ -181,14 +187,16 @@ class PolicySampler:
 
     def current(self) -> Sampler:
         """The sampler of the weights as they are now."""
-        version = self._weights_version()
-        if self._sampler is None or self._version != version:
-            self._sampler = None  # before the next one takes its memory
-            source = self._source if self._source_version == version else None
-            graphs = Graphs() if self.records else None
-            self._sampler = Sampler(self.network, self.linear_backend, source, self._compiles, graphs)
-            self._version = self._weights_version()  # a backend may move the parameters into its own tensors
-        return self._sampler
+        with _BUILDING:
+            version = self._weights_version()
+            if self._sampler is None or self._version != version:
+                self._sampler = None  # before the next one takes its memory
+                source = self._source if self._source_version == version else None
+                graphs = Graphs() if self.records else None
+                self._sampler = Sampler(self.network, self.linear_backend, source, self._compiles, graphs)
+                # A backend may move the parameters into its own tensors.
+                self._version = self._weights_version()
+            return self._sampler
 
     @torch.no_grad()
     def warm_up_rtc(self, example: Callable[[], Observation], action_size: int) -> None:

@@ -111,7 +111,16 @@ class TrainedWeights:
         return self._hidden if self._shows_ema else [p.data for p in self.parameters.values()]
 
     def restore(self, weights: dict[int, Tensor], num_draws: int) -> None:
-        """Go on from weights, by their number, and a number of draws; the EMA is the loaded policy."""
+        """Go on from weights, by their number, and a number of draws; the EMA is the loaded policy.
+
+        Raises UserError for the weights of a run with an EMA where none is kept now.
+        """
+        if weights and not self._hidden:
+            raise UserError(
+                "this run kept an EMA, and the checkpoint's policy is that EMA: resume with the "
+                "--policy.ema_decay that it has in train_config.json, or begin a new run from the checkpoint "
+                "(--policy.path, without --resume)"
+            )
         self.num_draws = num_draws
         for i, own in enumerate(self.weights()):
             if i in weights:

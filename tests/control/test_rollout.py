@@ -518,7 +518,7 @@ def test_a_trace_is_not_written_over_another(sync, tmp_path, arms):
 def test_flags_that_lerobot_trips_over_later_are_refused_before_the_robot_is_connected(
     flags, flag, said, arms
 ):
-    recording = ["--strategy.type=episodic", "--dataset.repo_id=me/rollout_wave"]
+    recording = ["--strategy.type=episodic", "--dataset.repo_id=me/rollout_wave", "--dataset.fps=20"]
     if flag.startswith("--dataset"):
         flags = [*flags, *recording]
     with pytest.raises(ValueError, match=re.escape(said)):
@@ -526,9 +526,23 @@ def test_flags_that_lerobot_trips_over_later_are_refused_before_the_robot_is_con
     assert not arms
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--dataset.fps=30"], r"--fps=20 --dataset\.fps=20"),
+        (["--dataset.single_task=point"], r"--task='wave' and --dataset\.single_task='point' differ"),
+    ],
+)
+def test_a_recording_says_what_the_robot_did(flags, given, said):
+    dataset = ["--strategy.type=episodic", "--dataset.repo_id=me/rollout_foo", "--dataset.fps=20"]
+    rollout.check_flags(rollout.parse([*flags, *dataset]))
+    with pytest.raises(UserError, match=said):
+        rollout.check_flags(rollout.parse([*flags, *dataset, *given]))
+
+
 def test_the_task_of_the_dataset_is_an_instruction(flags):
     flags = [flag for flag in flags if not flag.startswith("--task")]
-    dataset = ["--strategy.type=episodic", "--dataset.repo_id=me/rollout_foo"]
+    dataset = ["--strategy.type=episodic", "--dataset.repo_id=me/rollout_foo", "--dataset.fps=20"]
     rollout.check_flags(rollout.parse([*flags, *dataset, "--dataset.single_task=wave"]))
     with pytest.raises(ValueError, match="--task"):
         rollout.check_flags(rollout.parse([*flags, *dataset]))

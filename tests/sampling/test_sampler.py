@@ -1,8 +1,11 @@
 """The sampler against the network's own `sample`: each saving leaves the actions where they are."""
 
 import gc
+import time
 import weakref
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -536,6 +539,30 @@ def test_training_goes_on_after_an_evaluation_in_inference_mode(form, dtype, mon
     policy.train()(batch())[0].backward()
     optimizer.step()
     assert not any(parameter.is_inference() for parameter in policy.parameters())
+
+
+def test_threads_that_ask_at_once_share_a_sampler(monkeypatch):
+    """lerobot-eval with --env.max_parallel_tasks: another sampler would be another copy of the weights."""
+    policy, made, asked = tiny_policy(), [], Barrier(4)
+
+    class Slow(Sampler):
+        def __init__(self, *args: Any):
+            made.append(self)
+            time.sleep(0.1)  # the others ask meanwhile
+            super().__init__(*args)
+
+    monkeypatch.setattr("lerobot_pi0.sampling.policy_sampler.Sampler", Slow)
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(lambda _: (asked.wait(), policy.sampler.current())[1], range(4)))
+    assert got == made * 4
+
+
+def test_the_backend_is_for_the_device_that_the_network_is_on():
+    """`policy.to(device)` leaves the config's device as it was: LeRobot's --device is applied so."""
+    policy = tiny_policy(dtype="bfloat16")
+    wanted = policy.sampler.linear_backend
+    policy.config.device = "cuda"
+    assert policy.sampler.linear_backend == wanted
 
 
 @pytest.mark.parametrize("compiled", [False, True])

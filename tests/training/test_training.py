@@ -172,6 +172,15 @@ def test_a_fine_tune_starts_from_the_average(tmp_path: Path):
         assert torch.equal(weights, policy.state_dict()[name])
 
 
+def test_a_run_with_an_average_is_not_resumed_without_one():
+    """Its policy is the average: training would go on from that, with the moments of other weights."""
+    policy = tiny_policy(ema_decay=0.5)
+    optimizer = build(policy)
+    step(policy, optimizer)
+    with pytest.raises(UserError, match=r"--policy\.ema_decay .*train_config\.json"):
+        build(tiny_policy(ema_decay=0.0)).load_state_dict(optimizer.state_dict())
+
+
 def test_what_trains_is_float32_and_what_is_frozen_is_not(tmp_path: Path):
     policy = tiny_policy(dtype="bfloat16").to(torch.bfloat16)
     policy.save_pretrained(tmp_path)

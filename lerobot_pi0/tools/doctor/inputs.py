@@ -228,7 +228,8 @@ class Inputs:
             for name, shape in self.robot.observation_features.items()
             if isinstance(shape, tuple)
         }
-        return {self.rename_map.get(key, key): shape for key, shape in cameras.items()}
+        # As rollout has it, which does not know the map of the training.
+        return {self.given_rename_map.get(key, key): shape for key, shape in cameras.items()}
 
     @cached_property
     def reference(self) -> "Inputs | None":

@@ -1,8 +1,8 @@
 """The machine: the policy's device exists, and the policy fits into its memory."""
 
-import os
 from collections.abc import Iterator
 
+import psutil
 import torch
 from lerobot.utils.device_utils import is_torch_device_available
 
@@ -37,7 +37,7 @@ def policy_fits(inputs: Inputs) -> Iterator[Finding]:
     if config.device and config.device.startswith("cuda"):
         memory, where = torch.cuda.get_device_properties(config.device).total_memory, "GPU"
     else:
-        memory, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "machine"
+        memory, where = psutil.virtual_memory().total, "machine"
     if needs > memory:
         yield error(
             f"the policy's weights do not fit into this {where}",
