@@ -281,18 +281,19 @@ class Pi0Config(PreTrainedConfig):
             for name, size in vars(getattr(self, part)).items():
                 if size < 1:
                     raise UserError(f"--policy.{part}.{name} must be at least 1, got {size}")
-        vision, vlm = self.vision, self.vlm
-        if vision.image_size % vision.patch_size or vision.width % vision.num_heads:
-            raise UserError(
-                f"--policy.vision.image_size ({vision.image_size}) must be a multiple of patch_size "
-                f"({vision.patch_size}), and --policy.vision.width ({vision.width}) of num_heads "
-                f"({vision.num_heads})"
-            )
-        if vlm.num_heads % vlm.num_kv_heads or vlm.head_dim % 2:
-            raise UserError(
-                f"--policy.vlm.num_heads ({vlm.num_heads}) must be a multiple of num_kv_heads "
-                f"({vlm.num_kv_heads}), and --policy.vlm.head_dim ({vlm.head_dim}) must be even"
-            )
+        for part, whole, divisor in (
+            ("vision", "image_size", "patch_size"),
+            ("vision", "width", "num_heads"),
+            ("vlm", "num_heads", "num_kv_heads"),
+        ):
+            sizes = vars(getattr(self, part))
+            if sizes[whole] % sizes[divisor]:
+                raise UserError(
+                    f"--policy.{part}.{whole} ({sizes[whole]}) must be a multiple of "
+                    f"--policy.{part}.{divisor} ({sizes[divisor]})"
+                )
+        if self.vlm.head_dim % 2:
+            raise UserError(f"--policy.vlm.head_dim ({self.vlm.head_dim}) must be even")
         if self.expert.width % 2:
             raise UserError(
                 f"--policy.expert.width ({self.expert.width}) must be even: half sines, half cosines of time"

@@ -263,7 +263,7 @@ def test_files_and_functions_of_the_architecture_page_exist():
         places = [ROOT / path, *(ROOT / "lerobot_pi0").rglob(path.rstrip("/"))]
         (file,) = [place for place in places if place.exists()]
         for name in re.findall(r"\w+", functions):
-            defined = rf"\b(def|class) {name}\b|^{name}\b"
+            defined = rf"\b(def|class|type) {name}\b|^{name}\b"
             text = file.read_text(encoding="utf-8")
             assert re.search(defined, text, flags=re.MULTILINE), f"{path}: {name}"
 
