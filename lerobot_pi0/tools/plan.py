@@ -7,7 +7,7 @@ choices, each with its source: the recipes, the allowances, the number of sample
 import json
 import math
 import shlex
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -58,12 +58,20 @@ GPUS = {
 UTILISATION = 0.25
 
 
+class GivenSettings(Pi0Config):
+    """Settings of a policy that knows which ones it was given: a recipe may have another value than π0's."""
+
+    def __init__(self, **given: Any):
+        super().__init__(**given)
+        self.given = given.keys() - {"device"}
+
+
 @dataclass
 class PlanConfig(PlanFlags):
     """Flags of `lerobot-pi0 plan`."""
 
     # Settings of the policy that differ from the recipes', for example --policy.cameras='{"base": "front"}'.
-    policy: Pi0Config = field(default_factory=lambda: Pi0Config(device="cpu"))
+    policy: GivenSettings = field(default_factory=lambda: GivenSettings(device="cpu"))
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ def main(config: PlanConfig) -> str:
 
 def make_rows(config: PlanConfig, dataset: LeRobotDatasetMetadata) -> list[Row]:
     """All recipes on a dataset. Without PEFT there is none for LoRA."""
-    given = _differences(config.policy, Pi0Config(device="cpu"), "policy")
+    given = _flags(config.policy)
     for name in ("freeze", "gradient_checkpointing"):
         if any(flag.startswith(f"--policy.{name}=") for flag in given):
             raise UserError(f"--policy.{name} is what the recipes differ in: leave it out, see --recipe")
@@ -306,20 +314,18 @@ def _read(arguments: list[str]) -> TrainPipelineConfig:
     )
 
 
-def _differences(given: Any, default: Any, name: str) -> list[str]:
-    """Flags that make one config of another, of the same class."""
-    flags = []
-    for setting in fields(given):
-        value, other = getattr(given, setting.name), getattr(default, setting.name)
-        if value == other or setting.name == "device":
-            continue
-        flag = f"{name}.{setting.name}"
-        if is_dataclass(value):
-            flags += _differences(value, other, flag)
-        else:
-            encoded: Any = draccus.encode(value)
-            flags.append(f"--{flag}={encoded if isinstance(encoded, str) else json.dumps(encoded)}")
-    return flags
+def _flags(policy: GivenSettings) -> list[str]:
+    """The settings that were given, as flags; of sizes, those that are not the published ones."""
+    settings = {name: vars(policy)[name] for name in vars(policy) if name in policy.given}
+    for part in [name for name, value in settings.items() if is_dataclass(value)]:
+        published = vars(getattr(Pi0Config(device="cpu"), part))
+        sizes = vars(settings.pop(part))
+        settings |= {f"{part}.{name}": size for name, size in sizes.items() if size != published[name]}
+    encoded: dict[str, Any] = {name: draccus.encode(value) for name, value in settings.items()}
+    return [
+        f"--policy.{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in encoded.items()
+    ]
 
 
 def _fits(row: Row, batch_size: int, gpu_memory: float) -> bool:

@@ -261,6 +261,7 @@ def test_the_plan_says_what_there_is_and_its_command_is_read_by_lerobot(monkeypa
 )
 def test_the_command_of_each_recipe_trains_what_it_says(monkeypatch, capsys, dataset, recipe, model):
     flags = ["--gpu_memory=24", f"--recipe={recipe}", f"--model={model}", "--policy.cameras={base: wrist}"]
+    flags += ["--policy.tokenizer_max_length=48"]  # π0's own, and not π0.5's
     code, text = plan(monkeypatch, capsys, *tiny(dataset), *flags)
     assert code == 0
     assert "left out: observation.images.front" in text
@@ -270,6 +271,7 @@ def test_the_command_of_each_recipe_trains_what_it_says(monkeypatch, capsys, dat
     assert config.policy.freeze == ("vlm" if recipe == "expert" else "nothing")
     assert (config.peft is not None) == (recipe == "lora")
     assert config.policy.cameras == {"base": "wrist"}
+    assert config.policy.tokenizer_max_length == 48
 
 
 def row(recipe: Any, fixed: float, per_sample: float, checkpointing: bool = False) -> Row:
