@@ -22,7 +22,7 @@ import torch
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
 from benchmarks.chunking import predictor
-from benchmarks.finetuning import DEMO_TASKS, percent
+from benchmarks.finetuning import FOUR_TASKS, percent
 from lerobot_pi0.demo.command import Command, Job, run
 from lerobot_pi0.demo.demo import TRAINING_ENVIRONMENT
 from lerobot_pi0.demo.metaworld_env import MetaworldFastEnv
@@ -33,11 +33,12 @@ from lerobot_pi0.inputs.policy import LoadedPolicy, PolicyFlags, load_policy
 ROOT = Path("outputs", "delay")
 CHUNK, LONGEST_DELAY, STEPS, TUNING_STEPS = 50, 24, 3400, 1000
 # The expert goes on after success: the policy executes actions that far ahead, so they must be learnt there.
-TASKS = DEMO_TASKS.split(",")
+TASKS = FOUR_TASKS.split(",")
 RECORDING = RecordConfig(
     ROOT / "demonstrations",
-    tasks=DEMO_TASKS,
+    tasks=FOUR_TASKS,
     episodes_per_task=80,
+    moved=0.0,
     position_actions=True,
     after_success=LONGEST_DELAY,
 )

@@ -30,7 +30,7 @@ from lerobot_pi0.processor_pi0 import make_lerobot_pi0_pre_post_processors
 
 ROOT = Path("outputs", "finetuning")
 DEMO = "configs/demo.yaml"
-DEMO_TASKS = "faucet-open-v3,faucet-close-v3,door-unlock-v3,plate-slide-v3"
+FOUR_TASKS = "faucet-open-v3,faucet-close-v3,door-unlock-v3,plate-slide-v3"
 # One thread for each of two commands side by side.
 ONE_THREAD = (("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"))
 
@@ -41,8 +41,8 @@ EPISODES = 40
 
 def transfer() -> str:
     """A policy of two tasks learns a third from few episodes, by each recipe; merged adapters as well."""
-    old = record(RecordConfig(ROOT / "two_tasks", tasks=OLD_TASKS))
-    new = record(RecordConfig(ROOT / "third_task", tasks=NEW_TASK, episodes_per_task=FEW))
+    old = demonstrations("two_tasks", OLD_TASKS)
+    new = demonstrations("third_task", NEW_TASK, FEW)
     train(("pretrained", [f"--config_path={DEMO}", *of(old), f"--steps={PRETRAINING_STEPS}"]))
     base = [f"--policy.path={checkpoint('pretrained')}", *of(new), f"--steps={TUNING_STEPS}"]
     loader = ["--batch_size=32", "--num_workers=0", "--log_freq=50", "--save_freq=0", "--env_eval_freq=0"]
@@ -63,8 +63,8 @@ def transfer() -> str:
 
 
 def actions() -> str:
-    """The demo's four tasks with positions for actions, absolute and relative, weights and EMA."""
-    data = record(RecordConfig(ROOT / "positions", tasks=DEMO_TASKS, position_actions=True))
+    """Four tasks with positions for actions, absolute and relative, weights and EMA."""
+    data = demonstrations("positions", FOUR_TASKS, position_actions=True)
     settings = [f"--config_path={DEMO}", *of(data), f"--steps={ACTION_STEPS}"]
     train(
         ("absolute", settings),
@@ -73,19 +73,19 @@ def actions() -> str:
     policies = {}
     for name in ("absolute", "relative"):
         policies |= {name: checkpoint(name), f"{name}_without_ema": without_ema(name)}
-    evaluate(policies, DEMO_TASKS, "--env.position_actions=true")
+    evaluate(policies, FOUR_TASKS, "--env.position_actions=true")
     lines = []
     for name in policies:
         of_tasks = successes(name)
         total = [sum(column) for column in zip(*of_tasks.values(), strict=True)]
         cells = (percent(*counts) for counts in (*of_tasks.values(), total))
         lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
-    return "\n".join([f"| | {DEMO_TASKS.replace(',', ' | ')} | all |", "|---|---|---|---|---|---|", *lines])
+    return "\n".join([f"| | {FOUR_TASKS.replace(',', ' | ')} | all |", "|---|---|---|---|---|---|", *lines])
 
 
 def precision() -> str:
     """Mean loss of the last steps of 1,000, the same data, noise and time in each run but the last."""
-    data = record(RecordConfig(ROOT / "two_tasks", tasks=OLD_TASKS))
+    data = demonstrations("two_tasks", OLD_TASKS)
     runs = {
         "float32": ("float32", False, 0),
         "float32, another seed": ("float32", False, 1),
@@ -103,6 +103,19 @@ def precision() -> str:
         distance = (quarters[-1] - reference[-1]).abs().mean()
         lines.append(f"| {name} | {means} | {distance:.4f} |")
     return "\n".join(lines)
+
+
+def demonstrations(name: str, tasks: str, episodes: int = 40, position_actions: bool = False) -> Path:
+    """Recorded with objects in Meta-World's own places."""
+    return record(
+        RecordConfig(
+            ROOT / name,
+            tasks=tasks,
+            episodes_per_task=episodes,
+            moved=0.0,
+            position_actions=position_actions,
+        )
+    )
 
 
 def losses(data: Path, dtype: str, pure: bool, seed: int) -> Iterator[float]:

@@ -19,7 +19,7 @@ from lerobot_pi0.demo.record import SETTINGS_FILE, RecordConfig
 from lerobot_pi0.demo.suites import EVALUATION_SEED
 from lerobot_pi0.inputs.shipped_configs import shipped_config
 
-PAIR = ["faucet-open-v3", "faucet-close-v3"]
+PAIR = ["window-open-v3", "window-close-v3"]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from lerobot_pi0.demo.record import RecordConfig, record
 from lerobot_pi0.demo.suites import EVALUATION_SEED
 
 TASK = "door-unlock-v3"
-SETTINGS: dict[str, Any] = {"tasks": TASK, "episodes_per_task": 2, "image_size": 64}
+SETTINGS: dict[str, Any] = {"tasks": TASK, "episodes_per_task": 2, "image_size": 64, "moved": 0.0}
 
 
 @pytest.fixture(scope="module")
