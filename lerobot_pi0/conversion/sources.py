@@ -69,13 +69,12 @@ class _Source:
 
     @property
     def says_how_it_was_trained(self) -> bool:
-        """Whether its config.json does: that of a π0.5 which LeRobot did not train has LeRobot's defaults."""
-        return self.saved.get("type") == self.family.type or (
-            self.saved.get("type") == self.family.in_tree
-            and (
-                self.family is PI0
-                or processor_statistics(self.folder, PREPROCESSOR, "normalizer_processor") is not None
-            )
+        """Whether its config.json does: that of weights which LeRobot did not train has LeRobot's defaults."""
+        if self.saved.get("type") != self.family.in_tree:
+            return self.saved.get("type") == self.family.type
+        # LeRobot up to 0.3, whose statistics are among the weights, had π0 alone.
+        return (self.family is PI0 and "paligemma_variant" not in self.saved) or (
+            processor_statistics(self.folder, PREPROCESSOR, "normalizer_processor") is not None
         )
 
 
@@ -213,8 +212,8 @@ def _cameras(saved: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _read_published_by_lerobot(source: _Source, flags: ConvertConfig) -> Policy:
-    """openpi's π0.5 under LeRobot's names, as lerobot/pi05_base is: the config is LeRobot's, and not what the
-    weights were trained with."""
+    """openpi's weights under LeRobot's names, as lerobot/pi05_base and lerobot/pi0_libero_base are: the config
+    is LeRobot's, and not what they were trained with."""
     flags = replace(flags, cameras=flags.cameras or _cameras(source.saved))
     dtype = flags.dtype or source.saved.get("dtype", "float32")
     return _read_openpi("openpi's, in LeRobot's layout", source, flags, None, dtype)

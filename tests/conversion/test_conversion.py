@@ -436,7 +436,8 @@ def test_names_on_disk_are_openpis(ours, openpi):
 
 @pytest.fixture(scope="module")
 def published(in_tree) -> Path:
-    """As lerobot/pi05_base: openpi's weights and LeRobot's defaults, without a prefix and statistics."""
+    """As lerobot/pi05_base and lerobot/pi0_libero_base: openpi's weights and LeRobot's defaults, without a
+    prefix and statistics."""
     folder = copy(in_tree, in_tree.parent / "published")
     file = folder / "model.safetensors"
     save_file({name.removeprefix("model."): of for name, of in load_file(file).items()}, file)
@@ -480,6 +481,20 @@ def test_a_published_pi05_has_the_settings_and_statistics_that_are_given(openpi,
     assert config.cameras == {"base": "observation.images.front", "left_wrist": "observation.images.wrist"}
     assert_same_weights(tmp_path / "ours", ours)
     assert_same_statistics(tmp_path / "ours", ours, ("q01", "q99"))
+
+
+def test_a_published_pi0_has_the_statistics_and_relative_actions_that_are_given(
+    openpi, published, ours, tmp_path
+):
+    with pytest.raises(UserError, match=r"has no statistics.*--norm_stats=FILE.*--statistics=false"):
+        run(published, tmp_path / "none", **BACK)
+    (norm_stats,) = openpi.glob("assets/*/norm_stats.json")
+    run(published, tmp_path / "ours", **BACK, norm_stats=norm_stats, delta_mask=[3, -1], chunk_size=7)
+    config: Any = PreTrainedConfig.from_pretrained(tmp_path / "ours")
+    assert (config.chunk_size, config.reference_state.actions) == (7, [0, 1, 2])
+    assert config.cameras == {"base": "observation.images.front", "left_wrist": "observation.images.wrist"}
+    assert_same_weights(tmp_path / "ours", ours)
+    assert_same_statistics(tmp_path / "ours", ours, ("mean", "std"))
 
 
 @of_pi05
