@@ -1,8 +1,8 @@
 """How published checkpoints were trained: horizon, state in the prompt, relative actions, ALOHA's joints.
 
 Their files do not say it, and a policy that is run otherwise fails without an error. So nothing is taken from
-here in silence: messages list it, and the user gives it as flags. What ALOHA's alone have is taken by name,
-and reported.
+here in silence: messages list it, and the user gives it as flags. What ALOHA's alone have, and the horizon of
+π0, is taken by name, and reported.
 """
 
 import re
@@ -44,6 +44,11 @@ PI0_ALOHA = dict.fromkeys(
     ("pi0_aloha", "pi0_aloha_towel", "pi0_aloha_tupperware", "pi0_aloha_pen_uncap"), (6, -1, 6, -1)
 ) | {"pi0_aloha_sim": ()}
 
+# The horizon of openpi's π0 for DROID; all others have 50.
+PI0_HORIZON = dict.fromkeys(
+    ("pi0_droid", "pi0_droid_jointpos_polaris", "pi0_droid_jointpos_100k_polaris"), 10
+)
+
 
 def training_of(checkpoint: str | Path) -> tuple[str, Training] | None:
     """The published checkpoint that a repository or a path is named after, and how it was trained."""
@@ -55,6 +60,12 @@ def aloha_mask(checkpoint: str | Path) -> tuple[int, ...] | None:
     """The mask of relative actions of the π0 for ALOHA that a path is named after; None for other names."""
     name = _name(checkpoint, PI0_ALOHA)
     return None if name is None else PI0_ALOHA[name]
+
+
+def pi0_horizon(checkpoint: str | Path) -> int:
+    """Actions in a chunk of the π0 that a path is named after; openpi's default for other names."""
+    name = _name(checkpoint, PI0_HORIZON)
+    return 50 if name is None else PI0_HORIZON[name]
 
 
 def _name(checkpoint: str | Path, known: Container[str]) -> str | None:

@@ -41,7 +41,8 @@ class ConvertConfig:
     action_dim: int | None = None
     # openpi's norm_stats.json, for a source without statistics.
     norm_stats: Path | None = None
-    # openpi's action_horizon. Default: as the source says, or 50; no default for π0.5.
+    # openpi's action_horizon. Default: as the source says, 10 for openpi's DROID checkpoints of π0 by their
+    # names, or 50; no default for π0.5.
     chunk_size: int | None = None
     # π0.5 alone: whether it was trained with the state in the prompt (openpi's discrete_state_input).
     state_in_prompt: bool | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from lerobot_pi0.checkpoints.files import Checkpoint, check_fit, find_checkpoint
 from lerobot_pi0.checkpoints.layouts import FAMILIES, PI0, PI05, Family
 from lerobot_pi0.checkpoints.loading import read_config
-from lerobot_pi0.checkpoints.published import TRAININGS, aloha_mask, as_flags, training_of
+from lerobot_pi0.checkpoints.published import TRAININGS, aloha_mask, as_flags, pi0_horizon, training_of
 from lerobot_pi0.checkpoints.reading import COPY_AGAIN, read_json, read_steps
 from lerobot_pi0.configuration_pi0 import CAMERA_SLOTS, NUM_ALOHA_JOINTS, Pi0Config, Statistics
 from lerobot_pi0.configuration_pi05 import Pi05Config
@@ -69,7 +69,7 @@ class _Source:
 
     @property
     def says_how_it_was_trained(self) -> bool:
-        """Whether its config.json does: that of weights which LeRobot did not train has LeRobot's defaults."""
+        """Whether its config.json does: that of weights that others trained has LeRobot's defaults."""
         if self.saved.get("type") != self.family.in_tree:
             return self.saved.get("type") == self.family.type
         # LeRobot up to 0.3, whose statistics are among the weights, had π0 alone.
@@ -212,8 +212,8 @@ def _cameras(saved: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _read_published_by_lerobot(source: _Source, flags: ConvertConfig) -> Policy:
-    """openpi's weights under LeRobot's names, as lerobot/pi05_base and lerobot/pi0_libero_base are: the config
-    is LeRobot's, and not what they were trained with."""
+    """openpi's weights under LeRobot's names, as lerobot/pi05_base or lerobot/pi0_libero_base: the config is
+    LeRobot's, and not what they were trained with."""
     flags = replace(flags, cameras=flags.cameras or _cameras(source.saved))
     dtype = flags.dtype or source.saved.get("dtype", "float32")
     return _read_openpi("openpi's, in LeRobot's layout", source, flags, None, dtype)
@@ -309,7 +309,7 @@ def _unsaid(source: _Source, flags: ConvertConfig, chunk_size: int | None) -> di
                 f"--state_in_prompt is about π0.5, and '{flags.source}' is π0, which has a token of the "
                 "state: leave the flag out"
             )
-        return {"chunk_size": chunk_size or 50}
+        return {"chunk_size": chunk_size or pi0_horizon(flags.source)}
     needed = {
         "chunk_size (actions in a chunk)": chunk_size,
         "state_in_prompt (false where its prompts held the instruction alone)": flags.state_in_prompt,

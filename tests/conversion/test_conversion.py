@@ -497,6 +497,15 @@ def test_a_published_pi0_has_the_statistics_and_relative_actions_that_are_given(
     assert_same_statistics(tmp_path / "ours", ours, ("mean", "std"))
 
 
+@pytest.mark.parametrize(("name", "horizon"), [("pi0_droid", 10), ("pi0_libero", 50)])
+def test_the_horizon_of_a_published_pi0_is_known_by_its_name(openpi, tmp_path, name, horizon):
+    file = copy(openpi, tmp_path / name) / "config.json"
+    saved = json.loads(file.read_text())
+    del saved["action_horizon"]  # JAX checkpoints have none
+    file.write_text(json.dumps(saved))
+    assert f"chunks of {horizon} actions" in run(tmp_path / name, tmp_path / "ours", **BACK)
+
+
 @of_pi05
 def test_a_published_pi05_to_be_fine_tuned_needs_neither_mask_nor_statistics(published, tmp_path):
     flags = {"chunk_size": 7, "state_in_prompt": True, "statistics": False}
