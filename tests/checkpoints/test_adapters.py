@@ -119,6 +119,20 @@ def test_default_targets_are_attention_and_mlp_of_the_stacks_that_train(base, mo
     assert {name for name, module in modules if hasattr(module, "modules_to_save")} == {*HEADS_OF[model]}
 
 
+@of_both
+def test_the_vision_tower_trains_in_full_beside_the_projections_where_it_is_named(base, model, tmp_path):
+    """As openpi's LoRA does (docs/finetuning.md)."""
+    wrapped = wrap(base, {"full_training_modules": ["vision", *HEADS_OF[model]]})
+    modules = dict(wrapped.get_base_model().model.named_modules())
+    assert {name for name, of in modules.items() if hasattr(of, "modules_to_save")} == (
+        {"vision", *HEADS_OF[model]}
+    )
+    assert all(of.requires_grad for of in modules["vision.modules_to_save"].parameters())
+    move(wrapped)
+    wanted = chunk(wrapped.eval())
+    torch.testing.assert_close(chunk(load(save(wrapped, tmp_path / "adapters"))), wanted, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("peft", "vlm", "expert"),
     [
