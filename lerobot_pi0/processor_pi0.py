@@ -69,10 +69,11 @@ class Pi0TokenizerStep(ProcessorStep):
     """The instruction as token ids: cleaned as openpi cleans it, beginning of sequence, text, newline.
 
     The tokenizer itself is the step's saved state, so a checkpoint needs neither a network nor a gated
-    repository. Prompts of one length are not padded, and have no mask: attention is faster without one.
-    Others are padded on the right (id 0) to the batch's longest, rounded up to a multiple of 8 so that shapes
-    are few. Integer states and actions become float32: LeRobot's normalizer, which comes after this step,
-    would round its statistics to their type.
+    repository. In training, i.e. with actions, the batch also gets each prompt without its instruction, for
+    `--policy.prompt_dropout`. Prompts of one length are not padded, and have no mask: attention is faster
+    without one. Others are padded on the right (id 0) to the batch's longest, rounded up to a multiple of 8
+    so that shapes are few. Integer states and actions become float32: LeRobot's normalizer, which comes after
+    this step, would round its statistics to their type.
     """
 
     tokenizer: str
@@ -85,19 +86,19 @@ class Pi0TokenizerStep(ProcessorStep):
     def __call__(self, transition: EnvTransition) -> EnvTransition:
         transition = with_float_vectors(transition, self.state_size)
         prompts = self.encode_batch(_instructions(transition), transition)
-        lengths = {len(row) for rows in prompts.values() for row in rows}
-        length = min(self.max_length, 8 * math.ceil(max(lengths) / 8))
+        lengths = {len(row) for row in prompts[LANGUAGE]}
+        length = max(len(row) for rows in prompts.values() for row in rows)
+        padded = len(lengths) > 1 or not self.has_few_lengths
+        if padded:
+            length = min(self.max_length, 8 * math.ceil(length / 8))
         observation: Any = transition[TransitionKey.OBSERVATION]  # pyrefly: ignore[bad-typed-dict-key]
-        if len(lengths) == 1 and self.has_few_lengths:
-            for (tokens, mask), rows in prompts.items():
-                observation[tokens] = torch.tensor(rows)
-                observation.pop(mask, None)  # of the tokens that an observation came with
-            return transition
         for (tokens, mask), rows in prompts.items():
             observation[tokens] = torch.tensor([row + [0] * (length - len(row)) for row in rows])
             observation[mask] = torch.tensor(
                 [[True] * len(row) + [False] * (length - len(row)) for row in rows]
             )
+        if not padded:
+            del observation[OBS_LANGUAGE_ATTENTION_MASK]
         return transition
 
     @property
@@ -110,9 +111,18 @@ class Pi0TokenizerStep(ProcessorStep):
         self, tasks: Sequence[str], transition: EnvTransition
     ) -> dict[tuple[str, str], list[list[int]]]:
         """Token ids of the prompts of a batch, under the keys of the observation that they and their mask
-        get.
+        get. With actions, i.e. in training, also those without the instruction.
         """
-        return {LANGUAGE: [self.encode(task) for task in tasks]}
+        given: Any = transition
+        states = self.states(len(tasks), given)
+        prompts = {LANGUAGE: [self.encode(*pair) for pair in zip(tasks, states, strict=True)]}
+        if given.get(TransitionKey.ACTION) is not None:
+            prompts[WITHOUT_TASK] = [self.encode("", state) for state in states]
+        return prompts
+
+    def states(self, count: int, transition: Any) -> Sequence[Tensor | None]:
+        """The states (dims,) that stand in the prompts of a batch."""
+        return [None] * count
 
     def prompt(self, task: str, state: Tensor | None = None) -> Prompt:
         """The prompt for an instruction and a state (dims,), normalized, which π0 does not write into it."""

@@ -16,9 +16,7 @@ from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.data.aloha import AdaptFromPiStep, AdaptToPiStep
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.processor_pi0 import (
-    LANGUAGE,
     MAX_PROMPT,
-    WITHOUT_TASK,
     Pi0TokenizerStep,
     Pipelines,
     Prompt,
@@ -58,8 +56,7 @@ class Pi05TokenizerStep(Pi0TokenizerStep):
     """Instruction and normalized state as token ids, in one text as openpi writes it:
     `Task: open the door, State: 0 128 255;` newline `Action: `.
 
-    It comes after the normalizer. Without `state_in_prompt` the prompt is that of π0. With actions, i.e. in
-    training, the batch also gets each prompt without its instruction, for `--policy.prompt_dropout`.
+    It comes after the normalizer. Without `state_in_prompt` the prompt is that of π0.
     """
 
     state_in_prompt: bool = True
@@ -68,23 +65,16 @@ class Pi05TokenizerStep(Pi0TokenizerStep):
     def has_few_lengths(self) -> bool:
         return not self.state_in_prompt
 
-    def encode_batch(
-        self, tasks: Sequence[str], transition: EnvTransition
-    ) -> dict[tuple[str, str], list[list[int]]]:
-        given: Any = transition
-        states: Sequence[Tensor | None] = [None] * len(tasks)
-        if self.state_in_prompt:
-            state = given[TransitionKey.OBSERVATION].get(OBS_STATE)
-            if state is None or state.ndim != 2 or len(state) != len(tasks):
-                raise UserError(
-                    f"π0.5 needs the state for its prompt: '{OBS_STATE}' must be ({len(tasks)}, dims), got "
-                    f"{None if state is None else tuple(state.shape)}"
-                )
-            states = list(state.cpu())
-        prompts = {LANGUAGE: [self.encode(*pair) for pair in zip(tasks, states, strict=True)]}
-        if given.get(TransitionKey.ACTION) is not None:
-            prompts[WITHOUT_TASK] = [self.encode("", state) for state in states]
-        return prompts
+    def states(self, count: int, transition: Any) -> Sequence[Tensor | None]:
+        if not self.state_in_prompt:
+            return super().states(count, transition)
+        state = transition[TransitionKey.OBSERVATION].get(OBS_STATE)
+        if state is None or state.ndim != 2 or len(state) != count:
+            raise UserError(
+                f"π0.5 needs the state for its prompt: '{OBS_STATE}' must be ({count}, dims), got "
+                f"{None if state is None else tuple(state.shape)}"
+            )
+        return list(state.cpu())
 
     def prompt(self, task: str, state: Tensor | None = None) -> Prompt:
         """The prompt for an instruction and a state (dims,), normalized. Raises UserError for a NaN."""

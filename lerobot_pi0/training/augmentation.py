@@ -51,16 +51,14 @@ def augment_observation(
     """An observation as training shows it, of which the b `keys` are the samples'.
 
     With `images` the cameras in these slots are augmented; `prompt_dropout` is the share of samples without
-    their instruction. Their prompts are then `without_task`, tokens and mask (b, l), or else the beginning of
-    the sequence alone.
+    their instruction. Their prompts are then `without_task`, tokens and mask (b, l), if given.
     """
     if images:
         geometric = ["wrist" not in slot for slot in slots]
         observation = replace(observation, images=augment(observation.images, keys, geometric))
-    if prompt_dropout:
+    if prompt_dropout and without_task is not None:
         tokens, mask = observation.tokens, observation.token_mask
         mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        without_task = without_task or (tokens, beginning_alone(mask))
         tokens = drop_prompts(tokens, without_task[0], keys, prompt_dropout)
         mask = drop_prompts(mask, without_task[1], keys, prompt_dropout)
         observation = replace(observation, tokens=tokens, token_mask=mask)
@@ -144,14 +142,6 @@ def crop_and_rotate(images: Tensor, angle: Tensor, down: Tensor, right: Tensor) 
 def drop_prompts(given: Tensor, without_task: Tensor, keys: Tensor, probability: float) -> Tensor:
     """Tokens or masks (b, l), with this probability those without the instruction: for both the same rows."""
     return torch.where(uniform(keys, (1,), PROMPT) < probability, without_task, given)
-
-
-def beginning_alone(token_mask: Tensor) -> Tensor:
-    """Token masks (b, l) of which the first token is left: the beginning of the sequence, which says nothing.
-
-    A row of a mask should not be empty.
-    """
-    return token_mask & (torch.arange(token_mask.shape[1], device=token_mask.device) == 0)
 
 
 def _pixelwise(amounts: Tensor) -> Tensor:

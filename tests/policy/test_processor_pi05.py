@@ -12,7 +12,7 @@ import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.policies.factory import make_pre_post_processors
-from tiny_policy import STATE, VLM, batch, raw_batch, statistics, tiny_config, tiny_policy
+from tiny_policy import MODELS, STATE, VLM, batch, raw_batch, statistics, tiny_config, tiny_policy
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
@@ -129,7 +129,7 @@ def test_whole_chain_of_a_config_is_openpis(name, stand_in, transforms):
             "task": TEXTS[name]["prompt"],
         }
     )
-    mask = batch[MASK][0]
+    mask = batch.get(MASK, torch.ones_like(batch[TOKENS], dtype=torch.bool))[0]  # none: not padded
     assert batch[TOKENS][0][mask].tolist() == of["tokenized_prompt"][of["tokenized_prompt_mask"]].tolist()
     np.testing.assert_allclose(batch["observation.state"][0], of["state"][: len(raw_state)], atol=1e-6)
     reference = space.reference(batch["observation.state"])
@@ -189,7 +189,7 @@ def test_a_batch_without_state_is_refused_unless_the_prompt_has_none():
     del raw["observation.state"]
     with pytest.raises(UserError, match=r"needs the state for its prompt.*\(2, dims\), got None"):
         processors()[0](raw)
-    assert processors(state_in_prompt=False)[0](raw)[TOKENS].shape == (2, 8)
+    assert processors(state_in_prompt=False)[0](raw)[TOKENS].shape == (2, 5)
 
 
 def test_prompt_without_state_is_that_of_pi0():
@@ -209,11 +209,14 @@ def test_words_of_a_prompt_have_its_tokens_and_know_the_states_numbers():
     )
 
 
-def test_dropout_leaves_the_prompt_of_an_empty_instruction():
-    """The state stays, and at run time an empty instruction gives the same tokens."""
-    preprocess, _ = processors()
-    raw = raw_batch()
+@pytest.mark.parametrize("tasks", [["open the door", "close it"], ["push", "push"], ["", ""]])
+@pytest.mark.parametrize("model", MODELS)
+def test_dropout_leaves_the_prompt_of_an_empty_instruction(model, tasks):
+    """The state of π0.5 stays, and at run time an empty instruction gives the same tokens."""
+    preprocess, _ = make_pre_post_processors(tiny_config(model), dataset_stats=statistics())
+    raw = raw_batch() | {"task": tasks}
     without = preprocess(raw | {"task": ["", ""]})
+    without.setdefault(MASK, torch.ones_like(without[TOKENS], dtype=torch.bool))
     given = preprocess(raw)
     length = without[TOKENS].shape[1]
     for key, bare in zip((TOKENS, MASK), WITHOUT_TASK, strict=True):
@@ -221,9 +224,9 @@ def test_dropout_leaves_the_prompt_of_an_empty_instruction():
         assert not given[bare][:, length:].any()
     observed = {key: value for key, value in raw.items() if key != "action"}
     assert not set(WITHOUT_TASK) & preprocess(observed).keys()  # running a policy needs none
-    policy = tiny_policy("pi05", prompt_dropout=0.999999, augmentation=False).train()
+    policy = tiny_policy(model, prompt_dropout=0.999999, augmentation=False).train()
     loss, _ = policy.forward(given)
-    wanted, _ = tiny_policy("pi05", augmentation=False).train().forward(without)
+    wanted, _ = tiny_policy(model, augmentation=False).train().forward(without)
     torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=0)
 
 

@@ -11,7 +11,6 @@ from torchvision.transforms.v2 import functional as reference
 
 from lerobot_pi0.training.augmentation import (
     augment,
-    beginning_alone,
     crop_and_rotate,
     drop_prompts,
     jitter,
@@ -26,7 +25,9 @@ def keys_of(count: int, step: int = 0) -> Tensor:
 
 
 def dropped_masks(mask: Tensor, keys: Tensor, probability: float) -> Tensor:
-    return drop_prompts(mask, beginning_alone(mask), keys, probability)
+    return drop_prompts(
+        mask, mask & (torch.arange(mask.shape[1], device=mask.device) == 0), keys, probability
+    )
 
 
 def noise(*shape: int) -> Tensor:
