@@ -306,7 +306,7 @@ def _check_kind(config: Pi0Config, checkpoint: str | Path, revision: str | None)
         )
     if saved.get("type") == config.type:
         same = wanted == (saved.get("reference_state") or saved.get("anchor") or {"actions": []})["actions"]
-    elif saved:
+    elif saved.get("type"):
         same = bool(wanted) == bool(saved.get("use_relative_actions"))
     else:
         return  # openpi's do not say

@@ -475,6 +475,21 @@ def test_statistics_of_other_actions_are_refused(dataset, tmp_path, saved, overr
         start(again(folder, override, "--statistics=checkpoint"), dataset)
 
 
+def test_openpis_statistics_do_not_say_of_which_actions_they_are(tmp_path, dataset):
+    """A folder of its PyTorch code has a config.json, without a type."""
+    (tmp_path / "config.json").write_text(json.dumps({"action_horizon": 50}))
+    (assets := tmp_path / "assets" / "robot").mkdir(parents=True)
+    of = statistics()
+    stats = {
+        theirs: {name: x.tolist() for name, x in of[ours].items()}
+        for theirs, ours in (("state", "observation.state"), ("actions", "action"))
+    }
+    (assets / "norm_stats.json").write_text(json.dumps({"norm_stats": stats}))
+    config = tiny_config(statistics="checkpoint", relative_actions=True, **NAMES)
+    taken = prepare_statistics(config, statistics(), dataset, tmp_path)
+    assert taken["action"]["mean"].tolist() == of["action"]["mean"].tolist()
+
+
 def test_statistics_of_in_tree_checkpoints_must_be_of_the_same_kind(tmp_path, dataset):
     for pipeline in make_lerobot_pi0_pre_post_processors(tiny_config(), statistics()):
         pipeline.save_pretrained(tmp_path)
