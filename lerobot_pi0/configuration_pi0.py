@@ -276,6 +276,19 @@ class Pi0Config(PreTrainedConfig):
                 "these weights, leave it out and give --peft.method_type=LORA"
             )
 
+    def _check_schedule(self) -> None:
+        """Of a training alone: a checkpoint loads whatever it was trained with."""
+        if not 0 <= self.scheduler_warmup_steps < self.scheduler_decay_steps:
+            raise UserError(
+                f"--policy.scheduler_warmup_steps ({self.scheduler_warmup_steps}) must be at least 0 and "
+                f"less than --policy.scheduler_decay_steps ({self.scheduler_decay_steps}), which counts it in"
+            )
+        if not self.optimizer_lr > 0 or not self.scheduler_decay_lr >= 0:
+            raise UserError(
+                "--policy.optimizer_lr must be more than 0 and --policy.scheduler_decay_lr at least 0, got "
+                f"{self.optimizer_lr} and {self.scheduler_decay_lr}"
+            )
+
     def _check_sizes(self) -> None:
         for part in ("vision", "vlm", "expert"):
             for name, size in vars(getattr(self, part)).items():
@@ -446,6 +459,7 @@ class Pi0Config(PreTrainedConfig):
 
     def get_optimizer_preset(self) -> ResumableAdamWConfig:
         self.validate_settings()  # lerobot-train calls this first, before it loads the dataset
+        self._check_schedule()
         self._check_adapters()
         return ResumableAdamWConfig(
             lr=self.optimizer_lr,
