@@ -241,6 +241,11 @@ class Pi0Config(PreTrainedConfig):
         plain = [of.name for of in fields(self) if of.type in (bool, int, float)]
         if missing := [name for name in plain if getattr(self, name) is None]:
             raise UserError(f"--policy.{missing[0]} must not be null")
+        if unknown := [kind for kind in self.normalization_mapping if kind not in self.default_normalization]:
+            raise UserError(
+                f"--policy.normalization_mapping names {unknown}, which do not exist: the kinds are "
+                f"{', '.join(self.default_normalization)}"
+            )
         if not 1 <= self.n_action_steps <= self.chunk_size:
             raise UserError(
                 f"n_action_steps ({self.n_action_steps}) must be between 1 and chunk_size "

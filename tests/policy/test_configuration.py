@@ -109,6 +109,10 @@ def test_choices_are_listed_when_none_of_them_is_given(argument, capsys):
         ({"num_flow_samples": 0}, r"--policy.num_flow_samples must be at least 1, got 0"),
         ({"num_flow_samples": None}, r"--policy.num_flow_samples must not be null"),
         ({"ema_decay": None}, r"--policy.ema_decay must not be null"),
+        (
+            {"normalization_mapping": {"state": NormalizationMode.IDENTITY}},
+            r"--policy.normalization_mapping names \['state'\].*VISUAL, STATE, ACTION",
+        ),
         ({"tokenizer_max_length": 2}, r"--policy.tokenizer_max_length must leave room.*got 2"),
     ],
 )
