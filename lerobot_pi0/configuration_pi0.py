@@ -582,9 +582,13 @@ def _is_called(key: str, name: str) -> bool:
 
 
 def _dimension_names(feature: dict[str, Any]) -> list[str] | None:
-    """Names as datasets have them, a list or {"motors": [...]}. None unless each dimension has one."""
+    """Names as datasets have them: a list, {"motors": [...]}, or each with its place, {"delta_x": 0, ...}.
+    None unless each dimension has one.
+    """
     names = feature.get("names")
-    if isinstance(names, dict):
+    if isinstance(names, dict) and all(isinstance(place, int) for place in names.values()):
+        names = sorted(names, key=names.__getitem__)
+    elif isinstance(names, dict):
         names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
     # Some datasets name the whole vector: ["state"].
     return [str(name) for name in names] if names and len(names) == feature["shape"][0] else None
