@@ -79,9 +79,9 @@ def _fault(kind: str, trained: list[str], robot: list[str]) -> str:
     elif differ.renamed:
         pairs = ", ".join(f"'{old}' → '{new}'" for old, new in differ.renamed.items())
         lines.append(
-            f"{kind}, renamed: {pairs}. If these are the same joints in the same units: "
-            f"--policy.{kind}_feature_names='{json.dumps(robot)}', or write that into the checkpoint's "
-            "config.json"
+            f"{kind}, renamed: {pairs}. If these are the same joints in the same units: write "
+            f'"{kind}_feature_names": {json.dumps(robot)} into the checkpoint\'s config.json, or give '
+            f"`lerobot-pi0 rollout` --policy.{kind}_feature_names='{json.dumps(robot)}'"
         )
         return "\n".join(lines)
     if differ.missing:

@@ -45,6 +45,7 @@ def test_renamed_joints_come_with_the_flag_that_says_they_are_the_same():
     said = fault(STATES, robot)
     assert "renamed: 'pan.pos' → 'main_pan'" in said
     (names,) = re.findall(r"--policy\.action_feature_names='(.*?)'", said)
+    assert f'"action_feature_names": {names} into the checkpoint' in said  # `serve` has no such flag
     config = replace(trained(), action_feature_names=draccus.decode(list[str], json.loads(names)))
     check_joints(config, STATES, robot)
 
