@@ -3,13 +3,14 @@
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from draccus.parsers.encoding import encode, encode_choice, encode_dataclass
 from draccus.utils import is_choice_type
+from huggingface_hub.constants import CONFIG_NAME
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.utils.constants import (
@@ -230,6 +231,15 @@ class Pi0Config(PreTrainedConfig):
         super().__post_init__()
         self._translate_retired()
         self.normalization_mapping = self.default_normalization | self.normalization_mapping
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write config.json, without how this process runs the policy, which is no property of it. The file
+        replaces the one in its place when it is complete.
+        """
+        saved = replace(self, backend="auto", rtc_config=None)
+        unfinished = save_directory / f"{CONFIG_NAME}.unfinished"
+        unfinished.write_text(json.dumps(encode(saved, PreTrainedConfig), indent=4))
+        unfinished.replace(save_directory / CONFIG_NAME)
 
     def validate_settings(self) -> None:
         """Check the settings that do not depend on features. Raises UserError that names the flag.

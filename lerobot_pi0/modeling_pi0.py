@@ -367,13 +367,11 @@ class Pi0Policy(PeftHooks, CardHooks, PreTrainedPolicy):
         if dist.is_available() and dist.is_initialized() and dist.get_rank():
             return
         self.trained.check_finite(state_dict)
-        # How this process runs the policy is no property of it.
-        config = replace(self.config, backend="auto", rtc_config=None)
-        loading.save(save_directory, config, state_dict)
+        loading.save(save_directory, self.config, state_dict)
         if not is_sharded(self):  # of which one process alone cannot run its part
             trains = self.training
             self.eval()  # shows the EMA, which is what was saved
-            write_golden_actions(save_directory, config, self.predict_with_network, self.device)
+            write_golden_actions(save_directory, self.config, self.predict_with_network, self.device)
             self.train(trains)
 
     def _checked_observation(self, batch: Batch) -> Observation:

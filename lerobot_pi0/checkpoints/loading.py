@@ -1,6 +1,5 @@
 """A policy's checkpoint: resolved, opened, loaded strictly, saved atomically."""
 
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -185,9 +184,7 @@ def save(folder: Path, config: Pi0Config, tensors: Mapping[str, Tensor]) -> None
     place keep their values.
     """
     (folder / GOLDEN_ACTIONS_FILE).unlink(missing_ok=True)  # of the weights that were here before
-    unfinished = folder / f"{CONFIG_NAME}.unfinished"
-    unfinished.write_text(json.dumps(draccus.encode(config, PreTrainedConfig), indent=4))
-    unfinished.replace(folder / CONFIG_NAME)
+    config._save_pretrained(folder)
     unfinished = folder / f"{WEIGHTS_FILE}.unfinished"
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
     unfinished.replace(folder / WEIGHTS_FILE)

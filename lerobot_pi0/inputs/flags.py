@@ -32,7 +32,7 @@ class ControlPolicyFlags(PolicyFlags):
     # How: euler, or ab2 (six steps are about as accurate as ten). Default: as in the checkpoint.
     solver: Solver | None = None
     # How chunks are computed: auto, eager (GPU: without a CUDA graph), compile (GPU: compiled at the start),
-    # int8 (CPU: a third faster) or fp8 (GPU: 8-bit floats). Default: as in the checkpoint.
+    # int8 (CPU: a third faster) or fp8 (GPU: 8-bit floats). Default: auto.
     backend: Backend | None = None
     # Retired, set --policy.backend to int8.
     int8: bool = False

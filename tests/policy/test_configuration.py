@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTrainedConfig
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from shipped_configs import CONFIGS, read_training_config
 from tiny_policy import EXPERT, VISION, VLM, tiny_config
@@ -34,6 +35,14 @@ def test_round_trip_through_json_keeps_everything(tmp_path):
     assert again == config
     assert (again.vision, again.vlm, again.expert) == (VISION, VLM, EXPERT)
     assert json.loads((tmp_path / "config.json").read_text())["type"] == "lerobot_pi0"
+
+
+def test_how_a_policy_is_run_is_not_saved(tmp_path):
+    """By the config itself: LeRobot saves that of a LoRA run without the policy."""
+    config = tiny_config(backend="int8", rtc_config=RTCConfig())
+    config.save_pretrained(tmp_path)
+    assert PreTrainedConfig.from_pretrained(tmp_path) == tiny_config()
+    assert config.backend == "int8"
 
 
 def test_defaults_of_pi05_are_kept_apart_from_those_of_pi0(tmp_path):
