@@ -1,5 +1,6 @@
 """The flags of the tools. Imports neither LeRobot nor torch, so that their help is quick."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -98,7 +99,7 @@ class PlanFlags:
     measure: bool = False
 
     def __post_init__(self) -> None:
-        if self.gpu_memory <= 0:
+        if not (self.gpu_memory > 0 and math.isfinite(self.gpu_memory)):
             raise UserError(f"--gpu_memory is in GB and above 0, got {self.gpu_memory}")
 
 

@@ -333,7 +333,7 @@ def test_a_dataset_that_is_not_there_is_a_message(monkeypatch, capsys, tmp_path)
         read_dataset(DatasetSource("me/nothing", tmp_path))
 
 
-@pytest.mark.parametrize("memory_flag", ["0", "-24"])
+@pytest.mark.parametrize("memory_flag", ["0", "-24", "nan", "inf"])
 def test_no_memory_is_a_message(monkeypatch, capsys, memory_flag):
     code, text = plan(monkeypatch, capsys, "--dataset.repo_id=me/pick", f"--gpu_memory={memory_flag}")
     assert code == 2
