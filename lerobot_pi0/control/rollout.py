@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError
 from lerobot.processor import NormalizerProcessorStep, UnnormalizerProcessorStep
 from lerobot.robots import make_robot_from_config
 from lerobot.rollout import RolloutConfig, RolloutContext, build_rollout_context, create_strategy
-from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
+from lerobot.utils.constants import ACTION, HF_LEROBOT_HOME, OBS_IMAGES, OBS_STATE
 from lerobot.utils.import_utils import register_third_party_plugins
 from lerobot.utils.process import ProcessSignalHandler
 from lerobot.utils.utils import init_logging
@@ -29,6 +29,7 @@ from lerobot.utils.visualization_utils import init_visualization, shutdown_visua
 
 from lerobot_pi0.checkpoints.files import find_checkpoint
 from lerobot_pi0.checkpoints.processors import check_processors
+from lerobot_pi0.checkpoints.reading import read_json
 from lerobot_pi0.configuration_pi0 import Pi0Config, TrainingData
 from lerobot_pi0.control.instrumentation import Instrumentation, timing
 from lerobot_pi0.control.latency import Latencies, beside_the_loop, measure, quantile, suggestion_for
@@ -183,11 +184,8 @@ def check_flags(cfg: RolloutConfig) -> None:
             "--inference.rtc.mode=trained is for LeRobot's own π0.5. This policy goes on from the last chunk "
             "as it was trained to (--policy.rtc_training_max_delay) without a flag: leave it out"
         )
-    if cfg.dataset is not None and cfg.dataset.fps != cfg.fps:
-        raise UserError(
-            f"the robot would run at {cfg.fps:g} actions per second and its recording would say "
-            f"{cfg.dataset.fps}: give both, --fps={cfg.fps:g} --dataset.fps={cfg.fps:g}"
-        )
+    if cfg.dataset is not None:
+        check_recorded_rate(cfg)
     if cfg.dataset is not None and cfg.dataset.single_task != cfg.task:
         raise UserError(
             f"--task='{cfg.task}' and --dataset.single_task='{cfg.dataset.single_task}' differ, and LeRobot "
@@ -205,6 +203,30 @@ def check_flags(cfg: RolloutConfig) -> None:
                 f"there is something in {cfg.dataset.root} already: record to another --dataset.root, or go "
                 "on with the dataset in it, --resume=true"
             )
+
+
+def check_recorded_rate(cfg: RolloutConfig) -> None:
+    """Does a recording say the rate at which LeRobot adds frames to it? Raises ValueError that names flags.
+
+    Strategies add one at every tick of the loop, also between two of the policy's actions; DAgger leaves
+    those out.
+    """
+    assert cfg.dataset is not None
+    dagger = cfg.strategy is not None and cfg.strategy.type == "dagger"
+    added = cfg.fps * (1 if dagger else cfg.interpolation_multiplier)
+    rate = f"--fps={cfg.fps:g} with --interpolation_multiplier={cfg.interpolation_multiplier}"
+    root = Path(cfg.dataset.root or HF_LEROBOT_HOME / cfg.dataset.repo_id)
+    if cfg.resume and (root / "meta/info.json").is_file():
+        if (recorded := read_json(root / "meta/info.json").get("fps")) != added:
+            raise UserError(
+                f"the dataset in {root} has {recorded} frames per second, and {rate} would add {added:g} per "
+                "second: give the --fps that it was recorded with, or record to another --dataset.repo_id"
+            )
+    elif cfg.dataset.fps != added:
+        raise UserError(
+            f"{rate} records {added:g} frames per second and the recording would say {cfg.dataset.fps}: give "
+            f"both, --fps={cfg.fps:g} --dataset.fps={added:g}"
+        )
 
 
 def check_robot(cfg: RolloutConfig, config: Pi0Config) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import lerobot.rollout.context as context
@@ -16,6 +17,7 @@ import lerobot.rollout.inference.rtc as engine
 import pytest
 import torch
 from lerobot.configs import FeatureType, PolicyFeature
+from lerobot.configs.dataset import DatasetRecordConfig
 from lerobot.configs.default import PeftConfig
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.rollout import RolloutConfig, create_strategy
@@ -538,6 +540,34 @@ def test_a_recording_says_what_the_robot_did(flags, given, said):
     rollout.check_flags(rollout.parse([*flags, *dataset]))
     with pytest.raises(UserError, match=said):
         rollout.check_flags(rollout.parse([*flags, *dataset, *given]))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "fps"), [("sentry", 40), ("highlight", 40), ("episodic", 40), ("dagger", 20)]
+)
+def test_a_recording_says_the_rate_at_which_lerobot_adds_frames(sync, strategy, fps):
+    sync.interpolation_multiplier = 2
+    sync.strategy = SimpleNamespace(type=strategy)
+    sync.dataset = DatasetRecordConfig(repo_id="me/rollout_foo", single_task=sync.task, fps=fps)
+    rollout.check_flags(sync)
+    sync.dataset.fps = 60 - fps
+    with pytest.raises(UserError, match=rf"--fps=20 --dataset\.fps={fps}"):
+        rollout.check_flags(sync)
+
+
+@pytest.mark.parametrize("said", [20, 30])  # by a flag, which LeRobot does not read when it goes on
+def test_a_recording_that_goes_on_keeps_its_rate(sync, tmp_path, said):
+    sync.resume = True
+    sync.dataset = DatasetRecordConfig(
+        repo_id="me/rollout_foo", single_task=sync.task, root=tmp_path, fps=said
+    )
+    info = tmp_path / "meta" / "info.json"
+    info.parent.mkdir()
+    info.write_text('{"fps": 20}')
+    rollout.check_flags(sync)
+    info.write_text('{"fps": 30}')
+    with pytest.raises(UserError, match=r"has 30 frames per second, .* would add 20 per second"):
+        rollout.check_flags(sync)
 
 
 def test_the_task_of_the_dataset_is_an_instruction(flags):
