@@ -32,8 +32,9 @@ MODELS = {"lerobot_pi0": "π0", "lerobot_pi05": "π0.5"}
 TRAINING_ENVIRONMENT = (("HF_HUB_OFFLINE", "1"), ("OMP_WAIT_POLICY", "PASSIVE"))
 # The process that loads frames takes a core of its own, and small matrices gain little from many.
 TRAINING_THREADS = max(1, min(4, (os.cpu_count() or 1) - 1))
+QUICK_STEPS = 10
 QUICK_TRAINING = (
-    "--steps=10",
+    f"--steps={QUICK_STEPS}",
     "--batch_size=4",
     "--log_freq=5",
     "--save_freq=5",
@@ -74,7 +75,7 @@ class Demo:
 
     def record(self) -> list[Job]:
         """The recording, unless it is there."""
-        if is_recorded(self.record_config):
+        if is_recorded(self.record_config, "--output_dir"):
             return []
         arguments = [
             f"--root={self.demonstrations}",
@@ -98,6 +99,12 @@ class Demo:
                 raise OutputExistsError(
                     f"{self.training} is there, but not from this demo. Choose another --output_dir."
                 )
+            if checkpoints := sorted(self.training.glob("checkpoints/*/pretrained_model")):
+                raise OutputExistsError(
+                    f"{self.training} holds checkpoints, and {last} leads to none of them. To go on from the "
+                    f"newest: ln -sfn {checkpoints[-1].parent.name} {last}. To train anew, delete "
+                    f"{self.training} or choose another --output_dir."
+                )
             # An earlier start that did not come as far as a checkpoint; lerobot-train wants no such folder.
             shutil.rmtree(self.training, ignore_errors=True)
             dtype = [] if bfloat16_pays() else ["--policy.dtype=float32"]
@@ -110,6 +117,13 @@ class Demo:
                 f"{self.training} holds a {trained}, not what --policy={self.policy} trains "
                 f"(lerobot_{self.policy}). Choose another --output_dir."
             )
+        steps = self._train_settings()["steps"]
+        if not self.takes_any_policy and self.quick != (steps == QUICK_STEPS):
+            kind = "not one" if self.quick else "that"
+            raise OutputExistsError(
+                f"{self.training} holds a training of {steps} steps, {kind} of --quick. "
+                "Choose another --output_dir."
+            )
         saved_config = self.checkpoint / "train_config.json"
         for cause in (self.train_config, self.demonstrations / SETTINGS_FILE):
             if cause.exists() and cause.stat().st_mtime > saved_config.stat().st_mtime:
@@ -120,7 +134,7 @@ class Demo:
                     self.training,
                 )
         step = int(last.resolve().name)
-        if step == self._train_settings()["steps"]:
+        if step == steps:
             return []
         arguments = (f"--config_path={saved_config}", "--resume=true", *data, *self.train_extras)
         return [self._training_job(arguments, step)]
@@ -210,7 +224,11 @@ class Demo:
         )
         lines = [str(table), ""]
         if self.quick:
-            lines += ["A quick run: 10 training steps teach nothing. Leave out --quick for the real one.", ""]
+            lines += [
+                f"A quick run: {QUICK_STEPS} training steps teach nothing. "
+                "Leave out --quick for the real one.",
+                "",
+            ]
         lines += [
             f"all of this on a page {page}",
             f"videos                {self.root / 'evaluate' / 'videos'}",

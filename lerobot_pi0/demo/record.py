@@ -93,8 +93,8 @@ def record(config: RecordConfig) -> Path:
     return config.root
 
 
-def is_recorded(config: RecordConfig) -> bool:
-    """Whether the finished recording is at `config.root`.
+def is_recorded(config: RecordConfig, flag: str = "--root") -> bool:
+    """Whether the finished recording is at `config.root`, a folder that the user chooses by `flag`.
 
     Raises:
         FileExistsError: if something is there that was not recorded with these settings.
@@ -106,7 +106,7 @@ def is_recorded(config: RecordConfig) -> bool:
     except FileNotFoundError:
         raise OutputExistsError(
             f"{config.root} exists but is not a recording of `lerobot-pi0 record`. "
-            "Choose another folder with --root."
+            f"Choose another folder with {flag}."
         ) from None
     # A recording of an earlier version lacks the settings that came later.
     recording = config.recording()
@@ -119,7 +119,7 @@ def is_recorded(config: RecordConfig) -> bool:
     if differing:
         raise OutputExistsError(
             f"{config.root} holds a recording with other settings ({' '.join(differing)}). "
-            "Give these, choose another folder with --root, or delete that one."
+            f"Choose another folder with {flag}, or delete that one."
         )
     return True
 

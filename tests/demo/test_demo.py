@@ -150,6 +150,32 @@ def test_a_training_older_than_its_settings_is_reused_with_a_warning(demo, tmp_p
     assert "mine.yaml is newer than the training" in caplog.text
 
 
+def test_checkpoints_outlive_the_link_to_the_newest(demo):
+    finish_training(demo, step=15, of=30)
+    last = demo.training / "checkpoints" / "last"
+    last.unlink()
+    (demo.root / "logs").mkdir(parents=True)
+    (demo.root / "logs" / "train.log").touch()
+    with pytest.raises(FileExistsError, match=r"ln -sfn 000015 .*last"):
+        demo.train()
+    assert (demo.training / "checkpoints" / "000015" / "pretrained_model").exists()
+
+
+def test_a_recording_with_other_settings_is_told_by_the_demos_flag(tmp_path):
+    finish_recording(Demo(DemoConfig(quick=True, output_dir=tmp_path)))
+    with pytest.raises(FileExistsError, match=r"--episodes_per_task=2.*--output_dir") as error:
+        Demo(DemoConfig(output_dir=tmp_path)).record()
+    assert "--root" not in str(error.value)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_quick_training_is_not_taken_for_a_real_one_nor_the_reverse(tmp_path, quick):
+    demo = Demo(DemoConfig(quick=quick, output_dir=tmp_path / "demo"))
+    finish_training(demo, step=10, of=30 if quick else 10)
+    with pytest.raises(FileExistsError, match=r"--quick\. Choose another --output_dir"):
+        demo.train()
+
+
 def test_a_folder_that_is_not_the_demos_is_left_alone(demo):
     precious = demo.training / "thesis.tex"
     precious.parent.mkdir(parents=True)
