@@ -134,10 +134,11 @@ def run(name: str, flags: list[str]) -> None:
     """
     command = SUBCOMMANDS[name]
     own = _imported(command.flags)
-    if {"-h", "--help"} & set(flags):
+    before_lerobots = isinstance(own, str)  # the help of a command that stands before one of LeRobot
+    if {"-h", "--help"} & set(flags) or (before_lerobots and "--help-all" in flags):
         print_help(name, own)
         return
-    if isinstance(own, str):  # the help of a command that stands before one of LeRobot
+    if before_lerobots:
         check_folders(flags, "--policy.path")
         if (text := _imported(command.function)(flags)) is not None:
             print(text)

@@ -130,6 +130,14 @@ def test_help_explains_each_flag_once(monkeypatch, capsys):
     assert "\n\n  The robot that the policy is to drive" in text
 
 
+def test_help_of_a_command_before_one_of_lerobot_is_the_same_on_request(monkeypatch, capsys):
+    texts = []
+    for flag in ("--help", "--help-all"):
+        assert call(monkeypatch, "rollout", flag) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != ""
+
+
 def test_flags_of_lerobot_are_shown_on_request(monkeypatch, capsys):
     assert call(monkeypatch, "plan", "--help") == 0
     own = capsys.readouterr().out

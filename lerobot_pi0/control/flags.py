@@ -33,7 +33,7 @@ class LatencyConfig:
 class TraceReportConfig:
     """How a run went, from the trace that it left, and a plot of it in RUN/trace.png."""
 
-    # Folder that `lerobot-pi0 rollout --trace`, the policy server or the simulated robot wrote into.
+    # Folder that `lerobot-pi0 rollout --trace` wrote into, or the policy server and the simulated robot.
     run: Path
     # Print JSON instead of text.
     json: bool = False

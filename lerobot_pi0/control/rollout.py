@@ -148,8 +148,14 @@ def rollout(cfg: RolloutConfig, folder: Path | None = None) -> str:
                 drive(strategy, ctx)
             except KeyboardInterrupt:
                 signals.shutdown_event.set()
-            finally:
-                recorded.finish("asked to stop" if signals.shutdown_event.is_set() else "done")
+            except Exception as error:
+                recorded.finish(f"{type(error).__name__}: {error}")
+                if isinstance(error, ConnectionError):
+                    raise UnavailableError(
+                        f"the robot does not answer any more, after {recorded.num_actions} actions: {error}"
+                    ) from error
+                raise
+            recorded.finish("asked to stop" if signals.shutdown_event.is_set() else "done")
     finally:
         strategy.teardown(ctx)
         if trace is not None:

@@ -96,6 +96,12 @@ def read_run(folder: Path) -> Run:
     events = list(read_trace(folder))
     count = Counter(event["file"] for event in events if event["event"] == "action")
     kinds = Counter(event["event"] for event in events)
+    if not count and any(event.get("kind") == "async" for event in events):
+        raise CommandError(
+            f"{folder}: a policy server's trace, of {kinds['inference']} chunks. Which actions the robot was "
+            "sent LeRobot's client does not record, so there is no report. The simulated robot does, by "
+            "--robot.trace and the same folder"
+        )
     if not count:
         why = [event["why"] for event in events if event["event"] == "stop" and event.get("why")]
         raise CommandError(

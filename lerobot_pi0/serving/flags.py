@@ -27,7 +27,8 @@ class ServeConfig:
     port: int = 8080
     # Actions per second of the robot, as its client has it.
     fps: int = 30
-    # Folder for policy.jsonl: each answered observation, for `lerobot-pi0 trace`. It has none yet.
+    # Folder for policy.jsonl: each answered observation. It has none yet. `lerobot-pi0 trace` also needs the
+    # actions that were sent, which only the simulated robot writes, with --robot.trace.
     trace: Path | None = None
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ from lerobot_pi0.data.normalization import FLOOR, NEARLY_CONSTANT
 from lerobot_pi0.errors import CheckpointError, UserError
 from lerobot_pi0.inputs.dataset import check_episodes
 from lerobot_pi0.inputs.policy import LoadedPolicy
+from lerobot_pi0.lerobot_compat import dataset_key
 from lerobot_pi0.tools.columns import Columns
 from lerobot_pi0.tools.pairing import Pairing
 
@@ -92,8 +93,15 @@ def read_recording(
 ) -> Recording:
     """A dataset's frames on this disk, without the episodes that hold NaN or infinite values.
 
-    Raises UserError where one of `episodes` does, or where the actions are not the policy's.
+    Raises UserError where one of `episodes` does, where the actions are not the policy's, or where states or
+    actions have other names than LeRobot's.
     """
+    features = metadata.features
+    if missing := [name for name in (ACTION, OBS_STATE) if dataset_key(name, features) not in features]:
+        raise UserError(
+            f"the dataset has no '{missing[0]}' among {list(features)}: write it again under LeRobot's "
+            'names, by the script in docs/finetuning.md ("Datasets with other names")'
+        )
     columns = read_columns(metadata, [ACTION, OBS_STATE, "episode_index", "task_index"])
     size = config.action_feature.shape[0] if config.action_feature else 0
     if not columns or columns[ACTION].shape[1] != size:

@@ -126,6 +126,22 @@ def test_a_run_leaves_each_action_with_its_chunk_and_step(sync, tmp_path, arms):
     assert first["actions"][0] == pytest.approx([*actions[0]["values"].values()], abs=1e-4)
 
 
+def test_a_robot_that_fails_on_the_way_is_told_and_traced_as_that(sync, tmp_path, arms, monkeypatch):
+    observe, left = Arm.get_observation, iter(range(20))
+
+    def fail_later(self):
+        if next(left, None) is None:
+            raise ConnectionError("no answer of motor 3")
+        return observe(self)
+
+    monkeypatch.setattr(Arm, "get_observation", fail_later)
+    sync.duration = 60
+    with pytest.raises(UserError, match=r"does not answer any more, after \d+ actions: no answer of motor 3"):
+        rollout.rollout(sync, tmp_path / "run")
+    (stop,) = [event for event in read_trace(tmp_path / "run") if event["event"] == "stop"]
+    assert stop["why"] == "ConnectionError: no answer of motor 3"
+
+
 @pytest.mark.parametrize(
     ("model", "engine"), [("pi0", []), ("pi0", RTC), ("pi05", RTC)], ids=["sync", "rtc", "pi05-rtc"]
 )

@@ -145,6 +145,13 @@ def test_the_robots_trace_and_the_servers_are_put_together(tmp_path):
     assert report.used == pytest.approx(20 / (4 * CHUNK))
 
 
+def test_a_servers_trace_alone_says_what_it_lacks(tmp_path):
+    chunks = [event for event in ticks(20) if event["event"] == "inference"]
+    write(tmp_path / "policy.jsonl", [start(kind="async"), *chunks])
+    with pytest.raises(RuntimeError, match=r"policy server's trace, of 4 chunks.*--robot\.trace"):
+        read_run(tmp_path)
+
+
 def test_two_records_of_the_same_actions_count_once_and_the_way_home_not_at_all(tmp_path):
     events = ticks(20)
     home = [{"event": "action", "t": 110 + i / 50, "values": {"a": 0.0, "b": 0.0}} for i in range(150)]

@@ -633,6 +633,14 @@ def test_a_planted_fault_is_named_first(case, name):
     assert first.finding.fix
 
 
+def test_episodes_that_wait_are_named(case):
+    episodes_begin_with_a_pause(case)
+    _, answers = case.examine()
+    found = [of.finding for of in answers if of.check.name == "data.episodes_are_no_waiting"]
+    begins = next(finding for finding in found if "begin with a pause" in finding.what)
+    assert "for more than 1 s in episodes 0, 1, 2" in begins.evidence
+
+
 @pytest.mark.parametrize(
     ("policy", "dataset", "robot"),
     [(True, True, True), (True, False, False), (False, True, False), (True, False, True)],

@@ -251,7 +251,7 @@ def test_episodes_with_nan_are_left_out_and_refused_by_name(monkeypatch):
     monkeypatch.setattr(open_loop, "read_columns", lambda *_: columns)
     stats = {"action": {"mean": [np.nan, 0.0], "std": [np.nan, 1.0]}}
     tasks = pd.DataFrame({"task_index": [0]}, index=["push"])
-    metadata = cast(Any, SimpleNamespace(stats=stats, tasks=tasks, fps=10))
+    metadata = cast(Any, SimpleNamespace(stats=stats, tasks=tasks, fps=10, features=columns))
     feature = SimpleNamespace(shape=(2,))
     config = cast(
         Any, SimpleNamespace(action_feature=feature, action_feature_names=None, state_feature_names=None)
@@ -262,6 +262,12 @@ def test_episodes_with_nan_are_left_out_and_refused_by_name(monkeypatch):
         assert np.isfinite(values).all()
     with pytest.raises(UserError, match=r"episodes \[1\] of the dataset hold NaN"):
         open_loop.read_recording(metadata, config, [0, 1])
+
+
+def test_a_dataset_with_other_names_is_told_from_a_damaged_one():
+    metadata = cast(Any, SimpleNamespace(features={"actions": {}, "state": {}}))
+    with pytest.raises(UserError, match=r"no 'action' among \['actions', 'state'\].*docs/finetuning.md"):
+        open_loop.read_recording(metadata, cast(Any, None))
 
 
 @pytest.fixture(scope="module")

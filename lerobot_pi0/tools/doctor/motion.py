@@ -187,11 +187,12 @@ def episodes_are_no_waiting(inputs: Inputs) -> Iterator[Finding]:
     span = np.maximum(span, max(MOVES * np.median(span), NEARLY_CONSTANT))
     # Noise of a joint that rests hides no pause.
     moves = moving(columns.state) | ~_trembles(columns.state, columns.episode, window)
-    starts, ends, pauses, idle_frames = [], [], [], 0
+    episodes, starts, ends, pauses, idle_frames = [], [], [], [], 0
     for episode in columns.episodes:
         state = (columns.state[episode] / span)[:, moves]
         if len(state) <= window:
             continue
+        episodes.append(int(columns.episode[episode][0]))
         still = (np.abs(state[window:] - state[:-window]) < IDLE_RANGE).all(1)
         idle = runs(still)
         idle_frames += sum(length + window for _, length in idle)
@@ -210,14 +211,21 @@ def episodes_are_no_waiting(inputs: Inputs) -> Iterator[Finding]:
         "to pause (it sees a still robot and predicts a still robot)"
     )
     numbers = f"{share:.0%} of all frames are idle: no joint moves by 1 % of its range in half a second"
+
+    def longer(lengths: list[int], limit: float) -> str:
+        those = [name for name, length in zip(episodes, lengths, strict=True) if length / fps > limit]
+        return f"for more than {limit:g} s in episodes {listed(those, most=10)}; {numbers}"
+
     if start > LONG_START:
-        yield warning(f"episodes begin with a pause of {start:.1f} s (median)", numbers, fix)
+        yield warning(
+            f"episodes begin with a pause of {start:.1f} s (median)", longer(starts, LONG_START), fix
+        )
     if end > LONG_END:
-        yield warning(f"episodes end with a pause of {end:.1f} s (median)", numbers, fix)
+        yield warning(f"episodes end with a pause of {end:.1f} s (median)", longer(ends, LONG_END), fix)
     if paused > PAUSED:
         yield warning(
             f"{paused:.0%} of the episodes pause for more than {LONG_PAUSE:g} s in between",
-            f"the longest for {max(pauses) / fps:.1f} s; {numbers}",
+            f"the longest for {max(pauses) / fps:.1f} s; {longer(pauses, LONG_PAUSE)}",
             "a policy of one observation cannot know how long it has waited: cut the pauses",
         )
     yield fine(
