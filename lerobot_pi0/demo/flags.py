@@ -36,7 +36,7 @@ class DemoConfig:
     tasks: str | None = None
     # How far objects are moved at most, as in `lerobot-pi0 record`. Default: the suite's.
     moved: float | None = None
-    # Demonstrations of each task. Default: the suite's (Meta-World: 40), with --quick 2.
+    # Demonstrations of each task. Default: the suite's (Meta-World: 60), with --quick 2.
     episodes_per_task: int | None = None
     # Episodes in which each task is evaluated. Default: the suite's (Meta-World: 40), with --quick 1.
     eval_episodes: int | None = None
