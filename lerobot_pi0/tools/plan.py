@@ -7,7 +7,7 @@ choices, each with its source: the recipes, the allowances, the number of sample
 import json
 import math
 import shlex
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 
 from lerobot_pi0.configuration_pi0 import Pi0Config
+from lerobot_pi0.configuration_pi05 import Pi05Config
 from lerobot_pi0.errors import UserError
 from lerobot_pi0.inputs.dataset import fit_to, read_dataset
 from lerobot_pi0.inputs.shipped_configs import shipped_config
@@ -58,8 +59,10 @@ GPUS = {
 UTILISATION = 0.25
 
 
-class GivenSettings(Pi0Config):
-    """Settings of a policy that knows which ones it was given: a recipe may have another value than π0's."""
+class GivenSettings(Pi05Config):
+    """Settings of either model, π0.5 having all of π0's. They know which ones were given: a recipe may have
+    another value than the default.
+    """
 
     def __init__(self, **given: Any):
         super().__init__(**given)
@@ -72,6 +75,12 @@ class PlanConfig(PlanFlags):
 
     # Settings of the policy that differ from the recipes', for example --policy.cameras='{"base": "front"}'.
     policy: GivenSettings = field(default_factory=lambda: GivenSettings(device="cpu"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = {of.name for of in fields(Pi0Config)}
+        if self.model == "pi0" and (others := sorted(self.policy.given - known)):
+            raise UserError(f"--policy.{others[0]} is a setting of π0.5: leave it out, or give --model=pi05")
 
 
 @dataclass(frozen=True)

@@ -262,6 +262,7 @@ def test_the_plan_says_what_there_is_and_its_command_is_read_by_lerobot(monkeypa
 def test_the_command_of_each_recipe_trains_what_it_says(monkeypatch, capsys, dataset, recipe, model):
     flags = ["--gpu_memory=24", f"--recipe={recipe}", f"--model={model}", "--policy.cameras={base: wrist}"]
     flags += ["--policy.tokenizer_max_length=48"]  # π0's own, and not π0.5's
+    flags += ["--policy.state_in_prompt=false"] if model == "pi05" else []
     code, text = plan(monkeypatch, capsys, *tiny(dataset), *flags)
     assert code == 0
     assert "left out: observation.images.front" in text
@@ -272,6 +273,15 @@ def test_the_command_of_each_recipe_trains_what_it_says(monkeypatch, capsys, dat
     assert (config.peft is not None) == (recipe == "lora")
     assert config.policy.cameras == {"base": "wrist"}
     assert config.policy.tokenizer_max_length == 48
+    assert not getattr(config.policy, "state_in_prompt", False)
+
+
+def test_settings_of_the_other_model_are_refused(monkeypatch, capsys, dataset):
+    code, text = plan(
+        monkeypatch, capsys, *tiny(dataset), "--gpu_memory=24", "--policy.state_in_prompt=false"
+    )
+    assert code == 2
+    assert "--policy.state_in_prompt is a setting of π0.5: leave it out, or give --model=pi05" in text
 
 
 def row(recipe: Any, fixed: float, per_sample: float, checkpointing: bool = False) -> Row:
